@@ -1,0 +1,243 @@
+"""`LiteAttention`: skip-aware attention as a module, one for each attention layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, skip_attention, tile_shape
+from lite_attention.ops.control import FLAG_DENSE
+from lite_attention.ops.validate import check_threshold
+from lite_attention.wiring import default_session
+
+__all__ = ["LiteAttention"]
+
+_log = logging.getLogger("lite_attention")
+
+
+class LiteAttention(nn.Module):
+    """Attention that remembers from one denoising step to the next which tiles do not matter, and skips them.
+
+    Make one per attention layer. Its memory, `state`, is allocated by the first eager call, or beforehand by
+    `allocate`, which compiled and exported models need.
+
+    Args:
+        enable_skipping: False computes everything and learns nothing, until `enable_skip_optimization(True)`.
+        threshold: log2 units, at most 0; more negative skips less. A number, or a tensor that broadcasts to
+            (slots, steps, heads).
+        use_int8: not available yet.
+        num_steps: denoising steps of a generation, after which the next call starts fresh. None: call
+            `reset_skip_state` between generations.
+        slots: branches (cond, uncond, ...) that have a memory of their own; see `lite_attention.branch`.
+        refresh: every so many steps starts fresh.
+        auto_step: the op counts calls as steps. `lite_attention.branch(name, step=...)` turns it off by itself.
+        initial_mask: bool (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start.
+        persistent_state: save the state in the `state_dict` of a model that holds this module.
+        allow_positive: accept thresholds above 0.
+        implementation: None, or "reference" for the CPU algorithm on any device.
+    """
+
+    state: SkipState | None
+
+    def __init__(
+        self,
+        enable_skipping: bool = True,
+        threshold: float | torch.Tensor = DEFAULT_THRESHOLD,
+        use_int8: bool = False,
+        num_steps: int | None = None,
+        *,
+        slots: int = DEFAULT_SLOTS,
+        refresh: int | None = None,
+        auto_step: bool = True,
+        initial_mask: torch.Tensor | None = None,
+        persistent_state: bool = False,
+        allow_positive: bool = False,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if use_int8:
+            raise NotImplementedError("use_int8: expected False, got True; INT8 scores are not built yet")
+        self.skipping_enabled = enable_skipping
+        self.implementation = implementation
+        self._options: dict[str, Any] = {
+            "threshold": threshold, "num_steps": num_steps, "slots": slots, "refresh": refresh,
+            "auto_step": auto_step, "initial_mask": initial_mask, "persistent": persistent_state,
+            "allow_positive": allow_positive,
+        }  # fmt: skip
+        self.register_module("state", None)
+        # Wrong options are told here and not at the first call.
+        SkipState(
+            batch=1, heads=1, seq_q=1, seq_k=1, tile_m=1, tile_n=1,
+            **{**self._options, "threshold": -1.0, "initial_mask": None},
+        )  # fmt: skip
+
+    def allocate(
+        self,
+        batch: int,
+        seq_len: int,
+        heads: int,
+        head_dim: int,
+        *,
+        kv_seq_len: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> LiteAttention:
+        """Allocate a fresh state for calls of up to this size, and return self.
+
+        Args:
+            batch: batch size, at most.
+            seq_len: query tokens, at most.
+            heads: query heads, exactly.
+            head_dim: width of a head; with dtype and device it decides the tile sizes.
+            kv_seq_len: key tokens, at most; None = as many as queries.
+            dtype: dtype of the query.
+            device: device of the query.
+        """
+        tile_m, tile_n = tile_shape(head_dim, dtype, device)
+        self._adopt(
+            SkipState(
+                batch=batch, heads=heads, seq_q=seq_len, seq_k=seq_len if kv_seq_len is None else kv_seq_len,
+                tile_m=tile_m, tile_n=tile_n, device=device, **self._options,
+            )
+        )  # fmt: skip
+        return self
+
+    def _adopt(self, state: SkipState) -> None:
+        self.state = state
+        state.set_flag(FLAG_DENSE, not self.skipping_enabled)
+        default_session.follow(state)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None = None,
+        return_softmax_lse: bool = False,
+        must_do_list: Sequence[int] | None = None,
+        must_skip_list: Sequence[int] | None = None,
+        key_lengths: torch.Tensor | None = None,
+        key_mask: torch.Tensor | None = None,
+    ) -> Any:
+        """Attend.
+
+        Args:
+            query: (batch, seq_len, heads, head_dim).
+            key: (batch, kv_seq_len, kv_heads, head_dim).
+            value: (batch, kv_seq_len, kv_heads, value_dim).
+            scale: factor of the scores; None = head_dim ** -0.5.
+            return_softmax_lse: also return the log-sum-exp.
+            must_do_list: token ranges [start, end, ...] on the key axis that are always computed.
+            must_skip_list: token ranges that take no part, exact to the token.
+            key_lengths: int (batch,), valid keys of each sample.
+            key_mask: bool (batch or 1, kv_seq_len), True = the key takes part.
+
+        Returns:
+            out (batch, seq_len, heads, value_dim), and with `return_softmax_lse` lse float32 (batch, heads, seq_len).
+
+        Raises:
+            ValueError: an argument does not fit.
+            RuntimeError: traced without a state that fits (call `allocate` first), or a gradient is required.
+        """
+        state = self.state
+        if state is None or not self._fits(state, query, key):
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "LiteAttention is being traced without a skip state that fits: call "
+                    ".allocate(batch, seq_len, heads, head_dim, dtype=..., device=...) on it before compiling or exporting"
+                )
+            state = self._allocate_for(query, key)
+        return skip_attention(
+            query,
+            key,
+            value,
+            state,
+            scale=scale,
+            return_lse=return_softmax_lse,
+            must_do=must_do_list,
+            must_skip=must_skip_list,
+            key_lengths=key_lengths,
+            key_mask=key_mask,
+            implementation=self.implementation,
+        )
+
+    def _fits(self, state: SkipState, query: torch.Tensor, key: torch.Tensor) -> bool:
+        batch, heads, seq_q, seq_k = state.capacity
+        sizes = (query.shape[0], query.shape[1], key.shape[1])
+        if state.initial_mask is not None and sizes != (batch, seq_q, seq_k):
+            return False  # tiles of another length are other tiles
+        return (
+            sizes[0] <= batch and sizes[1] <= seq_q and sizes[2] <= seq_k and query.shape[2] == heads
+            and (state.tile_m, state.tile_n) == tile_shape(query.shape[3], query.dtype, query.device)
+            and state.control.device == query.device
+        )  # fmt: skip
+
+    def _allocate_for(self, query: torch.Tensor, key: torch.Tensor) -> SkipState:
+        if query.dim() != 4 or key.dim() != 4:
+            raise ValueError(
+                f"query, key: expected (batch, seq_len, heads, head_dim), got {tuple(query.shape)}, {tuple(key.shape)}"
+            )
+        if self.state is not None:
+            _log.info(
+                "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",
+                tuple(query.shape), query.dtype, query.device, self.state,
+            )  # fmt: skip
+        batch, seq_len, heads, head_dim = query.shape
+        self.allocate(
+            batch, seq_len, heads, head_dim, kv_seq_len=key.shape[1], dtype=query.dtype, device=query.device
+        )
+        assert self.state is not None
+        return self.state
+
+    def reset_skip_state(self) -> None:
+        """Forget everything: the next call begins a new generation."""
+        if self.state is not None:
+            self.state.reset()
+
+    def set_threshold(self, threshold: float | torch.Tensor) -> None:
+        """Set the threshold, in place on the device: neither a recompile nor a new graph.
+
+        Raises:
+            ValueError: NaN, above 0 without `allow_positive`, or a table that does not fit the state.
+        """
+        if self.state is not None:
+            self.state.set_threshold(threshold)
+        else:
+            check_threshold(threshold, allow_positive=self._options["allow_positive"])
+        self._options["threshold"] = threshold
+
+    def enable_skip_optimization(self, enable: bool = True) -> None:
+        """Turn skipping on or off, on the device; while off, everything is computed and the state stays as it is."""
+        self.skipping_enabled = enable
+        if self.state is not None:
+            self.state.set_flag(FLAG_DENSE, not enable)
+
+    def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
+        """Return the share of tiles that the next call skips, see `SkipState.sparsity`; 0 before the first call."""
+        return torch.zeros(()) if self.state is None else self.state.sparsity(per)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        saved = {
+            key.removeprefix(prefix + "state."): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix + "state.")
+        }
+        if saved and self._options["persistent"]:
+            device = None if self.state is None else self.state.control.device
+            self._adopt(SkipState.from_state_dict(saved, device=device, persistent=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let the state of a copy follow the branches as the original's does."""
+        super().__setstate__(state)
+        if self.state is not None:
+            default_session.follow(self.state)
+
+    def extra_repr(self) -> str:
+        """Return the options that matter most."""
+        threshold, num_steps = self._options["threshold"], self._options["num_steps"]
+        return f"enable_skipping={self.skipping_enabled}, threshold={threshold}, num_steps={num_steps}"

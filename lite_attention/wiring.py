@@ -1,0 +1,3 @@
+from lite_attention.ops import Session
+
+default_session = Session()

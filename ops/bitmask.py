@@ -1,0 +1,27 @@
+"""Bool tensors packed into int32 words, 32 tiles a word, lowest bit first."""
+
+from __future__ import annotations
+
+import torch
+
+from lite_attention.ops.tiles import ceil_div
+
+__all__ = ["WORD_BITS", "pack_bits", "unpack_bits"]
+
+WORD_BITS = 32
+
+
+def pack_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Pack a bool tensor [..., n] into int32 words [..., ceil(n / 32)]; bits past n are 0."""
+    words = ceil_div(bits.shape[-1], WORD_BITS)
+    padded = torch.nn.functional.pad(bits, (0, words * WORD_BITS - bits.shape[-1]))
+    shifts = torch.arange(WORD_BITS, device=bits.device)
+    packed = (padded.unflatten(-1, (words, WORD_BITS)).long() << shifts).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+
+
+def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
+    """Unpack int32 words [..., w] into a bool tensor [..., n], n <= 32 w."""
+    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
+    bits = (words.unsqueeze(-1) >> shifts).bitwise_and_(1).bool()
+    return bits.flatten(-2)[..., :n]

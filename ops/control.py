@@ -1,0 +1,73 @@
+"""Layout of the control tensor: everything about a state that changes between calls and is read on the device.
+
+int32 words: a header, then one block per slot. A kernel that keeps to this page needs nothing from the host.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "BATCH",
+    "FLAGS",
+    "FLAG_AUTO_STEP",
+    "FLAG_DENSE",
+    "FRESH",
+    "NUM_STEPS",
+    "REFRESH",
+    "SEQ_K",
+    "SEQ_Q",
+    "SLOT",
+    "STEP",
+    "TICKETS",
+    "control_words",
+    "new_control",
+    "slot_word",
+    "slots_of",
+]
+
+# Header.
+SLOT = 0  # the slot that the next call reads and writes
+NUM_STEPS = 1  # with auto-step, the step after this many is 0 again; 0 = never
+REFRESH = 2  # every so many steps starts fresh; 0 = only step 0
+FLAGS = 3
+TICKETS = 4  # scratch of a kernel whose last CTA moves the step; 0 between calls
+_HEADER_WORDS = 8
+
+FLAG_AUTO_STEP = 1  # the op moves the step of the slot after each call
+FLAG_DENSE = 2  # skipping is off: visit everything, vote nothing, change nothing
+
+# Block of one slot.
+STEP = 0
+FRESH = 1  # 1: the next call starts fresh; the op clears it
+BATCH, SEQ_Q, SEQ_K = 2, 3, 4  # sizes of the last call; another size starts fresh
+_SLOT_WORDS = 8
+
+
+def control_words(slots: int) -> int:
+    """Return the number of int32 words of a control tensor."""
+    return _HEADER_WORDS + slots * _SLOT_WORDS
+
+
+def slots_of(control: torch.Tensor) -> int:
+    """Return the number of slots that a control tensor has room for."""
+    return (control.shape[0] - _HEADER_WORDS) // _SLOT_WORDS
+
+
+def slot_word(slot: int, field: int) -> int:
+    """Return the index of a word of a slot's block."""
+    return _HEADER_WORDS + slot * _SLOT_WORDS + field
+
+
+def new_control(
+    slots: int,
+    *,
+    num_steps: int = 0,
+    refresh: int = 0,
+    auto_step: bool = True,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Return the control tensor of a state that has not been called yet."""
+    words = [0] * control_words(slots)
+    words[NUM_STEPS], words[REFRESH], words[FLAGS] = num_steps, refresh, FLAG_AUTO_STEP * auto_step
+    return torch.tensor(words, dtype=torch.int32, device=device)

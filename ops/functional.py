@@ -1,0 +1,88 @@
+"""The functional form of skip-aware attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lite_attention.ops.ranges import must_do_words, must_skip_mask
+from lite_attention.ops.schema import IMPLEMENTATIONS
+from lite_attention.ops.state import SkipState
+
+__all__ = ["skip_attention"]
+
+# Ranges seldom change between calls, and on CUDA each new tensor costs a copy from the host.
+_must_do_words = functools.lru_cache(maxsize=256)(must_do_words)
+_must_skip_mask = functools.lru_cache(maxsize=256)(must_skip_mask)
+
+
+def _cached(function: Any, ranges: Sequence[int], *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return function.__wrapped__(ranges, *args)
+    with torch.inference_mode(False):
+        return function(tuple(ranges), *args)
+
+
+def skip_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: SkipState,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    must_do: Sequence[int] | None = None,
+    must_skip: Sequence[int] | None = None,
+    key_lengths: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """Attention that leaves out the tiles which its state says do not matter, and updates the state.
+
+    The method is QK-Skip of LiteAttention (arXiv 2511.11062): a tile whose scores all lie far below the running
+    maximum of their rows is skipped from the next call on. At each call the output is exact attention over the keys
+    of the tiles that are visited.
+
+    Args:
+        q: (batch, seq_q, heads, head_dim), floating; any strides, the last one 1 (others are copied).
+        k: (batch, seq_k, kv_heads, head_dim); heads is a multiple of kv_heads.
+        v: (batch, seq_k, kv_heads, value_dim).
+        state: the memory of this site, updated in place.
+        scale: factor of the scores, above 0; None = head_dim ** -0.5.
+        return_lse: also return the log-sum-exp of the scores.
+        must_do: token ranges [start, end, start, end, ...] on the key axis, rounded outward to tiles that are always
+            visited.
+        must_skip: token ranges that take no part, exact to the token; wins over must_do.
+        key_lengths: int (batch,), keys from this index on take no part.
+        key_mask: bool (batch or 1, seq_k), True = the key takes part.
+        implementation: None = the one for the device; "reference" = the CPU algorithm on any device.
+
+    Returns:
+        out (batch, seq_q, heads, value_dim); with `return_lse` also lse float32 (batch, heads, seq_q), natural log.
+        A row without any key gives 0 and -inf.
+
+    Raises:
+        ValueError: an argument, or the state, does not fit; nothing has been changed then.
+        RuntimeError: a gradient is required.
+        NotImplementedError: no kernel for this device.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected None or 'reference', got {implementation!r}")
+    seq_k, device = k.shape[1], q.device
+    words = None if must_do is None else _cached(_must_do_words, must_do, seq_k, state.tile_n, device)
+    masks = [] if key_mask is None else [key_mask]
+    if key_lengths is not None:
+        if key_lengths.shape != q.shape[:1]:
+            raise ValueError(f"key_lengths: expected shape ({q.shape[0]},), got {tuple(key_lengths.shape)}")
+        masks.append(torch.arange(seq_k, device=device) < key_lengths.unsqueeze(-1))
+    if must_skip is not None:
+        masks.append(_cached(_must_skip_mask, must_skip, seq_k, device))
+    allowed = functools.reduce(torch.logical_and, masks) if masks else None
+    out, lse = IMPLEMENTATIONS[implementation](
+        q, k, v, state.skip_mask, state.control, state.threshold, state.initial_mask, words, allowed,
+        scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out

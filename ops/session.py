@@ -1,0 +1,111 @@
+"""Which branch and step a model is in, told to the states of its attention sites."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+import torch
+
+from lite_attention.ops import control as c
+from lite_attention.ops.state import SkipState
+
+__all__ = ["Session"]
+
+
+class Session:
+    """Branch and step of a generation, written to the device memory of every state that follows the session.
+
+    Compiled code and CUDA graphs read them there, so entering a branch recompiles nothing. One session serves one
+    generation at a time.
+    """
+
+    def __init__(self) -> None:
+        self.branches: dict[str, int] = {}  # name -> slot
+        self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
+        self._slot = 0
+        self._steps: dict[int, int] = {}  # slot -> step, where the caller says it
+
+    @property
+    def states(self) -> list[SkipState]:
+        """The states that follow, in no particular order."""
+        return list(self._states)
+
+    def follow(self, state: SkipState) -> None:
+        """Let a state follow from now on, and tell it where the session is.
+
+        Raises:
+            ValueError: the state has fewer slots than the session has branches.
+        """
+        if state in self._states:
+            return
+        self._check_slots(max(self.branches.values(), default=0), [state])
+        self._states.add(state)
+        if self._slot:
+            state.slot = self._slot
+        for slot, step in self._steps.items():
+            state.set_step(step, slot)
+        if self._steps:
+            state.set_flag(c.FLAG_AUTO_STEP, False)
+
+    @contextlib.contextmanager
+    def branch(self, name: str, step: int | None = None) -> Iterator[int]:
+        """Enter a branch; every call inside uses its slot.
+
+        Args:
+            name: any name; each new one takes the next slot.
+            step: denoising step. Given, it is written to the states, and one that goes backwards begins a new
+                generation. None: the op counts the calls.
+
+        Raises:
+            ValueError: one branch more than the states have slots.
+        """
+        slot = self.branches.get(name, len(self.branches))
+        self._check_slots(slot, self._states)
+        self.branches[name] = slot
+        before = self._slot
+        self._enter(slot)
+        if step is not None:
+            self._move(slot, step)
+        try:
+            yield slot
+        finally:
+            self._enter(before)
+
+    def reset(self) -> None:
+        """Begin a new generation: all states forget their votes and their step; branches keep their slots."""
+        self._steps = dict.fromkeys(self._steps, 0)
+        for state in self._states:
+            state.reset()
+
+    def _check_slots(self, slot: int, states: object) -> None:
+        slots = min((state.slots for state in states), default=slot + 1)  # type: ignore[attr-defined]
+        if slot >= slots:
+            raise ValueError(
+                f"branch: expected at most {slots} names, one for each slot, got {[*self.branches]} and one more; "
+                f"give the states slots={slot + 1}, or reset() to forget the names"
+            )
+
+    def _enter(self, slot: int) -> None:
+        if slot != self._slot:
+            self._slot = slot
+            self._write(c.SLOT, slot)
+
+    def _move(self, slot: int, step: int) -> None:
+        last = self._steps.get(slot)
+        if last is None:
+            for state in self._states:
+                state.set_flag(c.FLAG_AUTO_STEP, False)
+        if last is None or step < last:
+            self._write(c.slot_word(slot, c.FRESH), 1)
+        if step != last:
+            self._write(c.slot_word(slot, c.STEP), step)
+        self._steps[slot] = step
+
+    def _write(self, word: int, value: int) -> None:
+        """Write one word of all control tensors: two launches, however many states there are."""
+        words = [state.control[word : word + 1] for state in self._states]
+        if words:
+            torch._foreach_zero_(words)
+            torch._foreach_add_(words, value)

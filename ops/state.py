@@ -1,0 +1,327 @@
+"""The memory of one attention site: which tiles to skip, which step it is at, and how bold it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite_attention.ops import control as c
+from lite_attention.ops.bitmask import WORD_BITS, pack_bits, unpack_bits
+from lite_attention.ops.tiles import ceil_div, tile_shape
+from lite_attention.ops.validate import check_threshold
+
+__all__ = ["DEFAULT_SLOTS", "DEFAULT_THRESHOLD", "SkipState"]
+
+DEFAULT_THRESHOLD = -10.0
+DEFAULT_SLOTS = 2  # cond and uncond
+
+_AXES = ("slot", "batch", "head")
+
+
+class SkipState(nn.Module):
+    """The buffers of one attention site and their meaning.
+
+    Each branch of a denoising step (cond, uncond, ...) has a slot of its own. The op updates the buffers in place and
+    they are never reallocated, so their addresses may be baked into CUDA graphs and compiled code.
+
+    The buffers stay out of the `state_dict` of a model that holds this module, unless `persistent`; `state_dict` and
+    `load_state_dict` of the SkipState itself always have them. `.to(device)` moves them and never changes a dtype.
+
+    Args:
+        batch: batch size, as are the others below, at most: the op may be called with less.
+        heads: query heads, exactly.
+        seq_q: query tokens.
+        seq_k: key tokens.
+        tile_m: query rows of a tile.
+        tile_n: keys of a tile.
+        slots: branches to tell apart.
+        threshold: in log2 units, at most 0. A tile is skipped from the next step on if in every row its largest score
+            lies at least this far below the largest seen before. A number, or a tensor that broadcasts to
+            (slots, steps, heads).
+        num_steps: denoising steps of a generation: after so many calls the next one starts fresh. None = unknown.
+        refresh: every so many steps starts fresh; None = only the first.
+        auto_step: the op counts the steps. False: the caller writes `step`.
+        initial_mask: bool tensor (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start.
+        persistent: save the buffers with the model that holds this module.
+        allow_positive: accept thresholds above 0.
+        device: where the buffers live.
+
+    Raises:
+        ValueError: an argument out of range, with what was expected and what came.
+    """
+
+    skip_mask: torch.Tensor
+    control: torch.Tensor
+    threshold: torch.Tensor
+    initial_mask: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        heads: int,
+        seq_q: int,
+        seq_k: int,
+        tile_m: int,
+        tile_n: int,
+        slots: int = DEFAULT_SLOTS,
+        threshold: float | torch.Tensor = DEFAULT_THRESHOLD,
+        num_steps: int | None = None,
+        refresh: int | None = None,
+        auto_step: bool = True,
+        initial_mask: torch.Tensor | None = None,
+        persistent: bool = False,
+        allow_positive: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in {
+            "batch": batch, "heads": heads, "seq_q": seq_q, "seq_k": seq_k, "tile_m": tile_m, "tile_n": tile_n,
+            "slots": slots, "num_steps": 1 if num_steps is None else num_steps,
+            "refresh": 1 if refresh is None else refresh,
+        }.items():  # fmt: skip
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.tile_m, self.tile_n = tile_m, tile_n
+        self.persistent = persistent
+        self.allow_positive = allow_positive
+        self.capacity = (batch, heads, seq_q, seq_k)
+        q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
+        words = ceil_div(k_tiles, WORD_BITS)
+        steps = threshold.shape[-2] if isinstance(threshold, torch.Tensor) and threshold.dim() > 1 else 1
+        steps = max(steps, num_steps or 1)
+        if initial_mask is not None:
+            initial_mask = self._pack_initial_mask(initial_mask, q_tiles, k_tiles)
+        # A state born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            shape = (slots, batch, heads, q_tiles, words)
+            buffers = {
+                "skip_mask": torch.zeros(shape, dtype=torch.int32, device=device),
+                "control": c.new_control(
+                    slots, num_steps=num_steps or 0, refresh=refresh or 0, auto_step=auto_step, device=device
+                ),
+                "threshold": torch.empty(slots, steps, heads, dtype=torch.float32, device=device),
+                "initial_mask": None if initial_mask is None else initial_mask.to(device),
+            }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=persistent)
+        self.set_threshold(threshold)
+
+    @classmethod
+    def for_inputs(cls, q: torch.Tensor, k: torch.Tensor, **options: Any) -> SkipState:
+        """Return a state sized for q [B, Sq, Hq, D] and k [B, Sk, Hkv, D], with the tile sizes of the table."""
+        tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device)
+        sizes = {"batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
+        return cls(**{**sizes, "tile_m": tile_m, "tile_n": tile_n, "device": q.device, **options})
+
+    def _pack_initial_mask(self, mask: torch.Tensor, q_tiles: int, k_tiles: int) -> torch.Tensor:
+        batch, heads = self.capacity[:2]
+        fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        if mask.dtype != torch.bool or not fits or tuple(mask.shape[2:]) != (q_tiles, k_tiles):
+            raise ValueError(
+                f"initial_mask: expected bool (1 or {batch}, 1 or {heads}, {q_tiles}, {k_tiles}) for tiles of "
+                f"{self.tile_m} x {self.tile_n}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        return pack_bits(mask)
+
+    # ---- what a user reads and writes ------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Number of branches that have a memory of their own."""
+        return self.skip_mask.shape[0]
+
+    @property
+    def slot(self) -> int:
+        """The slot that the next call reads and writes. Reading it waits for the device."""
+        return int(self.control[c.SLOT])
+
+    @slot.setter
+    def slot(self, slot: int) -> None:
+        self.control[c.SLOT : c.SLOT + 1].fill_(self._check_slot(slot))
+
+    def _check_slot(self, slot: int) -> int:
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot: expected 0 to {self.slots - 1}, got {slot}")
+        return slot
+
+    def step(self, slot: int | None = None) -> int:
+        """Return the step that the next call of a slot (None = the current one) belongs to. Waits for the device."""
+        return int(self.control[c.slot_word(self.slot if slot is None else self._check_slot(slot), c.STEP)])
+
+    def set_step(self, step: int, slot: int | None = None) -> None:
+        """Write the step of the next call of one slot, or of all (None)."""
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        for s in range(self.slots) if slot is None else [self._check_slot(slot)]:
+            word = c.slot_word(s, c.STEP)
+            self.control[word : word + 1].fill_(step)
+
+    def start_fresh(self, slot: int | None = None) -> None:
+        """Let the next call of one slot, or of all (None), start from the initial mask, without moving the step."""
+        for s in range(self.slots) if slot is None else [self._check_slot(slot)]:
+            word = c.slot_word(s, c.FRESH)
+            self.control[word : word + 1].fill_(1)
+
+    def reset(self, slot: int | None = None) -> None:
+        """Forget the votes and the step of one slot, or of all (None): the next generation begins."""
+        for s in range(self.slots) if slot is None else [self._check_slot(slot)]:
+            self.skip_mask[s].zero_()
+            self.control[c.slot_word(s, 0) : c.slot_word(s + 1, 0)].zero_()
+
+    def set_threshold(self, threshold: float | torch.Tensor) -> None:
+        """Write the threshold in place: a number, or a tensor that broadcasts to (slots, steps, heads).
+
+        Raises:
+            ValueError: NaN, above 0 without `allow_positive`, or a table that does not broadcast.
+        """
+        check_threshold(threshold, allow_positive=self.allow_positive)
+        shape = self.threshold.shape
+        table = torch.as_tensor(threshold, dtype=torch.float32)
+        try:
+            if table.dim() > 1 and 1 < table.shape[-2] < shape[1]:  # past its end the last step holds
+                last = table[..., -1:, :].expand(
+                    *table.shape[:-2], shape[1] - table.shape[-2], table.shape[-1]
+                )
+                table = torch.cat([table, last], dim=-2)
+            self.threshold.copy_(table.expand(shape))
+        except RuntimeError:
+            raise ValueError(
+                f"threshold: expected a number or a tensor that broadcasts to (slots, steps, heads) = "
+                f"{tuple(shape)}, got {tuple(table.shape)}; a longer table needs a state made with num_steps"
+            ) from None
+
+    def set_num_steps(self, num_steps: int | None) -> None:
+        """Write the number of steps after which auto-step begins again at 0; None = never."""
+        if num_steps is not None and num_steps < 1:
+            raise ValueError(f"num_steps: expected at least 1 or None, got {num_steps}")
+        self.control[c.NUM_STEPS : c.NUM_STEPS + 1].fill_(num_steps or 0)
+
+    def set_flag(self, flag: int, on: bool) -> None:
+        """Set or clear `FLAG_AUTO_STEP` or `FLAG_DENSE` of the control tensor, on the device."""
+        word = self.control[c.FLAGS : c.FLAGS + 1]
+        word.bitwise_or_(flag) if on else word.bitwise_and_(~flag)
+
+    # ---- what it learned -------------------------------------------------------------------------------------------
+
+    def kept_tiles(self) -> torch.Tensor:
+        """Return bool [slots, B, Hq, q_tiles, k_tiles], True where the next call computes.
+
+        must_do ranges and key masks belong to a call, not to the state, and are not seen here.
+        """
+        return ~unpack_bits(self.skip_mask, ceil_div(self.capacity[3], self.tile_n))
+
+    def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
+        """Return the share of tiles that the next call skips, 0 to 1, over the slots in use.
+
+        Args:
+            per: axes to keep, of "slot", "batch" and "head"; the result has them in this order. A slot not in use
+                counts as 0 where the slots are kept.
+        """
+        kept_axes = {per} if isinstance(per, str) else set(per)
+        if not kept_axes <= set(_AXES):
+            raise ValueError(f"per: expected names out of {_AXES}, got {sorted(kept_axes - set(_AXES))}")
+        skipped, total = [], []
+        blocks = self.control.tolist()
+        for slot in range(self.slots):
+            batch, seq_q, seq_k = (blocks[c.slot_word(slot, f)] for f in (c.BATCH, c.SEQ_Q, c.SEQ_K))
+            q_tiles, k_tiles = ceil_div(seq_q, self.tile_m), ceil_div(seq_k, self.tile_n)
+            counts = torch.zeros(self.capacity[:2], dtype=torch.float64)
+            sizes = torch.zeros_like(counts)
+            if batch:
+                bits = unpack_bits(self.skip_mask[slot, :batch, :, :q_tiles], k_tiles)
+                counts[:batch] = bits.sum((-1, -2)).to(counts)
+                sizes[:batch] = q_tiles * k_tiles
+            skipped.append(counts)
+            total.append(sizes)
+        summed = [dim for dim, axis in enumerate(_AXES) if axis not in kept_axes]
+        numerator, denominator = torch.stack(skipped), torch.stack(total)
+        if summed:
+            numerator, denominator = numerator.sum(summed), denominator.sum(summed)
+        return (numerator / denominator.clamp(min=1)).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all buffers in bytes."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    # ---- saving, loading, moving -----------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the buffers and the geometry; inside a parent's `state_dict`, only if `persistent`."""
+        destination = kwargs.get("destination")
+        if destination is not None and not self.persistent:
+            return destination
+        prefix = kwargs.get("prefix", "")
+        result: dict[str, torch.Tensor] = {} if destination is None else destination
+        for name, buffer in self.named_buffers(recurse=False):
+            result[prefix + name] = buffer if kwargs.get("keep_vars") else buffer.detach()
+        result[prefix + "geometry"] = torch.tensor([*self.capacity, self.tile_m, self.tile_n])
+        return result
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy saved buffers into this state, in place.
+
+        Raises:
+            ValueError: a tensor is missing or unknown, or was saved by a state of another geometry; nothing is written.
+        """
+        own = self.state_dict()
+        if set(own) != set(state_dict):
+            raise ValueError(f"state_dict: expected {sorted(own)}, got {sorted(state_dict)}")
+        for name, tensor in own.items():
+            saved = state_dict[name]
+            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {saved.dtype} {tuple(saved.shape)}"
+                )
+        if own["geometry"].tolist() != state_dict["geometry"].tolist():
+            raise ValueError(
+                "geometry (batch, heads, seq_q, seq_k, tile_m, tile_n): "
+                f"expected {own['geometry'].tolist()}, got {state_dict['geometry'].tolist()}"
+            )
+        with torch.no_grad():
+            for name, buffer in self.named_buffers(recurse=False):
+                buffer.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Any], *, device: Any = None, **options: Any
+    ) -> SkipState:
+        """Return a state of the geometry that was saved, holding what was saved."""
+        batch, heads, seq_q, seq_k, tile_m, tile_n = state_dict["geometry"].tolist()
+        mask, table = state_dict.get("initial_mask"), state_dict["threshold"]
+        state = cls(
+            batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n,
+            slots=table.shape[0], threshold=table, device=device,
+            initial_mask=None if mask is None else unpack_bits(mask, ceil_div(seq_k, tile_n)),
+            **{"allow_positive": bool((table > 0).any()), **options},
+        )  # fmt: skip
+        state.load_state_dict(state_dict)
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load as part of a model: only a persistent state takes part."""
+        if not self.persistent:
+            return
+        own = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if own:
+            self.load_state_dict(own)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SkipState:
+        """Move to the device that `fn` moves to; dtypes and layouts are part of the contract, so they stay."""
+        device = fn(torch.empty(0, device=self.control.device)).device
+        for name, buffer in self.named_buffers(recurse=False):
+            self._buffers[name] = buffer.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the geometry in short."""
+        batch, heads, seq_q, seq_k = self.capacity
+        tiles = f"{ceil_div(seq_q, self.tile_m)}x{ceil_div(seq_k, self.tile_n)} tiles of {self.tile_m}x{self.tile_n}"
+        return f"slots={self.slots}, batch={batch}, heads={heads}, {tiles}, {self.nbytes / (1 << 20):.2f} MiB"

@@ -1,0 +1,148 @@
+"""What a call must look like. Every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lite_attention.ops.bitmask import WORD_BITS
+from lite_attention.ops.control import control_words, slots_of
+from lite_attention.ops.tiles import ceil_div
+
+__all__ = ["check_call", "check_inputs", "check_threshold"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _require(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Check rank, dtype, device and sizes of q, k and v.
+
+    Raises:
+        ValueError: naming the argument at fault.
+    """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _require(t.dim() == 4, name, "(batch, seq_len, heads, head_dim)", f"{t.dim()} dimensions")
+        _require(t.dtype == q.dtype, f"dtype of {name}", f"that of q, {q.dtype}", t.dtype)
+        _require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
+    _require(q.dtype in _DTYPES, "dtype of q", "float16, bfloat16, float32 or float64", q.dtype)
+    batch, seq_q, heads, head_dim = q.shape
+    _, seq_k, kv_heads, _ = k.shape
+    _require(k.shape[0] == batch, "batch of k", f"that of q, {batch}", k.shape[0])
+    _require(k.shape[3] == head_dim, "head_dim of k", f"that of q, {head_dim}", k.shape[3])
+    _require(v.shape[0] == batch, "batch of v", f"that of q, {batch}", v.shape[0])
+    _require(v.shape[1] == seq_k, "seq_len of v", f"that of k, {seq_k}", v.shape[1])
+    _require(v.shape[2] == kv_heads, "heads of v", f"those of k, {kv_heads}", v.shape[2])
+    for name, size in (
+        ("batch of q", batch),
+        ("seq_len of q", seq_q),
+        ("seq_len of k", seq_k),
+        ("heads of k", kv_heads),
+        ("head_dim of q", head_dim),
+        ("head_dim of v", v.shape[3]),
+    ):
+        _require(size >= 1, name, "at least 1", size)
+    _require(
+        heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of k, {kv_heads}", heads
+    )
+
+
+def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) -> None:
+    """Check threshold values, in log2 units: reads them, so not for the hot path.
+
+    Raises:
+        ValueError: NaN, or a positive value without `allow_positive`.
+    """
+    values = torch.as_tensor(threshold, dtype=torch.float32)
+    _require(not bool(values.isnan().any()), "threshold", "numbers", "NaN")
+    highest = float(values.max()) if values.numel() else -math.inf
+    _require(
+        allow_positive or highest <= 0,
+        "threshold",
+        "at most 0 (log2 units; a positive one drops tiles that raise the maximum, allow_positive=True insists)",
+        highest,
+    )
+
+
+def check_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    skip_mask: torch.Tensor,
+    control: torch.Tensor,
+    threshold: torch.Tensor,
+    initial_mask: torch.Tensor | None,
+    must_do: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    tile_m: int,
+    tile_n: int,
+) -> None:
+    """Check that the state fits the call, before anything is touched. Reads no tensor's contents.
+
+    Raises:
+        ValueError: naming the argument at fault, what was expected and what came.
+    """
+    check_inputs(q, k, v)
+    batch, seq_q, heads, _ = q.shape
+    seq_k = k.shape[1]
+    _require(scale is None or scale > 0, "scale", "a number above 0", scale)
+    _require(tile_m > 0 and tile_n > 0, "tile_m, tile_n", "positive sizes", (tile_m, tile_n))
+    q_tiles, k_words = ceil_div(seq_q, tile_m), ceil_div(ceil_div(seq_k, tile_n), WORD_BITS)
+
+    tensors = (
+        ("skip_mask", skip_mask, torch.int32, 5),
+        ("control", control, torch.int32, 1),
+        ("threshold", threshold, torch.float32, 3),
+        ("initial_mask", initial_mask, torch.int32, 4),
+        ("must_do", must_do, torch.int32, 1),
+        ("key_mask", key_mask, torch.bool, 2),
+    )
+    for name, t, dtype, dim in tensors:
+        if t is not None:
+            _require(t.dim() == dim, name, f"{dim} dimensions", t.dim())
+            _require(t.dtype == dtype, f"dtype of {name}", str(dtype), t.dtype)
+            _require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
+    _require(skip_mask.is_contiguous(), "skip_mask", "a contiguous tensor", f"strides {skip_mask.stride()}")
+    _require(control.is_contiguous(), "control", "a contiguous tensor", f"strides {control.stride()}")
+
+    slots = skip_mask.shape[0]
+    room = tuple(skip_mask.shape)
+    tiling = f"for q {tuple(q.shape)}, {seq_k} keys and tiles of {tile_m} x {tile_n}"
+    _require(
+        room[1] >= batch and room[2] == heads and room[3] >= q_tiles and room[4] >= k_words,
+        "skip_mask",
+        f"room for (slots, {batch}, {heads}, {q_tiles}, {k_words}) {tiling}",
+        room,
+    )
+    _require(
+        control.shape[0] == control_words(slots),
+        "control",
+        f"{control_words(slots)} words for {slots} slots",
+        f"{control.shape[0]} words, {slots_of(control)} slots",
+    )
+    for dim, (axis, size) in enumerate((("slots", slots), ("steps", None), ("heads", heads))):
+        got = threshold.shape[dim]
+        fits = got >= 1 if size is None else got in (1, size)
+        _require(fits, f"{axis} of threshold", f"1 or {size}" if size is not None else "at least 1", got)
+    if initial_mask is not None:
+        got4 = tuple(initial_mask.shape)
+        _require(
+            (got4[0] == 1 or got4[0] >= batch)
+            and got4[1] in (1, heads)
+            and got4[2] >= q_tiles
+            and got4[3] >= k_words,
+            "initial_mask",
+            f"(1 or {batch}, 1 or {heads}, {q_tiles}, {k_words}) {tiling}",
+            got4,
+        )
+    if must_do is not None:
+        _require(must_do.shape[0] >= k_words, "must_do", f"{k_words} words {tiling}", must_do.shape[0])
+    if key_mask is not None:
+        got2 = tuple(key_mask.shape)
+        _require(got2 in ((batch, seq_k), (1, seq_k)), "key_mask", f"(1 or {batch}, {seq_k})", got2)
