@@ -187,9 +187,7 @@ class LiteAttention(nn.Module):
                 tuple(query.shape), query.dtype, query.device, self.state,
             )  # fmt: skip
         batch, seq_len, heads, head_dim = query.shape
-        self.allocate(
-            batch, seq_len, heads, head_dim, kv_seq_len=key.shape[1], dtype=query.dtype, device=query.device
-        )
+        self.allocate(batch, seq_len, heads, head_dim, kv_seq_len=key.shape[1], dtype=query.dtype, device=query.device)
         assert self.state is not None
         return self.state
 

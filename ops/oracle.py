@@ -20,9 +20,7 @@ class OracleResult(NamedTuple):
     lse: torch.Tensor  # [B, Hq, Sq] float64, natural log
     skip_mask: torch.Tensor
     control: torch.Tensor
-    margin: (
-        torch.Tensor
-    )  # [B, Hq, q_tiles, k_tiles]: distance of each vote from the threshold; inf = no vote cast
+    margin: torch.Tensor  # [B, Hq, q_tiles, k_tiles]: distance of each vote from the threshold; inf = no vote cast
 
 
 def _bit(words: torch.Tensor, tile: int) -> bool:
@@ -70,12 +68,8 @@ def skip_attention_oracle(
     to_log2 = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
     keys = repeat(k.double(), "b j h d -> b (h group) j d", group=group)
     values = repeat(v.double(), "b j h d -> b (h group) j d", group=group)
-    scores = to_log2 * einsum(
-        rearrange(q.double(), "b i h d -> b h i d"), keys, "b h i d, b h j d -> b h i j"
-    )
-    allowed = (
-        torch.ones(batch, seq_k, dtype=torch.bool) if key_mask is None else key_mask.expand(batch, seq_k)
-    )
+    scores = to_log2 * einsum(rearrange(q.double(), "b i h d -> b h i d"), keys, "b h i d, b h j d -> b h i j")
+    allowed = torch.ones(batch, seq_k, dtype=torch.bool) if key_mask is None else key_mask.expand(batch, seq_k)
     scores = scores.masked_fill(~allowed[:, None, None], -math.inf)
 
     # Everything that changes between calls is read from the control tensor.
@@ -97,9 +91,7 @@ def skip_attention_oracle(
     for b in range(batch):
         for h in range(heads):
             # Past the end of the table the last row holds; a size of 1 serves all.
-            limit = float(
-                threshold[min(slot, len(threshold) - 1)][min(step, threshold.shape[1] - 1)].expand(heads)[h]
-            )
+            limit = float(threshold[min(slot, len(threshold) - 1)][min(step, threshold.shape[1] - 1)].expand(heads)[h])
             for i in range(q_tiles):
                 rows = slice(i * tile_m, min((i + 1) * tile_m, seq_q))  # rows beyond Sq do not exist
                 mask = skip_mask[slot, b, h, i]

@@ -45,9 +45,7 @@ def must_do_words(
     return pack_bits(tiles).to(device)
 
 
-def must_skip_mask(
-    ranges: Sequence[int], seq_k: int, device: torch.device | str | None = None
-) -> torch.Tensor:
+def must_skip_mask(ranges: Sequence[int], seq_k: int, device: torch.device | str | None = None) -> torch.Tensor:
     """Return a bool key mask [1, seq_k], False in the ranges: exact to the token."""
     allowed = torch.ones(1, seq_k, dtype=torch.bool)
     for start, end in merge_ranges("must_skip", ranges, seq_k):

@@ -54,12 +54,7 @@ def _read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int]
         raise ValueError(f"control: expected a step of at least 0, got {step}")
     last = tuple(words[slot_word(slot, field)] for field in (BATCH, SEQ_Q, SEQ_K))
     refresh, num_steps, flags = words[REFRESH], words[NUM_STEPS], words[FLAGS]
-    fresh = (
-        step == 0
-        or words[slot_word(slot, FRESH)] != 0
-        or (refresh > 0 and step % refresh == 0)
-        or last != sizes
-    )
+    fresh = step == 0 or words[slot_word(slot, FRESH)] != 0 or (refresh > 0 and step % refresh == 0) or last != sizes
     next_step = step
     if flags & FLAG_AUTO_STEP:
         next_step = 0 if num_steps > 0 and step + 1 >= num_steps else step + 1

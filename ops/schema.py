@@ -38,9 +38,7 @@ _Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 _library = torch.library.Library("lite_attention", "DEF")
 
 
-def _fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
     check_inputs(q, k, v)
     return empty_output(q, v), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 

@@ -183,9 +183,7 @@ class SkipState(nn.Module):
         table = torch.as_tensor(threshold, dtype=torch.float32)
         try:
             if table.dim() > 1 and 1 < table.shape[-2] < shape[1]:  # past its end the last step holds
-                last = table[..., -1:, :].expand(
-                    *table.shape[:-2], shape[1] - table.shape[-2], table.shape[-1]
-                )
+                last = table[..., -1:, :].expand(*table.shape[:-2], shape[1] - table.shape[-2], table.shape[-1])
                 table = torch.cat([table, last], dim=-2)
             self.threshold.copy_(table.expand(shape))
         except RuntimeError:
@@ -262,9 +260,7 @@ class SkipState(nn.Module):
         result[prefix + "geometry"] = torch.tensor([*self.capacity, self.tile_m, self.tile_n])
         return result
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy saved buffers into this state, in place.
 
         Raises:
@@ -290,9 +286,7 @@ class SkipState(nn.Module):
         return nn.modules.module._IncompatibleKeys([], [])
 
     @classmethod
-    def from_state_dict(
-        cls, state_dict: Mapping[str, Any], *, device: Any = None, **options: Any
-    ) -> SkipState:
+    def from_state_dict(cls, state_dict: Mapping[str, Any], *, device: Any = None, **options: Any) -> SkipState:
         """Return a state of the geometry that was saved, holding what was saved."""
         batch, heads, seq_q, seq_k, tile_m, tile_n = state_dict["geometry"].tolist()
         mask, table = state_dict.get("initial_mask"), state_dict["threshold"]

@@ -47,9 +47,7 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         ("head_dim of v", v.shape[3]),
     ):
         _require(size >= 1, name, "at least 1", size)
-    _require(
-        heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of k, {kv_heads}", heads
-    )
+    _require(heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of k, {kv_heads}", heads)
 
 
 def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) -> None:
@@ -133,10 +131,7 @@ def check_call(
     if initial_mask is not None:
         got4 = tuple(initial_mask.shape)
         _require(
-            (got4[0] == 1 or got4[0] >= batch)
-            and got4[1] in (1, heads)
-            and got4[2] >= q_tiles
-            and got4[3] >= k_words,
+            (got4[0] == 1 or got4[0] >= batch) and got4[1] in (1, heads) and got4[2] >= q_tiles and got4[3] >= k_words,
             "initial_mask",
             f"(1 or {batch}, 1 or {heads}, {q_tiles}, {k_words}) {tiling}",
             got4,
