@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, skip_attention, tile_shape
+from lite_attention.ops import (
+    DEFAULT_SLOTS,
+    DEFAULT_THRESHOLD,
+    SkipState,
+    default_session,
+    skip_attention,
+    tile_shape,
+)
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.validate import check_threshold
-from lite_attention.wiring import default_session
 
 __all__ = ["LiteAttention"]
 
@@ -148,7 +154,7 @@ class LiteAttention(nn.Module):
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "LiteAttention is being traced without a skip state that fits: call "
-                    ".allocate(batch, seq_len, heads, head_dim, dtype=..., device=...) on it before compiling or exporting"
+                    ".allocate(batch, seq_len, heads, head_dim, dtype=..., device=...) on it beforehand"
                 )
             state = self._allocate_for(query, key)
         return skip_attention(
@@ -231,7 +237,7 @@ class LiteAttention(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Let the state of a copy follow the branches as the original's does."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.state is not None:
             default_session.follow(self.state)
 

@@ -11,7 +11,7 @@ import torch
 from lite_attention.ops import control as c
 from lite_attention.ops.state import SkipState
 
-__all__ = ["Session"]
+__all__ = ["Session", "default_session"]
 
 
 class Session:
@@ -26,6 +26,7 @@ class Session:
         self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
         self._slot = 0
         self._steps: dict[int, int] = {}  # slot -> step, where the caller says it
+        self.is_told = False  # somebody says where generations begin
 
     @property
     def states(self) -> list[SkipState]:
@@ -64,6 +65,7 @@ class Session:
         slot = self.branches.get(name, len(self.branches))
         self._check_slots(slot, self._states)
         self.branches[name] = slot
+        self.is_told |= step is not None
         before = self._slot
         self._enter(slot)
         if step is not None:
@@ -75,6 +77,7 @@ class Session:
 
     def reset(self) -> None:
         """Begin a new generation: all states forget their votes and their step; branches keep their slots."""
+        self.is_told = True
         self._steps = dict.fromkeys(self._steps, 0)
         for state in self._states:
             state.reset()
@@ -109,3 +112,6 @@ class Session:
         if words:
             torch._foreach_zero_(words)
             torch._foreach_add_(words, value)
+
+
+default_session = Session()

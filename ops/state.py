@@ -117,6 +117,17 @@ class SkipState(nn.Module):
         sizes = {"batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
         return cls(**{**sizes, "tile_m": tile_m, "tile_n": tile_n, "device": q.device, **options})
 
+    @classmethod
+    def over(cls, buffers: Mapping[str, torch.Tensor], tile_m: int, tile_n: int) -> SkipState:
+        """Return a state that shares existing buffers, by name, such as those of an exported program."""
+        slots, batch, heads, q_tiles, words = buffers["skip_mask"].shape
+        state = cls(
+            batch=batch, heads=heads, seq_q=q_tiles * tile_m, seq_k=words * WORD_BITS * tile_n, tile_m=tile_m,
+            tile_n=tile_n, slots=slots, allow_positive=True, device="meta",
+        )  # fmt: skip
+        state._buffers.update(buffers)
+        return state
+
     def _pack_initial_mask(self, mask: torch.Tensor, q_tiles: int, k_tiles: int) -> torch.Tensor:
         batch, heads = self.capacity[:2]
         fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)

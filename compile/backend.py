@@ -1,0 +1,299 @@
+"""The torch.compile backend: swaps attention for the skip-aware op and threads the states through as static inputs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from lite_attention.compile.provenance import value_of
+from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
+from lite_attention.compile.store import StateStore
+from lite_attention.compile.swap import STATE_BUFFERS, swap_site
+from lite_attention.ops import Session, default_session
+from lite_attention.ops.bitmask import WORD_BITS
+from lite_attention.ops.control import control_words
+from lite_attention.ops.tiles import ceil_div
+
+__all__ = ["LiteAttentionBackend", "liteattn_backend"]
+
+_log = logging.getLogger("lite_attention")
+
+_Compiled = Callable[..., Any]
+_Size = Callable[[Sequence[Any]], int]
+
+
+class LiteAttentionBackend:
+    """A torch.compile backend: `torch.compile(model, backend=LiteAttentionBackend(threshold=-6.0))`.
+
+    Attention that it can prove to be self-attention is swapped for `lite_attention::skip_attention`; all else compiles
+    as usual. `mode=` and `options=` of torch.compile work. One backend may serve several models: states belong to the
+    layers, whatever graph runs them.
+
+    Args:
+        inner: what compiles the changed graph: "inductor", another dynamo backend's name, or a callable
+            (graph module, example inputs) -> callable.
+        session: branch and step that the states follow; by default that of `lite_attention.branch`.
+        options: fields of `SkipSettings`: threshold, num_steps, slots, refresh, select, min_tiles, tile_shape,
+            initial_mask, max_steps, implementation.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(self, *, inner: str | _Compiled = "inductor", session: Session | None = None, **options: Any) -> None:
+        self.settings = SkipSettings(**options)
+        self.store = StateStore(self.settings, default_session if session is None else session)
+        self.sites: list[Site] = []  # of all graphs compiled so far
+        self._inner = inner
+        self._warned = False
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> _Compiled:
+        """Compile a graph of dynamo; called by torch.compile."""
+        found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter)
+        nested = sites_in_subgraphs(gm)
+        runtime = _runtime_sites(gm, found, nested)
+        sites = [site.site for site in runtime]
+        self.sites += sites
+        log_sites(sites, "torch.compile")
+
+        extra: list[torch.Tensor] = []
+        if any(site.site.swapped for site in found):
+            gm, clones = _clone(gm)
+            modes = _FakeModes.of(gm, example_inputs)
+            for index, site in enumerate(s.on(clones) for s in found if s.site.swapped):
+                nodes, fakes = _add_state_inputs(gm.graph, index, site, self.settings, modes)
+                swap_site(gm.graph, site, nodes, self.settings, "example_value")
+                extra += fakes
+            gm.recompile()
+        compiled = self._compile(gm, [*example_inputs, *extra], mode, options)
+        return self._wrap(compiled, runtime) if runtime else compiled
+
+    def _compile(
+        self, gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: dict[str, Any] | None
+    ) -> _Compiled:
+        if self._inner != "inductor":
+            if mode not in (None, "default") or options:
+                raise ValueError(f"mode, options: expected none with inner={self._inner!r}, got {mode!r}, {options!r}")
+            inner = torch._dynamo.lookup_backend(self._inner) if isinstance(self._inner, str) else self._inner
+            result: _Compiled = inner(gm, inputs)
+            return result
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+        return compiled  # type: ignore[no-any-return]
+
+    def _wrap(self, compiled: _Compiled, runtime: list[_RuntimeSite]) -> _Compiled:
+        """Return a callable that finds the states of the layer that is being run, and hands them to the graph."""
+        store = self.store
+
+        def run(*args: Any) -> Any:
+            extra: list[torch.Tensor] = []
+            for site in runtime:
+                record = store.record(site.owners(args), site.key, site.site)
+                if site.site.swapped:
+                    batch, seq_q, seq_k = (size(args) for size in site.sizes)
+                    state = store.state(record, (batch, seq_q, seq_k), site.site.device)
+                    extra += [buffer for name in STATE_BUFFERS if (buffer := getattr(state, name)) is not None]
+            if not self._warned:
+                self._warn_once()
+            return compiled(*args, *extra)
+
+        return run
+
+    def _warn_once(self) -> None:
+        self._warned = True
+        if not any(record.site.swapped for record in self.store.records):
+            reasons = sorted({str(site.reason) for site in self.sites})
+            warnings.warn(
+                f"liteattn: no attention was swapped ({'; '.join(reasons)}); see lite_attention.report(model)",
+                stacklevel=2,
+            )
+        elif self.settings.num_steps is None and not self.store.session.is_told:
+            warnings.warn(
+                "liteattn: nobody tells where a generation ends, so skipping starts fresh only every "
+                f"{self.settings.max_steps} calls. Use lite_attention.enable(model), or num_steps=, or "
+                "lite_attention.reset(model) before each generation, and lite_attention.branch(name) around cond and "
+                "uncond passes",
+                stacklevel=2,
+            )
+
+
+@dataclass
+class _RuntimeSite:
+    """How to find the state of a site from the arguments of its graph."""
+
+    site: Site
+    owner_inputs: list[int]
+    fixed_owners: list[object]  # parameters that freezing made part of the graph
+    key: tuple[object, ...]  # tells sites of the same owners apart
+    sizes: list[_Size]  # batch, seq_q, seq_k
+
+    @classmethod
+    def of(
+        cls,
+        site: Site,
+        owners: Sequence[fx.Node],
+        inputs: dict[fx.Node, int],
+        key: tuple[object, ...],
+        sizes: list[_Size],
+    ) -> _RuntimeSite:
+        fixed: list[object] = [_attribute(node) for node in owners if node not in inputs]
+        return cls(site, [inputs[node] for node in owners if node in inputs], fixed, key, sizes)
+
+    def owners(self, args: Sequence[Any]) -> list[object]:
+        return [*(args[i] for i in self.owner_inputs), *self.fixed_owners]
+
+
+def _runtime_sites(gm: fx.GraphModule, found: list[GraphSite], nested: list[Site]) -> list[_RuntimeSite]:
+    inputs = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    ordinals: Counter[tuple[fx.Node, ...]] = Counter()
+    runtime = []
+    for graph_site in found:
+        site, owners = graph_site.site, tuple(graph_site.owners)
+        if not owners:
+            nested.append(site)
+            continue
+        shape = (*site.q_shape[:2], site.k_shape[1]) if site.swapped else ()
+        readers = [_size_reader(size, inputs) for size in shape]
+        sizes = [reader for reader in readers if reader is not None]
+        if site.swapped and len(sizes) < 3:
+            site.reason = "sizes are not known before the call"
+        runtime.append(_RuntimeSite.of(site, owners, inputs, (ordinals[owners],), sizes))
+        ordinals[owners] += 1
+    # No state, but a place in the report of the model whose parameters the graph has.
+    anyone = tuple(node for node in gm.graph.nodes if _is_parameter(node))[:1]
+    runtime += [_RuntimeSite.of(site, anyone, inputs, (id(gm), i), []) for i, site in enumerate(nested)]
+    return runtime
+
+
+def _size_reader(size: int | torch.SymInt, inputs: dict[fx.Node, int]) -> _Size | None:
+    """Return a function that reads a size from the arguments of the graph; None if they do not tell it."""
+    if isinstance(size, int):
+        return lambda args: size
+    expression = size.node.expr
+    positions = {}
+    for node, position in inputs.items():
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and value.node.expr in expression.free_symbols:
+            positions[value.node.expr] = position
+    if expression.free_symbols - positions.keys():
+        return None
+
+    @functools.lru_cache(maxsize=64)
+    def evaluate(*values: int) -> int:
+        return int(expression.xreplace(dict(zip(positions, map(sympy.Integer, values), strict=True))))
+
+    return lambda args: evaluate(*(int(args[p]) for p in positions.values()))
+
+
+def _attribute(node: fx.Node) -> object:
+    return operator.attrgetter(str(node.target))(node.graph.owning_module)
+
+
+def _source_name(node: fx.Node) -> str:
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return isinstance(_attribute(node), torch.nn.Parameter)
+    return node.op == "placeholder" and isinstance(value_of(node), torch.nn.Parameter)
+
+
+def _is_weight(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return isinstance(_attribute(node), torch.Tensor)
+    return _is_parameter(node) or (node.op == "placeholder" and "_buffers" in _source_name(node))
+
+
+def _clone(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Copy dynamo's graph with all that compile_fx looks for; dynamo still reads its own after the backend returns."""
+    graph = fx.Graph()
+    clones: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, clones)
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    graph.output(result).meta.update(output.meta)
+    clone = fx.GraphModule(gm, graph)
+    clone.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(clone, name, copy.copy(getattr(gm, name)))
+    for node, twin in clones.items():
+        if hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
+    return clone, clones
+
+
+class _FakeModes(NamedTuple):
+    """Dynamo traces in one fake mode and lets backends compile in another, over the same symbols."""
+
+    traced: FakeTensorMode
+    compiled: FakeTensorMode
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _FakeModes:
+        values = [value_of(node) for node in gm.graph.nodes]
+        traced = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+        return cls(traced, detect_fake_mode(example_inputs) or traced)
+
+
+def _add_state_inputs(
+    graph: fx.Graph, index: int, found: GraphSite, settings: SkipSettings, modes: _FakeModes
+) -> tuple[list[fx.Node | None], list[torch.Tensor]]:
+    """Add the state of a site as inputs with a static address, after all others."""
+    site = found.site
+    batch, seq_q, heads, _ = site.q_shape
+    tile_m, tile_n = settings.tile_shape_for(site)
+    tiles = (ceil_div(seq_q, tile_m), ceil_div(ceil_div(site.k_shape[1], tile_n), WORD_BITS))
+    steps = settings.table_steps
+    shapes: list[tuple[tuple[Any, ...], torch.dtype] | None] = [
+        ((settings.slots, batch, heads, *tiles), torch.int32),
+        ((control_words(settings.slots),), torch.int32),
+        ((settings.slots, steps, heads), torch.float32),
+        ((batch, heads, *tiles), torch.int32) if settings.initial_mask is not None else None,
+    ]
+    nodes: list[fx.Node | None] = []
+    fakes = []
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for name, spec in zip(STATE_BUFFERS, shapes, strict=True):
+        if spec is None:
+            nodes.append(None)
+            continue
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"{name}_{index}")
+        shape, dtype = spec
+        with modes.traced:
+            traced = torch.empty(shape, dtype=dtype, device=site.device)
+        with modes.compiled:
+            fakes.append(torch.empty(shape, dtype=dtype, device=site.device))
+        last._dynamo_source = None
+        # "unguarded" has the effect of mark_static_address: CUDA graphs take the input where it is.
+        last.meta = {"example_value": traced, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+        nodes.append(last)
+    return nodes, fakes
+
+
+liteattn_backend = LiteAttentionBackend()

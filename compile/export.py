@@ -1,0 +1,177 @@
+"""torch.export: a program in, a program with mutable skip state out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.utils._sympy.value_ranges import bound_sympy
+
+from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS, is_skip_attention
+from lite_attention.compile.provenance import value_of
+from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.compile.sites import GraphSite, find_sites, log_sites
+from lite_attention.compile.swap import STATE_BUFFERS, swap_site
+from lite_attention.ops import SkipState
+
+__all__ = ["SkipAwareProgram", "make_skip_aware", "skip_states"]
+
+_STATE_MODULE = "lite_attention"  # a site's buffers are called <module>.lite_attention.skip_mask and so on
+
+
+class SkipAwareProgram(ExportedProgram):
+    """An ExportedProgram whose modules have skip states of their own: running one leaves the program clean to save."""
+
+    sites: list[Site]
+
+    def module(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
+        """Return a module that runs the program, with skip states of its own that begin fresh."""
+        module: fx.GraphModule = super().module(*args, **kwargs)
+        for owner in list(module.modules()):
+            for name, buffer in list(owner._buffers.items()):
+                if name in STATE_BUFFERS and buffer is not None:
+                    owner._buffers[name] = buffer.clone()
+        return module
+
+    def run_decompositions(self, *args: Any, **kwargs: Any) -> SkipAwareProgram:
+        """Decompose; the mutation of the states shows as BUFFER_MUTATION in the signature."""
+        program: Any = super().run_decompositions(*args, **kwargs)
+        program.__class__ = SkipAwareProgram
+        program.sites = self.sites
+        return program  # type: ignore[no-any-return]
+
+
+def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipAwareProgram:
+    """Swap the self-attention of an exported program, and add the skip states as buffers.
+
+    The states are buffers `<module>.lite_attention.skip_mask`, `.control` and `.threshold`, not persistent, so the
+    `state_dict` keeps the model's keys. `lite_attention.branch` cannot reach a program that was loaded elsewhere: write
+    the slot and step into `control` (see `lite_attention.ops.control`), or use `skip_states(module)`.
+
+    Args:
+        exported_program: as `torch.export.export` returns it, before `run_decompositions`; it is left as it is.
+        settings: fields of `SkipSettings`: threshold, slots, num_steps, select, and so on.
+
+    Returns:
+        A program with the same inputs and outputs. Its `sites` says what was swapped, and why not.
+
+    Raises:
+        ValueError: the program has been decomposed, so that its attention is gone; or a size is unbounded, so that no
+            state can be large enough.
+    """
+    options = SkipSettings(**settings)
+    if exported_program.dialect != "TRAINING":
+        raise ValueError(
+            "exported_program: expected the training IR that torch.export.export returns, got dialect "
+            f"{exported_program.dialect}; call make_skip_aware before run_decompositions"
+        )
+    program = _copy(exported_program)
+    specs = program.graph_signature.input_specs
+    weights = {spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT}
+    with torch.no_grad():  # an exported program is for inference, whatever its parameters say
+        found = find_sites(program.graph, options, lambda node: node.op == "placeholder" and node.name in weights)
+    program.sites = [item.site for item in found]
+    log_sites(program.sites, "torch.export")
+    for item in found:
+        if item.site.swapped:
+            nodes = _add_buffers(program, item, options)
+            swap_site(program.graph, item, nodes, options, "val")
+    program.graph_module.recompile()
+    program.validate()  # type: ignore[no-untyped-call]
+    return program
+
+
+def _copy(program: ExportedProgram) -> SkipAwareProgram:
+    """Copy the graph and its signature; the weights are shared."""
+    graph = copy.deepcopy(program.graph)
+    return SkipAwareProgram(
+        root=fx.GraphModule(program.graph_module, graph),
+        graph=graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )
+
+
+def _upper_bound(size: int | torch.SymInt, what: str) -> int:
+    if isinstance(size, int):
+        return size
+    upper = bound_sympy(size.node.expr, size.node.shape_env.var_to_range).upper
+    if not upper.is_Integer or int(upper) >= 1 << 31:
+        raise ValueError(
+            f"exported_program: expected a bound for {what} = {size}, got none; "
+            "export with torch.export.Dim(name, max=...), so that the skip state has room for the largest call"
+        )
+    return int(upper)
+
+
+def _add_buffers(program: SkipAwareProgram, found: GraphSite, settings: SkipSettings) -> list[fx.Node | None]:
+    """Add the buffers of one site's state, with room for the largest sizes, ahead of the user's inputs."""
+    site, graph, specs = found.site, program.graph, program.graph_signature.input_specs
+    batch, seq_q, seq_k = (
+        _upper_bound(size, f"{name} of {site.name}")
+        for name, size in zip(("batch", "seq_q", "seq_k"), (*site.q_shape[:2], site.k_shape[1]), strict=True)
+    )
+    state = settings.new_state(site, (batch, seq_q, seq_k), site.device)
+    fake_mode = detect_fake_mode([value_of(found.call.q)])
+    assert fake_mode is not None
+    owner = ".".join(filter(None, (site.name, _STATE_MODULE)))
+    while f"{owner}.control" in program.constants:  # a module may call attention twice
+        owner += "_"
+    position = sum(spec.kind is not InputKind.USER_INPUT for spec in specs)
+    nodes: list[fx.Node | None] = []
+    for name in STATE_BUFFERS:
+        buffer = getattr(state, name)
+        if buffer is None:
+            nodes.append(None)
+            continue
+        with graph.inserting_before([*graph.nodes][position]):
+            node = graph.placeholder(f"b_{name}_{site.ordinal}")
+        node.meta = {"val": fake_mode.from_tensor(buffer, static_shapes=True)}
+        fqn = f"{owner}.{name}"
+        specs.insert(position, InputSpec(InputKind.BUFFER, TensorArgument(node.name), fqn, persistent=False))
+        program.constants[fqn] = buffer
+        nodes.append(node)
+        position += 1
+    return nodes
+
+
+def skip_states(module: nn.Module) -> dict[str, SkipState]:
+    """Return the skip states of a running skip-aware program, by the path of the module that holds their buffers.
+
+    The states share the program's buffers: what is written to them (slot, step, threshold, reset) is what the program
+    sees at its next call.
+
+    Args:
+        module: `program.module()` of a program from `make_skip_aware`, also one that was saved and loaded.
+    """
+    graph = getattr(module, "graph", None)
+    states = {}
+    for node in graph.nodes if isinstance(graph, fx.Graph) else []:
+        mask = _mask_of(node)
+        if mask is not None:
+            path, _, _ = str(mask.target).rpartition(".")
+            owner = module.get_submodule(path)
+            tile_m, tile_n = int(node.kwargs["tile_m"]), int(node.kwargs["tile_n"])
+            states[path] = SkipState.over(dict(owner.named_buffers(recurse=False)), tile_m, tile_n)
+    return states
+
+
+def _mask_of(node: fx.Node) -> fx.Node | None:
+    """Return the skip mask that a call of our op gets, decomposed or not."""
+    mask: Any = None
+    if is_skip_attention(node):
+        mask = node.args[3]
+    elif node.target is torch.ops.higher_order.auto_functionalized_v2 and node.args[0] in SKIP_ATTENTION_OPS:
+        bases: Any = node.kwargs["_all_bases"]
+        mask = bases[node.kwargs["_skip_mask_base_index"]]
+    return mask if isinstance(mask, fx.Node) else None

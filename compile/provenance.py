@@ -1,0 +1,142 @@
+"""Where a value in an FX graph comes from: tells self-attention from cross-attention, and finds who owns a site.
+
+Works on the graphs of dynamo and of `torch.export` (training IR). Neither is functional: a node may write into the
+memory of another, so whoever reads that memory afterwards depends on the writer too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+__all__ = ["Provenance", "value_of"]
+
+_MAX_OWNERS = 8
+
+
+def value_of(node: fx.Node) -> object:
+    """Return the fake value of a node, None if it has none."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = value_of(node)
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes into whose memory a node writes."""
+    target, args = node.target, node.args
+    candidates: list[object] = []
+    if isinstance(target, torch._ops.OpOverload):
+        schema = target._schema.arguments
+        given = {a.name: x for a, x in zip(schema, args, strict=False)} | dict(node.kwargs)
+        candidates = [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    elif node.op == "call_method" and isinstance(target, str):
+        candidates = [args[0]] if target.endswith("_") and not target.endswith("__") else []
+    elif node.op == "call_function":
+        name = getattr(target, "__name__", "")
+        in_place = target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
+        in_place = in_place or (
+            name.startswith("i") and target is getattr(operator, name, None) and name[1:] in _BINARY
+        )
+        candidates = [args[0] if in_place or node.kwargs.get("inplace") else None, node.kwargs.get("out")]
+    return [c for c in candidates if isinstance(c, fx.Node)]
+
+
+_BINARY = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
+
+
+class Provenance:
+    """Ancestors of the nodes of one graph. Attention is a leaf: what went into an earlier one does not count.
+
+    Args:
+        graph: the graph, before anything in it is replaced.
+        is_attention: tells the outputs of attention.
+        is_weight: tells the placeholders and attributes that hold parameters and buffers: they are no origin.
+        is_parameter: tells those that hold parameters.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        is_attention: Callable[[fx.Node], bool],
+        is_weight: Callable[[fx.Node], bool],
+        is_parameter: Callable[[fx.Node], bool],
+    ) -> None:
+        self._is_attention = is_attention
+        self._is_weight = is_weight
+        self._is_parameter = is_parameter
+        self._position = {node: i for i, node in enumerate(graph.nodes)}
+        self._writers: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for target in _written(node):
+                storage = _storage(target)
+                if storage is not None:
+                    self._writers[storage].append(node)
+
+    def _parents(self, node: fx.Node, before: int) -> list[fx.Node]:
+        if self._is_attention(node):
+            return []
+        storage = _storage(node)
+        writers = self._writers.get(storage, []) if storage is not None else []
+        return [*node.all_input_nodes, *(w for w in writers if w is not node and self._position[w] < before)]
+
+    def _walk(self, start: Iterable[fx.Node], before: int, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
+        """Return what is upstream of the start, breadth first, the start included; do not go past stops."""
+        seen = dict.fromkeys(start)
+        queue = list(seen)
+        for node in queue:  # grows while it is read
+            if stop(node):
+                continue
+            for parent in self._parents(node, before):
+                if parent not in seen:
+                    seen[parent] = None
+                    queue.append(parent)
+        return queue
+
+    def ancestors(self, node: fx.Node, site: fx.Node) -> set[fx.Node]:
+        """Return the node and all that it depends on when the site runs."""
+        return set(self._walk([node], self._position[site], lambda _: False))
+
+    def _is_origin(self, node: fx.Node) -> bool:
+        value = value_of(node)
+        is_input = node.op == "placeholder" and isinstance(value, torch.Tensor)
+        return self._is_attention(node) or (is_input and not self._is_weight(node))
+
+    def _has_origin_outside(self, node: fx.Node, other: set[fx.Node], site: fx.Node) -> bool:
+        reached = self._walk([node], self._position[site], lambda n: n in other or self._is_origin(n))
+        return any(n not in other and self._is_origin(n) for n in reached)
+
+    def is_self_attention(self, q: fx.Node, k: fx.Node, site: fx.Node) -> bool | None:
+        """Return whether q and k have the same origins; None if they reach the graph from outside, ready-made."""
+        of_q, of_k = self.ancestors(q, site), self.ancestors(k, site)
+        if not any(map(self._is_weight, of_q | of_k)) and not any(map(self._is_attention, of_q | of_k)):
+            return None
+        return not (self._has_origin_outside(q, of_k, site) or self._has_origin_outside(k, of_q, site))
+
+    def owners(self, qkv: Iterable[fx.Node], site: fx.Node) -> list[fx.Node]:
+        """Return the nearest parameters that feed q, k and v, or, if none does, those that the output meets first.
+
+        One parameter is not enough: blocks may share a norm. A few tell the layers apart.
+        """
+        upstream = self._walk(qkv, self._position[site], self._is_attention)
+        owners = [n for n in upstream if self._is_parameter(n)]
+        return (owners or self._downstream_parameters(site))[:_MAX_OWNERS]
+
+    def _downstream_parameters(self, site: fx.Node) -> list[fx.Node]:
+        seen = {site: None}
+        queue = [site]
+        for node in queue:
+            for user in node.users:
+                if user not in seen and not self._is_attention(user):
+                    found = [n for n in user.all_input_nodes if self._is_parameter(n)]
+                    if found:
+                        return found
+                    seen[user] = None
+                    queue.append(user)
+        return []

@@ -1,0 +1,126 @@
+"""What a user decides about swapping attention, for torch.compile, torch.export and eager alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
+from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.validate import check_threshold
+
+__all__ = ["Site", "SkipSettings"]
+
+
+@dataclass
+class Site:
+    """One attention call of a model, as seen when its graph was compiled. Symbolic sizes are torch.SymInt.
+
+    `select` gets it to decide, `report` prints it.
+    """
+
+    name: str  # path of the module that calls attention, relative to what was compiled
+    class_name: str  # of that module
+    ordinal: int  # among the sites of its graph
+    q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim
+    k_shape: tuple[Any, ...]
+    v_shape: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+    is_self_attention: bool | None = None  # None: no evidence in the graph
+    reason: str | None = None  # why it was left alone; None = swapped
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the skip-aware op took the place of the original attention."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class SkipSettings:
+    """Options of the swap.
+
+    Args:
+        threshold: log2 units, at most 0: a number, or a tensor that broadcasts to (slots, steps, heads).
+        num_steps: denoising steps of a generation; None = unknown.
+        slots: branches (cond, uncond, ...) that have a memory of their own.
+        refresh: every so many steps starts fresh; None = only the first.
+        select: called with each supported `Site`: True swaps it, False leaves it alone, None = the default, which
+            swaps self-attention of at least `min_tiles` k-tiles.
+        min_tiles: fewest k-tiles worth a memory; with one nothing could ever be skipped.
+        tile_shape: (tile_m, tile_n) instead of the table's.
+        initial_mask: called with a Site whose sizes are numbers when its state is born; returns bool
+            (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start, or None.
+        max_steps: where nobody tells the step or their number, start fresh after so many calls.
+        implementation: None, or "reference" for the CPU algorithm on any device.
+        allow_positive: accept thresholds above 0.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    threshold: float | torch.Tensor = DEFAULT_THRESHOLD
+    num_steps: int | None = None
+    slots: int = DEFAULT_SLOTS
+    refresh: int | None = None
+    select: Callable[[Site], bool | None] | None = None
+    min_tiles: int = 2
+    tile_shape: tuple[int, int] | None = None
+    initial_mask: Callable[[Site], torch.Tensor | None] | None = None
+    max_steps: int = 200
+    implementation: str | None = None
+    allow_positive: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold, allow_positive=self.allow_positive)
+        if self.implementation not in (None, "reference"):
+            raise ValueError(f"implementation: expected None or 'reference', got {self.implementation!r}")
+        for name in ("num_steps", "slots", "refresh", "min_tiles", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+    @property
+    def table_steps(self) -> int:
+        """Steps of the threshold table of a state."""
+        rows = self.threshold.shape[-2] if isinstance(self.threshold, torch.Tensor) and self.threshold.dim() > 1 else 1
+        return max(rows, self.num_steps or 1)
+
+    def tile_shape_for(self, site: Site) -> tuple[int, int]:
+        """Return (tile_m, tile_n) for a site."""
+        return self.tile_shape or tile_shape(site.q_shape[3], site.dtype, site.device)
+
+    def new_state(self, site: Site, sizes: tuple[int, int, int], device: torch.device) -> SkipState:
+        """Return a fresh state for a site at (batch, seq_q, seq_k)."""
+        batch, seq_q, seq_k = sizes
+        tile_m, tile_n = self.tile_shape_for(site)
+        heads = int(site.q_shape[2])
+        mask = None
+        if self.initial_mask is not None:
+            # One shape for all, since it is part of compiled code.
+            mask = self.initial_mask(site)
+            tiles = (ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n))
+            mask = torch.zeros(1, 1, *tiles, dtype=torch.bool) if mask is None else mask
+            if mask.dim() == 4:
+                mask = mask.expand(batch, heads, *mask.shape[2:])
+        state = SkipState(
+            batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=self.slots,
+            threshold=self.threshold, num_steps=self.num_steps, refresh=self.refresh, initial_mask=mask,
+            allow_positive=self.allow_positive, device=device,
+        )  # fmt: skip
+        if self.num_steps is None:
+            state.set_num_steps(self.max_steps)
+        return state
+
+    def unsupported_reason(self, site: Site) -> str | None:
+        """Return why no implementation can compute a site, None if one can."""
+        if self.implementation == "reference" or site.device.type == "cpu":
+            return None
+        if site.device.type != "cuda":
+            return f"no implementation for device {site.device.type}"
+        from lite_attention import cute_kernels  # on first use: it may import cutlass
+
+        return cute_kernels.unsupported_reason(site.q_shape[3], site.v_shape[3], site.dtype)

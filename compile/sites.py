@@ -1,0 +1,213 @@
+"""Deciding which attention of a graph is swapped, with a reason for each one that is not."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from lite_attention.compile.attention_calls import AttentionCall, find_attention_calls, is_sdpa, is_skip_attention
+from lite_attention.compile.provenance import Provenance, value_of
+from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.ops.tiles import ceil_div
+
+__all__ = ["GraphSite", "find_sites", "module_path", "sites_in_subgraphs"]
+
+_log = logging.getLogger("lite_attention")
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class GraphSite:
+    """A site and its place in the graph."""
+
+    site: Site
+    call: AttentionCall
+    owners: list[fx.Node]
+
+    def on(self, clones: dict[fx.Node, fx.Node]) -> GraphSite:
+        """Return the same site on a copy of the graph."""
+        call = self.call
+        twin = replace(
+            call, node=clones[call.node], q=clones[call.q], k=clones[call.k], v=clones[call.v],
+            mask=None if call.mask is None else clones[call.mask], inner=[clones[node] for node in call.inner],
+        )  # fmt: skip
+        return GraphSite(self.site, twin, [clones[node] for node in self.owners])
+
+
+def module_path(node: fx.Node) -> tuple[str, str]:
+    """Return the path of the innermost module around a node, relative to the compiled one, and its class name."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "", ""
+    path, cls = list(stack.values())[-1]
+    path = re.sub(r"\.__dict__\['_modules'\]|\._modules(?=\[)", "", path)
+    path = re.sub(r"\['(\w+)'\]|\[(\d+)\]", lambda m: "." + (m[1] or m[2]), path)
+    path = re.sub(r"^L\.\w+\.?|^G\.\w+\.?", "", path)
+    class_name = cls if isinstance(cls, str) else cls.__name__
+    return path, class_name.rpartition(".")[2]
+
+
+def _tensor(node: fx.Node) -> torch.Tensor | None:
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _permuted_shape(node: fx.Node, permutation: tuple[int, ...]) -> tuple[Any, ...]:
+    value = _tensor(node)
+    shape = tuple(value.shape) if value is not None else ()
+    return tuple(shape[i] for i in permutation) if len(shape) == 4 else shape
+
+
+def _describe(call: AttentionCall, ordinal: int) -> Site:
+    path, class_name = module_path(call.node)
+    value = _tensor(call.q)
+    return Site(
+        path, class_name, ordinal, _permuted_shape(call.q, call.q_permutation),
+        _permuted_shape(call.k, call.k_permutation), _permuted_shape(call.v, call.v_permutation),
+        torch.float32 if value is None else value.dtype, torch.device("cpu") if value is None else value.device,
+    )  # fmt: skip
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(statically_known_true(a == b))
+
+
+def unsupported_call(
+    site: Site,
+    tensors: Sequence[torch.Tensor | None],
+    mask: torch.Tensor | None,
+    *,
+    dropout_p: object,
+    is_causal: object,
+    scale: object,
+) -> str | None:
+    """Return what the op cannot compute about a call, None if it can.
+
+    Args:
+        site: shapes and dtype.
+        tensors: q, k and v, real or fake.
+        mask: the attention mask.
+        dropout_p: as given to scaled_dot_product_attention, as are the others.
+        is_causal: likewise.
+        scale: likewise.
+    """
+    if any(t is None or t.dim() != 4 for t in tensors):
+        return "q, k and v are not all of rank 4"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "needs gradients: run it under torch.no_grad()"
+    if site.dtype not in _DTYPES:
+        return f"dtype {site.dtype}"
+    if is_causal is not False:
+        return "causal"
+    if dropout_p != 0:
+        return "dropout"
+    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
+        return f"scale is not a number above 0: {scale}"
+    (batch, _, heads, head_dim), k_shape, v_shape = site.q_shape, site.k_shape, site.v_shape
+    if not (_same(batch, k_shape[0]) and _same(batch, v_shape[0]) and _same(k_shape[2], v_shape[2])):
+        return "batch or heads are broadcast"
+    if not all(isinstance(size, int) for size in (heads, k_shape[2], head_dim, v_shape[3])):
+        return "number of heads or head_dim is dynamic"
+    if heads % k_shape[2]:
+        return f"{heads} query heads are no multiple of {k_shape[2]} key heads"
+    if mask is not None and not is_key_mask(mask, site):
+        kind = "bool mask that differs per query" if mask.dtype == torch.bool else f"{mask.dtype} mask"
+        return f"{kind}, shape {tuple(mask.shape)}"
+    return None
+
+
+def is_key_mask(mask: torch.Tensor, site: Site) -> bool:
+    """Return whether a mask only excludes keys: bool [B or 1, 1, 1, Sk]."""
+    if mask.dtype != torch.bool or mask.dim() != 4:
+        return False
+    batch, heads, rows, keys = mask.shape
+    fits = _same(heads, 1) and _same(rows, 1) and _same(keys, site.k_shape[1])
+    return fits and (_same(batch, 1) or _same(batch, site.q_shape[0]))
+
+
+def choice_reason(site: Site, settings: SkipSettings) -> str | None:
+    """Return why a site that could be swapped should not be, None if it should."""
+    chosen = settings.select(site) if settings.select is not None else None
+    if chosen is not None:
+        return None if chosen else "not selected"
+    if site.is_self_attention is False:
+        return "cross-attention"
+    if site.is_self_attention is None and not _same(site.q_shape[1], site.k_shape[1]):
+        return "no evidence of self-attention in the graph, and lengths differ"
+    k_tiles = ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1])
+    if statically_known_true(k_tiles < settings.min_tiles):
+        return f"only {k_tiles} k-tile(s), fewer than min_tiles={settings.min_tiles}"
+    return None
+
+
+def find_sites(
+    graph: fx.Graph,
+    settings: SkipSettings,
+    is_weight: Callable[[fx.Node], bool],
+    is_parameter: Callable[[fx.Node], bool] | None = None,
+) -> list[GraphSite]:
+    """Return all attention of a graph, decided.
+
+    Args:
+        graph: a graph of dynamo, or of `torch.export` in training IR, before any change.
+        settings: what the user wants.
+        is_weight: tells placeholders and attributes that hold parameters or buffers.
+        is_parameter: tells those that hold parameters, where a state is found by its owners: a site without any is
+            left alone. None: every site has a place of its own.
+    """
+    calls = find_attention_calls(graph)
+    outputs = {call.node for call in calls}
+    provenance = Provenance(
+        graph,
+        lambda node: node in outputs or is_sdpa(node) or is_skip_attention(node),
+        is_weight,
+        is_parameter or is_weight,
+    )
+    found = []
+    for ordinal, call in enumerate(calls):
+        site = _describe(call, ordinal)
+        owners = provenance.owners((call.q, call.k, call.v), call.node)
+        tensors = [_tensor(node) for node in (call.q, call.k, call.v)]
+        mask = None if call.mask is None else _tensor(call.mask)
+        reason = unsupported_call(
+            site, tensors, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, scale=call.scale
+        )
+        if reason is None:
+            site.is_self_attention = provenance.is_self_attention(call.q, call.k, call.node)
+            reason = settings.unsupported_reason(site) or choice_reason(site, settings)
+        if reason is None and is_parameter is not None and not owners:
+            reason = "owner unknown: no parameter of the model in this graph, a graph break on either side"
+        site.reason = reason
+        found.append(GraphSite(site, call, owners))
+    return found
+
+
+def sites_in_subgraphs(module: fx.GraphModule) -> list[Site]:
+    """Return the attention inside higher-order ops, where a state cannot be reached."""
+    users = {node.target: user for node in module.graph.nodes if node.op == "get_attr" for user in node.users}
+    found: list[Site] = []
+    for name, child in module.named_children():
+        if isinstance(child, fx.GraphModule):
+            for call in find_attention_calls(child.graph):
+                site = _describe(call, len(found))
+                site.reason = f"inside a {users[name].target} region" if name in users else "inside a nested region"
+                found.append(site)
+            found.extend(sites_in_subgraphs(child))
+    return found
+
+
+def log_sites(sites: list[Site], what: str) -> None:
+    """Log one line per site: swapped, or the reason."""
+    for site in sites:
+        _log.info(
+            "%s: %s (%s) q %s k %s: %s", what, site.name or "<root>", site.class_name, tuple(site.q_shape),
+            tuple(site.k_shape), "swapped" if site.swapped else f"left alone: {site.reason}",
+        )  # fmt: skip

@@ -1,0 +1,126 @@
+"""The states of swapped sites, found at run time by who owns the site.
+
+A graph does not own them: one compiled block serves many layers, and a recompile must not lose a state. The owner is
+what tells layers apart: the parameters that feed the attention, or the module that calls it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.ops import Session, SkipState
+
+__all__ = ["SiteRecord", "StateStore", "records_of"]
+
+Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
+
+_stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
+
+
+@dataclass
+class SiteRecord:
+    """One attention site of one layer, with a state for each size it has been called at."""
+
+    site: Site
+    owners: tuple[weakref.ref[object], ...]
+    states: dict[tuple[Sizes, torch.device], SkipState] = field(default_factory=dict)
+    last: SkipState | None = None
+
+    def name(self, model: nn.Module) -> str:
+        """Return the full path of the site's module in a model, as far as its owners tell."""
+        paths = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        paths |= {id(m): name for name, m in model.named_modules(remove_duplicate=False)}
+        for owner in self.owners:
+            path = paths.get(id(owner()))
+            if path is None:
+                continue
+            path = path.removeprefix("_orig_mod.")
+            if isinstance(owner(), nn.Module):
+                return path
+            start = f".{path}".find(f".{self.site.name}.")
+            if self.site.name and start >= 0:
+                return path[: start + len(self.site.name)]
+            if self.site is not None and not self.site.name:
+                return path.rpartition(".")[0].rpartition(".")[0]
+        return self.site.name
+
+
+class StateStore:
+    """The records of one backend, or of one model run eagerly."""
+
+    def __init__(self, settings: SkipSettings, session: Session) -> None:
+        self.settings = settings
+        self.session = session
+        self._records: dict[tuple[object, ...], SiteRecord] = {}
+        _stores.add(self)
+
+    @property
+    def records(self) -> list[SiteRecord]:
+        """All sites met so far."""
+        return list(self._records.values())
+
+    def record(self, owners: Sequence[object], key: tuple[object, ...], site: Site) -> SiteRecord:
+        """Return the record of a site, made on first use and dropped when its first owner dies.
+
+        Args:
+            owners: parameters, or a module.
+            key: tells sites of the same owners apart.
+            site: what was seen of it when compiled.
+        """
+        full_key = (*map(id, owners), *key)
+        record = self._records.get(full_key)
+        if record is None:
+            record = SiteRecord(site, tuple(weakref.ref(owner) for owner in owners))
+            self._records[full_key] = record
+            for owner in owners:
+                weakref.finalize(owner, self._records.pop, full_key, None)
+        elif record.site.swapped <= site.swapped:
+            record.site = site  # a graph that swaps it says more than one that did not
+        return record
+
+    def state(self, record: SiteRecord, sizes: Sizes, device: torch.device) -> SkipState:
+        """Return the state of a site at a size, allocated on first use.
+
+        Raises:
+            RuntimeError: it would have to be allocated while a CUDA graph is being captured.
+        """
+        state = record.states.get((sizes, device))
+        if state is None:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"skip state of {record.site.name or 'a site'} at (batch, seq_q, seq_k) = {sizes} is not "
+                    "allocated, and a CUDA graph is being captured: call the model once before capturing"
+                )
+            state = self.settings.new_state(record.site, sizes, device)
+            self.session.follow(state)
+            record.states[(sizes, device)] = state
+        record.last = state
+        return state
+
+    def reset(self, records: Iterable[SiteRecord] | None = None) -> None:
+        """Begin a new generation: forget all votes, and the states of all sizes but the last."""
+        for record in self.records if records is None else records:
+            record.states = {key: state for key, state in record.states.items() if state is record.last}
+            for state in record.states.values():
+                state.reset()
+
+    def set_threshold(self, threshold: float | torch.Tensor) -> None:
+        """Write the threshold of all states, in place."""
+        for record in self.records:
+            for state in record.states.values():
+                state.set_threshold(threshold)
+
+
+def records_of(model: nn.Module) -> Iterator[tuple[StateStore, SiteRecord]]:
+    """Yield the sites that belong to a model's parameters and modules, with their stores."""
+    owned = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
+    for store in list(_stores):
+        for record in store.records:
+            if any(id(owner()) in owned for owner in record.owners):
+                yield store, record

@@ -1,0 +1,75 @@
+"""Putting the op in place of one attention call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lite_attention.compile.provenance import value_of
+from lite_attention.compile.settings import SkipSettings
+from lite_attention.compile.sites import GraphSite
+from lite_attention.ops.schema import IMPLEMENTATIONS
+
+__all__ = ["STATE_BUFFERS", "swap_site"]
+
+STATE_BUFFERS = ("skip_mask", "control", "threshold", "initial_mask")
+
+
+def _emit(graph: fx.Graph, meta_key: str, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a call with the fake value that later passes look for."""
+    node = graph.call_function(target, args, kwargs)
+
+    def fake(x: Any) -> Any:
+        return value_of(x) if isinstance(x, fx.Node) else x
+
+    node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+    node.meta[meta_key] = target(*fx.node.map_arg(args, fake), **fx.node.map_arg(kwargs, fake))
+    return node
+
+
+def swap_site(
+    graph: fx.Graph, found: GraphSite, state: Sequence[fx.Node | None], settings: SkipSettings, meta_key: str
+) -> None:
+    """Replace one attention call by the op.
+
+    Args:
+        graph: changed in place.
+        found: the site.
+        state: nodes of the state's buffers, in the order of STATE_BUFFERS, None for one that is absent.
+        settings: tile sizes and implementation.
+        meta_key: where this kind of graph keeps fake values: "example_value" (dynamo) or "val" (export).
+    """
+    call, aten = found.call, torch.ops.aten
+    tile_m, tile_n = settings.tile_shape_for(found.site)
+    skip_mask, control, threshold, initial_mask = state
+
+    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return _emit(graph, meta_key, call.node, target, *args, **kwargs)
+
+    with graph.inserting_before(call.node):
+        q, k, v = (
+            emit(aten.permute.default, node, list(order))
+            for node, order in (
+                (call.q, call.q_permutation),
+                (call.k, call.k_permutation),
+                (call.v, call.v_permutation),
+            )
+        )
+        key_mask = None
+        if call.mask is not None:  # [B or 1, 1, 1, Sk] -> [B or 1, Sk]
+            key_mask = emit(aten.select.int, emit(aten.select.int, call.mask, 1, 0), 1, 0)
+        scale = None if call.scale is None else float(call.scale)
+        pair = emit(
+            IMPLEMENTATIONS[settings.implementation], q, k, v, skip_mask, control, threshold, initial_mask, None,
+            key_mask, scale=scale, tile_m=tile_m, tile_n=tile_n,
+        )  # fmt: skip
+        attended = emit(operator.getitem, pair, 0)
+        out = emit(aten.permute.default, attended, list(call.out_permutation))
+    call.node.replace_all_uses_with(out)
+    for node in (call.node, *call.inner):
+        if not node.users:
+            graph.erase_node(node)
