@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
-from lite_attention.compile.store import StateStore
+from lite_attention.compile.store import Resolved, StateStore
 from lite_attention.compile.swap import STATE_BUFFERS, swap_site
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.bitmask import WORD_BITS
@@ -104,18 +104,24 @@ class LiteAttentionBackend:
         compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 
-    def _wrap(self, compiled: _Compiled, runtime: list[_RuntimeSite]) -> _Compiled:
+    def _wrap(self, compiled: _Compiled, sites: list[_RuntimeSite]) -> _Compiled:
         """Return a callable that finds the states of the layer that is being run, and hands them to the graph."""
-        store = self.store
+        graph = object()
+        owner_inputs = sorted({i for site in sites for i in site.owner_inputs})
+        readers = [reader for site in sites for reader in site.sizes]
 
-        def run(*args: Any) -> Any:
-            extra: list[torch.Tensor] = []
-            for site in runtime:
-                record = store.record(site.owners(args), site.key, site.site)
+        def resolve(args: Sequence[Any]) -> Resolved:
+            pairs = []
+            for site in sites:
+                record = self.store.record(site.owners(args), site.key, site.site)
                 if site.site.swapped:
                     batch, seq_q, seq_k = (size(args) for size in site.sizes)
-                    state = store.state(record, (batch, seq_q, seq_k), site.site.device)
-                    extra += [buffer for name in STATE_BUFFERS if (buffer := getattr(state, name)) is not None]
+                    pairs.append((record, self.store.state(record, (batch, seq_q, seq_k), site.site.device)))
+            return pairs, [buffer for _, state in pairs for buffer in state.present_buffers()]
+
+        def run(*args: Any) -> Any:
+            key = (graph, *[id(args[i]) for i in owner_inputs], *[read(args) for read in readers])
+            extra = self.store.resolved(key, lambda: resolve(args))
             if not self._warned:
                 self._warn_once()
             return compiled(*args, *extra)

@@ -146,7 +146,7 @@ class _EagerSwap(TorchFunctionMode):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         q, k, v = (t.transpose(1, 2) for t in tensors)
-        state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
+        record.last = state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
         key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
         out = skip_attention(
             q, k, v, state, scale=scale, key_mask=key_mask, implementation=self.settings.implementation

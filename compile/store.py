@@ -7,7 +7,7 @@ what tells layers apart: the parameters that feed the attention, or the module t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,10 @@ class SiteRecord:
         return self.site.name
 
 
+# The sites of one run of a graph with their states, and the states' buffers in the order of the graph's inputs.
+Resolved = tuple[list[tuple[SiteRecord, SkipState]], list[torch.Tensor]]
+
+
 class StateStore:
     """The records of one backend, or of one model run eagerly."""
 
@@ -58,6 +62,7 @@ class StateStore:
         self.settings = settings
         self.session = session
         self._records: dict[tuple[object, ...], SiteRecord] = {}
+        self._resolved: dict[tuple[object, ...], Resolved] = {}  # so that a call costs one look-up, not one a site
         _stores.add(self)
 
     @property
@@ -79,10 +84,23 @@ class StateStore:
             record = SiteRecord(site, tuple(weakref.ref(owner) for owner in owners))
             self._records[full_key] = record
             for owner in owners:
-                weakref.finalize(owner, self._records.pop, full_key, None)
+                weakref.finalize(owner, self._forget, full_key).atexit = False
         elif record.site.swapped <= site.swapped:
             record.site = site  # a graph that swaps it says more than one that did not
         return record
+
+    def _forget(self, full_key: tuple[object, ...]) -> None:
+        self._records.pop(full_key, None)
+        self._resolved.clear()
+
+    def resolved(self, key: tuple[object, ...], resolve: Callable[[], Resolved]) -> list[torch.Tensor]:
+        """Return the state buffers for one run of a graph; `resolve` finds them at the first with this key."""
+        found = self._resolved.get(key)
+        if found is None:
+            found = self._resolved[key] = resolve()
+        for record, state in found[0]:
+            record.last = state
+        return found[1]
 
     def state(self, record: SiteRecord, sizes: Sizes, device: torch.device) -> SkipState:
         """Return the state of a site at a size, allocated on first use.
@@ -100,11 +118,11 @@ class StateStore:
             state = self.settings.new_state(record.site, sizes, device)
             self.session.follow(state)
             record.states[(sizes, device)] = state
-        record.last = state
         return state
 
     def reset(self, records: Iterable[SiteRecord] | None = None) -> None:
         """Begin a new generation: forget all votes, and the states of all sizes but the last."""
+        self._resolved.clear()
         for record in self.records if records is None else records:
             record.states = {key: state for key, state in record.states.items() if state is record.last}
             for state in record.states.values():

@@ -167,13 +167,12 @@ def _follow_cache_context(model: nn.Module, session: Session) -> Callable[[], No
 def _follow_progress(pipe: Any, models: list[nn.Module]) -> Callable[[], None]:
     """Start fresh whenever a pipeline opens the progress bar of its denoising loop."""
     inner = pipe.progress_bar
-    sessions = [_wirings[model].session for model in models]
-    for session in sessions:
-        session.is_told = True
+    for model in models:
+        session_of(model).is_told = True
 
     def progress_bar(*args: Any, **kwargs: Any) -> Any:
-        for session in sessions:
-            session.reset()
+        for model in models:
+            reset(model)
         return inner(*args, **kwargs)
 
     return _override(pipe, "progress_bar", progress_bar)

@@ -214,6 +214,12 @@ class SkipState(nn.Module):
         word = self.control[c.FLAGS : c.FLAGS + 1]
         word.bitwise_or_(flag) if on else word.bitwise_and_(~flag)
 
+    def present_buffers(self) -> list[torch.Tensor]:
+        """Return skip_mask, control, threshold, and initial_mask if there is one."""
+        return [self.skip_mask, self.control, self.threshold] + (
+            [] if self.initial_mask is None else [self.initial_mask]
+        )
+
     # ---- what it learned -------------------------------------------------------------------------------------------
 
     def kept_tiles(self) -> torch.Tensor:
