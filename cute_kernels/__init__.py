@@ -1,30 +1,24 @@
 """The Hopper kernels, in the CuTe Python DSL: the CUDA side of `lite_attention::skip_attention`.
 
 Everything above this folder reaches it through two names: `unsupported_reason`, which the compile pass asks before it
-swaps a site, and `skip_attention_forward`, which the op calls. Both are imported on first use.
+swaps a site, and `skip_attention_forward`, which the op calls. Both are imported on first use; cutlass is imported when
+the first kernel is compiled, or never, where kernels compiled ahead of time are found.
+
+    config.py     what is fixed when a kernel is built, and the registers and shared memory that it needs
+    forward.py    host launch and the kernel: producer and consumer warpgroups, the pipeline between them
+    walk.py       from a row of the skip mask to the list of tiles to visit, and the votes back into the mask
+    softmax.py    online softmax with votes
+    device.py     packing, bits, where the elements of an accumulator lie
+    build.py      compiles a kernel for sm_90a, with or without a GPU
+    cache.py      compiled kernels in memory, on disk, and ahead of time
+    launcher.py   from tensors to a launch
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
-
 if __name__ == "cute_kernels":
     raise ImportError("import lite_attention.cute_kernels, not cute_kernels: it must exist once")
 
+from lite_attention.cute_kernels.launcher import skip_attention_forward, unsupported_reason
+
 __all__ = ["skip_attention_forward", "unsupported_reason"]
-
-_NO_KERNEL = "the Hopper kernel is not built yet: CUDA tensors run only with implementation='reference'"
-
-
-def unsupported_reason(head_dim: int, value_dim: int, dtype: object) -> str | None:
-    """Return why no kernel runs this call on CUDA, or None if one does."""
-    return _NO_KERNEL
-
-
-def skip_attention_forward(*args: Any, **kwargs: Any) -> NoReturn:
-    """Run the kernel for `lite_attention::skip_attention` on CUDA tensors.
-
-    Raises:
-        NotImplementedError: always, until there is a kernel.
-    """
-    raise NotImplementedError(_NO_KERNEL)

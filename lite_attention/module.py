@@ -18,7 +18,7 @@ from lite_attention.ops import (
     tile_shape,
 )
 from lite_attention.ops.control import FLAG_DENSE
-from lite_attention.ops.validate import check_threshold
+from lite_attention.ops.validate import check_inputs, check_threshold
 
 __all__ = ["LiteAttention"]
 
@@ -76,6 +76,7 @@ class LiteAttention(nn.Module):
         }  # fmt: skip
         self.register_module("state", None)
         # Wrong options are told here and not at the first call.
+        check_threshold(threshold, allow_positive=allow_positive)
         SkipState(
             batch=1, heads=1, seq_q=1, seq_k=1, tile_m=1, tile_n=1,
             **{**self._options, "threshold": -1.0, "initial_mask": None},
@@ -113,9 +114,9 @@ class LiteAttention(nn.Module):
         return self
 
     def _adopt(self, state: SkipState) -> None:
-        self.state = state
         state.set_flag(FLAG_DENSE, not self.skipping_enabled)
-        default_session.follow(state)
+        default_session.follow(state)  # which may refuse
+        self.state = state
 
     def forward(
         self,
@@ -156,7 +157,7 @@ class LiteAttention(nn.Module):
                     "LiteAttention is being traced without a skip state that fits: call "
                     ".allocate(batch, seq_len, heads, head_dim, dtype=..., device=...) on it beforehand"
                 )
-            state = self._allocate_for(query, key)
+            state = self._allocate_for(query, key, value)
         return skip_attention(
             query,
             key,
@@ -172,6 +173,8 @@ class LiteAttention(nn.Module):
         )
 
     def _fits(self, state: SkipState, query: torch.Tensor, key: torch.Tensor) -> bool:
+        if query.dim() != 4 or key.dim() != 4:
+            return False
         batch, heads, seq_q, seq_k = state.capacity
         sizes = (query.shape[0], query.shape[1], key.shape[1])
         if state.initial_mask is not None and sizes != (batch, seq_q, seq_k):
@@ -182,11 +185,8 @@ class LiteAttention(nn.Module):
             and state.control.device == query.device
         )  # fmt: skip
 
-    def _allocate_for(self, query: torch.Tensor, key: torch.Tensor) -> SkipState:
-        if query.dim() != 4 or key.dim() != 4:
-            raise ValueError(
-                f"query, key: expected (batch, seq_len, heads, head_dim), got {tuple(query.shape)}, {tuple(key.shape)}"
-            )
+    def _allocate_for(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SkipState:
+        check_inputs(query, key, value)  # a call in error must not cost the old state
         if self.state is not None:
             _log.info(
                 "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",
@@ -225,14 +225,14 @@ class LiteAttention(nn.Module):
         return torch.zeros(()) if self.state is None else self.state.sparsity(per)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        saved = {
-            key.removeprefix(prefix + "state."): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix + "state.")
-        }
-        if saved and self._options["persistent"]:
+        names = [key for key in state_dict if key.startswith(prefix + "state.")]
+        if names and self._options["persistent"]:
+            # Taken out, so that the state is not loaded once more, over the flags and the slot that hold here.
+            saved = {key.removeprefix(prefix + "state."): state_dict.pop(key) for key in names}
             device = None if self.state is None else self.state.control.device
-            self._adopt(SkipState.from_state_dict(saved, device=device, persistent=True))
+            allow_positive = self._options["allow_positive"] or bool((saved["threshold"] > 0).any())
+            options = {"persistent": True, "allow_positive": allow_positive, "auto_step": self._options["auto_step"]}
+            self._adopt(SkipState.from_state_dict(saved, device=device, **options))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

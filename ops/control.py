@@ -18,12 +18,12 @@ __all__ = [
     "SEQ_K",
     "SEQ_Q",
     "SLOT",
+    "SLOT_WORDS",
     "STEP",
     "TICKETS",
     "control_words",
     "new_control",
     "slot_word",
-    "slots_of",
 ]
 
 # Header.
@@ -41,22 +41,17 @@ FLAG_DENSE = 2  # skipping is off: visit everything, vote nothing, change nothin
 STEP = 0
 FRESH = 1  # 1: the next call starts fresh; the op clears it
 BATCH, SEQ_Q, SEQ_K = 2, 3, 4  # sizes of the last call; another size starts fresh
-_SLOT_WORDS = 8
+SLOT_WORDS = 8
 
 
 def control_words(slots: int) -> int:
     """Return the number of int32 words of a control tensor."""
-    return _HEADER_WORDS + slots * _SLOT_WORDS
-
-
-def slots_of(control: torch.Tensor) -> int:
-    """Return the number of slots that a control tensor has room for."""
-    return (control.shape[0] - _HEADER_WORDS) // _SLOT_WORDS
+    return _HEADER_WORDS + slots * SLOT_WORDS
 
 
 def slot_word(slot: int, field: int) -> int:
     """Return the index of a word of a slot's block."""
-    return _HEADER_WORDS + slot * _SLOT_WORDS + field
+    return _HEADER_WORDS + slot * SLOT_WORDS + field
 
 
 def new_control(

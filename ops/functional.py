@@ -11,6 +11,7 @@ import torch
 from lite_attention.ops.ranges import must_do_words, must_skip_mask
 from lite_attention.ops.schema import IMPLEMENTATIONS
 from lite_attention.ops.state import SkipState
+from lite_attention.ops.validate import check_key_mask
 
 __all__ = ["skip_attention"]
 
@@ -20,7 +21,8 @@ _must_skip_mask = functools.lru_cache(maxsize=256)(must_skip_mask)
 
 
 def _cached(function: Any, ranges: Sequence[int], *args: Any) -> Any:
-    if torch.compiler.is_compiling():
+    # Under a dispatch mode (fake tensors, tracing by hand) the result belongs to the mode and must not be kept.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return function.__wrapped__(ranges, *args)
     with torch.inference_mode(False):
         return function(tuple(ranges), *args)
@@ -73,7 +75,10 @@ def skip_attention(
         raise ValueError(f"implementation: expected None or 'reference', got {implementation!r}")
     seq_k, device = k.shape[1], q.device
     words = None if must_do is None else _cached(_must_do_words, must_do, seq_k, state.tile_n, device)
-    masks = [] if key_mask is None else [key_mask]
+    masks = []
+    if key_mask is not None:
+        check_key_mask(key_mask, q, seq_k)  # before it is joined with others, which would hide its shape and dtype
+        masks.append(key_mask)
     if key_lengths is not None:
         if key_lengths.shape != q.shape[:1]:
             raise ValueError(f"key_lengths: expected shape ({q.shape[0]},), got {tuple(key_lengths.shape)}")

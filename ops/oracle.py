@@ -96,6 +96,7 @@ def skip_attention_oracle(
                 rows = slice(i * tile_m, min((i + 1) * tile_m, seq_q))  # rows beyond Sq do not exist
                 mask = skip_mask[slot, b, h, i]
                 if fresh and not dense:  # start from the initial mask, not from the last votes
+                    mask[: math.ceil(k_tiles / 32)] = 0  # also bits beyond k_tiles, votes of a longer call
                     for j in range(k_tiles):
                         start = initial_mask is not None and _bit(
                             initial_mask[b % len(initial_mask), h % initial_mask.shape[1], i], j
@@ -126,7 +127,7 @@ def skip_attention_oracle(
                 weights = (logits - row_lse.unsqueeze(-1)).exp()
                 weights = weights.masked_fill((row_lse == -math.inf).unsqueeze(-1), 0)
                 lse[b, h, rows] = row_lse
-                out[b, rows, h] = weights @ values[b, h]
+                out[b, rows, h] = weights @ values[b, h].masked_fill(~seen.unsqueeze(-1), 0)
     if not dense:
         if words[c.FLAGS] & c.FLAG_AUTO_STEP:
             step = 0 if 0 < words[c.NUM_STEPS] <= step + 1 else step + 1

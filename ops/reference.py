@@ -27,7 +27,7 @@ from lite_attention.ops.control import (
     slot_word,
 )
 from lite_attention.ops.tiles import ceil_div, visit_order
-from lite_attention.ops.validate import check_call
+from lite_attention.ops.validate import call_signature, check_call
 
 __all__ = ["empty_output", "skip_attention_reference"]
 
@@ -147,7 +147,9 @@ def skip_attention_reference(
     tile_n: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `lite_attention::skip_attention` on any device; see `lite_attention.ops.schema` for the contract."""
-    check_call(q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask, scale, tile_m, tile_n)
+    check_call(
+        call_signature(q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask, scale, tile_m, tile_n)
+    )
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads = k.shape[1], k.shape[2]
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)

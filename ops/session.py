@@ -26,6 +26,7 @@ class Session:
         self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
         self._slot = 0
         self._steps: dict[int, int] = {}  # slot -> step, where the caller says it
+        self._counting = True  # the op counts the steps; False: the caller says them
         self.is_told = False  # somebody says where generations begin
 
     @property
@@ -43,11 +44,10 @@ class Session:
             return
         self._check_slots(max(self.branches.values(), default=0), [state])
         self._states.add(state)
-        if self._slot:
-            state.slot = self._slot
+        state.slot = self._slot
         for slot, step in self._steps.items():
             state.set_step(step, slot)
-        if self._steps:
+        if not self._counting:
             state.set_flag(c.FLAG_AUTO_STEP, False)
 
     @contextlib.contextmanager
@@ -62,12 +62,15 @@ class Session:
         Raises:
             ValueError: one branch more than the states have slots.
         """
+        if step is not None and step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
         slot = self.branches.get(name, len(self.branches))
         self._check_slots(slot, self._states)
         self.branches[name] = slot
         self.is_told |= step is not None
         before = self._slot
         self._enter(slot)
+        self._count(step is None)
         if step is not None:
             self._move(slot, step)
         try:
@@ -95,11 +98,14 @@ class Session:
             self._slot = slot
             self._write(c.SLOT, slot)
 
+    def _count(self, counting: bool) -> None:
+        if counting != self._counting:
+            self._counting = counting
+            for state in self._states:
+                state.set_flag(c.FLAG_AUTO_STEP, counting and state.auto_step)
+
     def _move(self, slot: int, step: int) -> None:
         last = self._steps.get(slot)
-        if last is None:
-            for state in self._states:
-                state.set_flag(c.FLAG_AUTO_STEP, False)
         if last is None or step < last:
             self._write(c.slot_word(slot, c.FRESH), 1)
         if step != last:

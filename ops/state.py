@@ -88,15 +88,16 @@ class SkipState(nn.Module):
         self.tile_m, self.tile_n = tile_m, tile_n
         self.persistent = persistent
         self.allow_positive = allow_positive
+        self.auto_step = auto_step
         self.capacity = (batch, heads, seq_q, seq_k)
         q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
         words = ceil_div(k_tiles, WORD_BITS)
         steps = threshold.shape[-2] if isinstance(threshold, torch.Tensor) and threshold.dim() > 1 else 1
         steps = max(steps, num_steps or 1)
-        if initial_mask is not None:
-            initial_mask = self._pack_initial_mask(initial_mask, q_tiles, k_tiles)
         # A state born in inference mode could not be written outside of it.
         with torch.inference_mode(False):
+            if initial_mask is not None:
+                initial_mask = self._pack_initial_mask(initial_mask, q_tiles, k_tiles)
             shape = (slots, batch, heads, q_tiles, words)
             buffers = {
                 "skip_mask": torch.zeros(shape, dtype=torch.int32, device=device),
@@ -223,14 +224,15 @@ class SkipState(nn.Module):
     # ---- what it learned -------------------------------------------------------------------------------------------
 
     def kept_tiles(self) -> torch.Tensor:
-        """Return bool [slots, B, Hq, q_tiles, k_tiles], True where the next call computes.
+        """Return bool [slots, B, Hq, q_tiles, k_tiles], True where the next call computes, unless it starts fresh.
 
-        must_do ranges and key masks belong to a call, not to the state, and are not seen here.
+        A fresh step starts from the initial mask instead. must_do ranges and key masks belong to a call, not to the
+        state, and are not seen here.
         """
         return ~unpack_bits(self.skip_mask, ceil_div(self.capacity[3], self.tile_n))
 
     def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
-        """Return the share of tiles that the next call skips, 0 to 1, over the slots in use.
+        """Return the share of tiles that the next call skips unless it starts fresh, 0 to 1, over the slots in use.
 
         Args:
             per: axes to keep, of "slot", "batch" and "head"; the result has them in this order. A slot not in use
@@ -304,7 +306,14 @@ class SkipState(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], *, device: Any = None, **options: Any) -> SkipState:
-        """Return a state of the geometry that was saved, holding what was saved."""
+        """Return a state of the geometry that was saved, holding what was saved.
+
+        Raises:
+            ValueError: a tensor is missing or unknown.
+        """
+        required = {"geometry", "skip_mask", "control", "threshold"}
+        if not required <= set(state_dict) <= {*required, "initial_mask"}:
+            raise ValueError(f"state_dict: expected {sorted(required)}, got {sorted(state_dict)}")
         batch, heads, seq_q, seq_k, tile_m, tile_n = state_dict["geometry"].tolist()
         mask, table = state_dict.get("initial_mask"), state_dict["threshold"]
         state = cls(

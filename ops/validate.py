@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from lite_attention.ops.bitmask import WORD_BITS
-from lite_attention.ops.control import control_words, slots_of
+from lite_attention.ops.control import control_words
 from lite_attention.ops.tiles import ceil_div
 
-__all__ = ["check_call", "check_inputs", "check_threshold"]
+__all__ = ["CallSignature", "call_signature", "check_call", "check_inputs", "check_key_mask", "check_threshold"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,14 +22,16 @@ def _require(condition: bool, argument: str, expected: str, got: object) -> None
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
-def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Check rank, dtype, device and sizes of q, k and v.
+def check_inputs(
+    q: torch.Tensor | TensorSignature, k: torch.Tensor | TensorSignature, v: torch.Tensor | TensorSignature
+) -> None:
+    """Check rank, dtype, device and sizes of q, k and v, which may be fake or symbolic.
 
     Raises:
         ValueError: naming the argument at fault.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _require(t.dim() == 4, name, "(batch, seq_len, heads, head_dim)", f"{t.dim()} dimensions")
+        _require(len(t.shape) == 4, name, "(batch, seq_len, heads, head_dim)", f"{len(t.shape)} dimensions")
         _require(t.dtype == q.dtype, f"dtype of {name}", f"that of q, {q.dtype}", t.dtype)
         _require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
     _require(q.dtype in _DTYPES, "dtype of q", "float16, bfloat16, float32 or float64", q.dtype)
@@ -56,7 +60,9 @@ def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) ->
     Raises:
         ValueError: NaN, or a positive value without `allow_positive`.
     """
-    values = torch.as_tensor(threshold, dtype=torch.float32)
+    # Numbers are read on the CPU even under torch.device("meta").
+    device = threshold.device if isinstance(threshold, torch.Tensor) else "cpu"
+    values = torch.as_tensor(threshold, dtype=torch.float32, device=device)
     _require(not bool(values.isnan().any()), "threshold", "numbers", "NaN")
     highest = float(values.max()) if values.numel() else -math.inf
     _require(
@@ -67,7 +73,51 @@ def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) ->
     )
 
 
-def check_call(
+def check_key_mask(key_mask: torch.Tensor | TensorSignature, q: torch.Tensor | TensorSignature, seq_k: int) -> None:
+    """Check that a key mask is bool, on the device of q, and (batch or 1, seq_k).
+
+    Raises:
+        ValueError: naming what was expected and what came.
+    """
+    batch, got = q.shape[0], tuple(key_mask.shape)
+    _require(len(got) == 2, "key_mask", "2 dimensions", len(got))
+    _require(key_mask.dtype == torch.bool, "dtype of key_mask", "torch.bool", key_mask.dtype)
+    _require(key_mask.device == q.device, "device of key_mask", f"that of q, {q.device}", key_mask.device)
+    _require(got in ((batch, seq_k), (1, seq_k)), "key_mask", f"(1 or {batch}, {seq_k})", got)
+
+
+class TensorSignature(NamedTuple):
+    """All that a check may know of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    contiguous: bool
+
+
+class CallSignature(NamedTuple):
+    """All that a check may know of a call: equal signatures pass or fail alike."""
+
+    q: TensorSignature
+    k: TensorSignature
+    v: TensorSignature
+    skip_mask: TensorSignature
+    control: TensorSignature
+    threshold: TensorSignature
+    initial_mask: TensorSignature | None
+    must_do: TensorSignature | None
+    key_mask: TensorSignature | None
+    scale: float | None
+    tile_m: int
+    tile_n: int
+
+
+def signature_of(t: torch.Tensor) -> TensorSignature:
+    """Return the signature of a tensor."""
+    return TensorSignature(t.shape, t.dtype, t.device, t.is_contiguous())
+
+
+def call_signature(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -80,12 +130,24 @@ def check_call(
     scale: float | None,
     tile_m: int,
     tile_n: int,
-) -> None:
-    """Check that the state fits the call, before anything is touched. Reads no tensor's contents.
+) -> CallSignature:
+    """Return the signature of a call of the op."""
+    return CallSignature(
+        signature_of(q), signature_of(k), signature_of(v), signature_of(skip_mask), signature_of(control),
+        signature_of(threshold), None if initial_mask is None else signature_of(initial_mask),
+        None if must_do is None else signature_of(must_do), None if key_mask is None else signature_of(key_mask),
+        scale, tile_m, tile_n,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def check_call(call: CallSignature) -> None:
+    """Check that the state fits the call, before anything is touched. Calls that passed are remembered.
 
     Raises:
         ValueError: naming the argument at fault, what was expected and what came.
     """
+    q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask, scale, tile_m, tile_n = call
     check_inputs(q, k, v)
     batch, seq_q, heads, _ = q.shape
     seq_k = k.shape[1]
@@ -99,15 +161,14 @@ def check_call(
         ("threshold", threshold, torch.float32, 3),
         ("initial_mask", initial_mask, torch.int32, 4),
         ("must_do", must_do, torch.int32, 1),
-        ("key_mask", key_mask, torch.bool, 2),
     )
     for name, t, dtype, dim in tensors:
         if t is not None:
-            _require(t.dim() == dim, name, f"{dim} dimensions", t.dim())
+            _require(len(t.shape) == dim, name, f"{dim} dimensions", len(t.shape))
             _require(t.dtype == dtype, f"dtype of {name}", str(dtype), t.dtype)
             _require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
-    _require(skip_mask.is_contiguous(), "skip_mask", "a contiguous tensor", f"strides {skip_mask.stride()}")
-    _require(control.is_contiguous(), "control", "a contiguous tensor", f"strides {control.stride()}")
+    _require(skip_mask.contiguous, "skip_mask", "a contiguous tensor", "one that is not")
+    _require(control.contiguous, "control", "a contiguous tensor", "one that is not")
 
     slots = skip_mask.shape[0]
     room = tuple(skip_mask.shape)
@@ -122,7 +183,7 @@ def check_call(
         control.shape[0] == control_words(slots),
         "control",
         f"{control_words(slots)} words for {slots} slots",
-        f"{control.shape[0]} words, {slots_of(control)} slots",
+        f"{control.shape[0]} words",
     )
     for dim, (axis, size) in enumerate((("slots", slots), ("steps", None), ("heads", heads))):
         got = threshold.shape[dim]
@@ -139,5 +200,4 @@ def check_call(
     if must_do is not None:
         _require(must_do.shape[0] >= k_words, "must_do", f"{k_words} words {tiling}", must_do.shape[0])
     if key_mask is not None:
-        got2 = tuple(key_mask.shape)
-        _require(got2 in ((batch, seq_k), (1, seq_k)), "key_mask", f"(1 or {batch}, {seq_k})", got2)
+        check_key_mask(key_mask, q, seq_k)

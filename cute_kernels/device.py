@@ -1,0 +1,72 @@
+"""Small device functions: packing, bits, and where the elements of an accumulator lie."""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def _assembly(result, operands, text, constraints):
+    return llvm.inline_asm(
+        result, operands, text, constraints, has_side_effects=False, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def pack_bf16(low, high, *, loc=None, ip=None):
+    """Two float32 as bf16 in one register."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (low, high)]
+    return Int32(_assembly(T.i32(), operands, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f"))
+
+
+@dsl_user_op
+def pack_fp16(low, high, *, loc=None, ip=None):
+    """Two float32 as fp16 in one register."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (low, high)]
+    return Int32(_assembly(T.i32(), operands, "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f"))
+
+
+@dsl_user_op
+def max_nan(a, b, *, loc=None, ip=None):
+    """Maximum that a NaN survives."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    return Float32(_assembly(T.f32(), operands, "max.NaN.f32 $0, $1, $2;", "=f,f,f"))
+
+
+@cute.jit
+def bits_above(word: Uint32, bit: Int32) -> Int32:
+    """Number of bits set above one."""
+    return Int32(cute.arch.popc((word >> Uint32(bit)) >> Uint32(1)))
+
+
+@cute.jit
+def has_bit(word: Uint32, bit: Int32) -> Int32:
+    """1 if a bit is set."""
+    return Int32((word >> Uint32(bit)) & Uint32(1))
+
+
+@cute.jit
+def quad_max(x: Float32) -> Float32:
+    """Maximum over the four threads that hold a row."""
+    x = max_nan(x, cute.arch.shuffle_sync_bfly(x, offset=1))
+    return max_nan(x, cute.arch.shuffle_sync_bfly(x, offset=2))
+
+
+@cute.jit
+def quad_sum(x: Float32) -> Float32:
+    """Sum over the four threads that hold a row."""
+    x += cute.arch.shuffle_sync_bfly(x, offset=1)
+    return x + cute.arch.shuffle_sync_bfly(x, offset=2)
+
+
+def element(half, i):
+    """Register of a thread's column i in its upper or lower row of a 64 x N accumulator."""
+    return (i // 2) * 4 + half * 2 + i % 2
+
+
+def column(i, lane):
+    """Column of the tile that a thread's column i is."""
+    return (i // 2) * 8 + (lane % 4) * 2 + i % 2

@@ -1,0 +1,126 @@
+"""From tensors to a launch: checks, layouts that TMA accepts, and the choice of kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from lite_attention.cute_kernels.cache import Kernel, get_kernel, has_compiler, library
+from lite_attention.cute_kernels.config import KEY_BITS_PAD, MAX_TILES, KernelConfig
+from lite_attention.ops.bitmask import WORD_BITS, pack_bits
+from lite_attention.ops.reference import empty_output
+from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, ceil_div, tile_shape
+from lite_attention.ops.validate import CallSignature, call_signature, check_call
+
+__all__ = ["skip_attention_forward", "unsupported_reason"]
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LOG2_E = math.log2(math.e)
+_GRID_LIMIT = 65535
+
+
+@functools.cache
+def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why no kernel runs such a call, or None if one does.
+
+    Args:
+        head_dim: of queries and keys.
+        value_dim: of values.
+        dtype: of all three.
+        device: a CUDA device; its capability is read.
+    """
+    if dtype not in _DTYPES:
+        return f"the Hopper kernel computes in bfloat16 and float16, got {dtype}"
+    if value_dim != head_dim or head_dim not in HOPPER_HEAD_DIMS:
+        return f"the Hopper kernel has head dims {HOPPER_HEAD_DIMS}, values alike, got {head_dim} and {value_dim}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"the kernel needs compute capability 9.0 (H100, H200), got {major}.{minor}"
+    if library() is None and not has_compiler():
+        driver = "cu13" if (torch.version.cuda or "13").startswith("13") else "cu12"
+        return f"the CuTe DSL is not installed: pip install 'lite-attention[{driver}]'"
+    return None
+
+
+def _for_tma(x: torch.Tensor) -> torch.Tensor:
+    """Return x if TMA can read it as it lies, else a copy: address and strides in 16 bytes, head dim innermost."""
+    *outer, inner = x.stride()
+    aligned = all(stride > 0 and stride % 8 == 0 for stride in outer)  # 8 elements of 2 bytes
+    fits = inner == 1 and aligned and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _key_tables(key_mask: torch.Tensor, batch: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return bits a tile int32 [B, 2, words] (some key allowed; some key excluded), and bits a key, padded."""
+    seq_k = key_mask.shape[1]
+    key_mask = key_mask.expand(batch, seq_k)
+    tiles = ceil_div(seq_k, tile_n)
+    in_tiles = torch.nn.functional.pad(key_mask, (0, tiles * tile_n - seq_k)).view(batch, tiles, tile_n)
+    flags = torch.stack([in_tiles.any(-1), ~in_tiles.all(-1)], 1)
+    return pack_bits(flags), pack_bits(torch.nn.functional.pad(key_mask, (0, KEY_BITS_PAD * WORD_BITS)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(call: CallSignature) -> Kernel:
+    """Check a call and return its kernel; a call like one before costs a look-up."""
+    check_call(call)
+    q, tiles = call.q, (call.tile_m, call.tile_n)
+    batch, _, heads, head_dim = q.shape
+    seq_k = call.k.shape[1]
+    reason = unsupported_reason(head_dim, call.v.shape[3], q.dtype, q.device)
+    if reason is not None:
+        raise RuntimeError(f"lite_attention::skip_attention: {reason}")
+    expected = tile_shape(head_dim, q.dtype, q.device)
+    if tiles != expected:
+        raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {tiles}")
+    if ceil_div(seq_k, call.tile_n) > MAX_TILES:
+        raise ValueError(f"seq_len of k: expected at most {MAX_TILES * call.tile_n}, got {seq_k}")
+    if heads > _GRID_LIMIT or batch > _GRID_LIMIT:
+        raise ValueError(f"heads, batch of q: expected at most {_GRID_LIMIT}, got {heads}, {batch}")
+    return get_kernel(
+        KernelConfig(
+            _DTYPES[q.dtype], head_dim, *tiles, initial_mask=call.initial_mask is not None,
+            must_do=call.must_do is not None, key_mask=call.key_mask is not None,
+        )
+    )  # fmt: skip
+
+
+def skip_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    skip_mask: torch.Tensor,
+    control: torch.Tensor,
+    threshold: torch.Tensor,
+    initial_mask: torch.Tensor | None,
+    must_do: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    *,
+    scale: float | None,
+    tile_m: int,
+    tile_n: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel for `lite_attention::skip_attention` on torch's current stream.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been changed then.
+        RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
+    """
+    kernel = _plan(
+        call_signature(q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask, scale, tile_m, tile_n)
+    )
+    flags, key_bits = (None, None) if key_mask is None else _key_tables(key_mask, q.shape[0], tile_n)
+    out = empty_output(q, v)
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    arguments = (
+        _for_tma(q), _for_tma(k), _for_tma(v), out, lse, skip_mask, control, threshold, initial_mask, must_do, flags,
+        key_bits, (q.shape[3] ** -0.5 if scale is None else scale) * _LOG2_E,
+    )  # fmt: skip
+    if q.device.index == torch.cuda.current_device():
+        kernel(*arguments)
+    else:
+        with torch.cuda.device(q.device):
+            kernel(*arguments)
+    return out, lse

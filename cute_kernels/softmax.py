@@ -1,0 +1,108 @@
+"""Online softmax of one warpgroup's 64 rows, with the vote on each tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Uint32
+
+from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.device import column, element, max_nan, quad_max
+
+RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and the sums are rescaled
+
+
+class OnlineSoftmax:
+    """State of two rows a thread, in rmem tensors of two: top (maximum so far), shift (what is subtracted, log2 units,
+    at most RESCALE_ABOVE below the top), total (sum of this thread's weights), factor (what the output is scaled by).
+    """
+
+    def __init__(self, config: KernelConfig, pack: Callable[..., Int32]) -> None:
+        self.columns = config.tile_n // 4  # of one row in one thread
+        self.output_columns = config.head_dim // 4
+        self.pack = pack
+        self.vote = config.skip
+
+    @cute.jit
+    def exclude(self, x, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):
+        """Set the scores of excluded keys to -inf. key_bits: a bit a key, padded."""
+        lane = cute.arch.lane_idx()
+        if cutlass.const_expr(key_bits is not None):
+            word, shift = first_key // 32, Uint32(first_key % 32)
+            low = Uint32(key_bits[batch, word])
+            for w in cutlass.range_constexpr((self.columns + 7) // 8):
+                high = Uint32(key_bits[batch, word + w + 1])
+                # 32 keys of the tile, this thread's first column lowest. Two shifts, since one by 32 is undefined.
+                bits = ((low >> shift) | ((high << 1) << (Uint32(31) - shift))) >> Uint32((lane % 4) * 2)
+                low = high
+                for i in cutlass.range_constexpr(8 * w, min(8 * w + 8, self.columns)):
+                    if (bits >> Uint32(column(i % 8, 0))) & Uint32(1) == 0:
+                        x[element(0, i)] = -Float32.inf
+                        x[element(1, i)] = -Float32.inf
+        else:
+            for i in cutlass.range_constexpr(self.columns):
+                if first_key + column(i, lane) >= seq_k:
+                    x[element(0, i)] = -Float32.inf
+                    x[element(1, i)] = -Float32.inf
+
+    @cute.jit
+    def step(self, x, top, shift, total, factor, scale: Float32, reach: Float32, votes_0: Boolean, votes_1: Boolean):
+        """Replace scores by weights, in place.
+
+        The common path has no shuffle: only when some thread of the warp sees a new maximum is the row's agreed on.
+
+        Returns:
+            Whether the output must be rescaled by `factor`; whether a row of this warp votes to keep the tile.
+        """
+        high_0, high_1 = self.row_high(x, 0), self.row_high(x, 1)
+        keep = Boolean(True)
+        if cutlass.const_expr(self.vote):
+            # Negated, so that a NaN keeps. `reach` is NaN where nothing may be skipped.
+            rises = (votes_0 & ~(high_0 - top[0] <= reach)) | (votes_1 & ~(high_1 - top[1] <= reach))
+            keep = cute.arch.vote_any_sync(rises)
+        moved = Boolean(False)
+        if cute.arch.vote_any_sync(~(high_0 <= top[0]) | ~(high_1 <= top[1])):
+            grown = Boolean(False)
+            for half in cutlass.range_constexpr(2):
+                top[half] = max_nan(top[half], quad_max(high_0 if half == 0 else high_1))
+                scaled = top[half] * scale
+                over = scaled - shift[half] > RESCALE_ABOVE
+                grown = grown | over
+                fresh = scaled if over else shift[half]
+                factor[half] = cute.math.exp2(shift[half] - fresh, fastmath=True)
+                total[half] = total[half] * factor[half]
+                shift[half] = fresh
+            moved = cute.arch.vote_any_sync(grown)
+        for half in cutlass.range_constexpr(2):
+            a, b = total[half], Float32(0.0)
+            for i in cutlass.range_constexpr(0, self.columns, 2):
+                e, f = element(half, i), element(half, i + 1)
+                x[e] = cute.math.exp2(x[e] * scale - shift[half], fastmath=True)
+                x[f] = cute.math.exp2(x[f] * scale - shift[half], fastmath=True)
+                a, b = a + x[e], b + x[f]
+            total[half] = a + b
+        return moved, keep
+
+    @cute.jit
+    def row_high(self, x, half: cutlass.Constexpr):
+        """Maximum over this thread's columns of one row, in two independent chains."""
+        a, b = x[element(half, 0)], x[element(half, 1)]
+        for i in cutlass.range_constexpr(2, self.columns, 2):
+            a, b = max_nan(a, x[element(half, i)]), max_nan(b, x[element(half, i + 1)])
+        return max_nan(a, b)
+
+    @cute.jit
+    def convert(self, x, pairs):
+        """Weights to 16 bits, two in a register: the order of the accumulator is that of the next operand."""
+        for e in cutlass.range_constexpr(self.columns):
+            pairs[e] = self.pack(x[2 * e], x[2 * e + 1])
+
+    @cute.jit
+    def rescale(self, out, factor, moved: Boolean):
+        """Scale the output where a maximum has grown by much."""
+        if moved:
+            for half in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(self.output_columns):
+                    out[element(half, i)] = out[element(half, i)] * factor[half]

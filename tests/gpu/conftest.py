@@ -1,0 +1,22 @@
+"""These tests run where there is a Hopper GPU and its kernels can be had, and are skipped elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def _missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    from lite_attention.cute_kernels import unsupported_reason
+
+    return unsupported_reason(128, 128, torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [item for item in items if "/gpu/" in item.path.as_posix()]
+    reason = _missing() if here else None
+    if reason is not None:
+        for item in here:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,131 @@
+"""Inputs for the kernel, and its comparison with the CPU algorithm in float64, step by step from the same state."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lite_attention.ops import SkipState, tile_shape
+from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.oracle import skip_attention_oracle
+
+KERNEL = torch.ops.lite_attention.skip_attention.default
+REFERENCE = torch.ops.lite_attention.skip_attention_reference.default
+
+
+@dataclass
+class Case:
+    """One call of the op; clustered, so that votes drop tiles."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    state: SkipState
+    must_do: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    scale: float | None = None
+
+    def call(self, op: Any, state: SkipState, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (self.q, self.k, self.v) if dtype is None else (t.to(dtype) for t in (self.q, self.k, self.v))
+        return op(
+            q, k, v, state.skip_mask, state.control, state.threshold, state.initial_mask, self.must_do, self.key_mask,
+            scale=self.scale, tile_m=state.tile_m, tile_n=state.tile_n,
+        )  # fmt: skip
+
+
+def clustered(
+    batch: int, seq: int, heads: int, dim: int, *, peak: float, generator: torch.Generator, clusters: torch.Tensor
+) -> torch.Tensor:
+    """[batch, seq, heads, dim]: consecutive tokens share a cluster, so that far tiles score low."""
+    which = torch.arange(seq, device="cuda") * len(clusters) // seq
+    noise = torch.randn(batch, seq, heads, dim, device="cuda", generator=generator)
+    return peak * clusters[which] + 0.5 * noise
+
+
+def make_case(
+    *,
+    batch: int = 1,
+    seq_q: int = 700,
+    seq_k: int = 900,
+    heads: int = 2,
+    kv_heads: int = 2,
+    dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    peak: float = 0.6,
+    threshold: float = -4.0,
+    seed: int = 0,
+    head_major: bool = False,
+    extras: bool = False,
+    key_mask: bool = False,
+    **state_options: Any,
+) -> Case:
+    """Return a case; `extras` adds an initial mask and must_do tiles, `head_major` lays q, k, v out as [B, H, S, D]."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    clusters = torch.randn(7, 1, dim, device="cuda", generator=generator)
+    make = {"generator": generator, "peak": peak, "clusters": clusters}
+    q, k = clustered(batch, seq_q, heads, dim, **make), clustered(batch, seq_k, kv_heads, dim, **make)
+    v = torch.randn(batch, seq_k, kv_heads, dim, device="cuda", generator=generator)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    if head_major:
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    tile_m, tile_n = tile_shape(dim, dtype, "cuda")
+    q_tiles, k_tiles = math.ceil(seq_q / tile_m), math.ceil(seq_k / tile_n)
+
+    def random_bits(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, device="cuda", generator=generator) < 0.2
+
+    if extras:
+        state_options["initial_mask"] = random_bits(1, heads, q_tiles, k_tiles)
+    state = SkipState.for_inputs(q, k, threshold=threshold, **state_options)
+    case = Case(q, k, v, state)
+    if extras:
+        case.must_do = pack_bits(random_bits(k_tiles))
+    if key_mask:
+        case.key_mask = ~random_bits(batch, seq_k)
+        case.key_mask[:, : seq_k // 5] = False  # whole tiles without a key
+        if batch > 1:
+            case.key_mask[0] = False  # rows that see nothing
+    return case
+
+
+def check_step(case: Case) -> float:
+    """Run one step on the kernel and on the CPU algorithm, compare all that it computes, and return the sparsity."""
+    other = copy.deepcopy(case.state)
+    before = copy.deepcopy(case.state)
+    out, lse = case.call(KERNEL, case.state)
+    want, want_lse = case.call(REFERENCE, other, torch.float64)
+    # FlashAttention's budget: twice the error of the same attention in the inputs' dtype, and one rounding.
+    rounding = (want.to(out.dtype).double() - want).abs().max().item()
+    low, _ = case.call(REFERENCE, copy.deepcopy(before))
+    budget = 2 * (low.double() - want).abs().max().item() + rounding
+    # Weights are rounded to the dtype before the second product, which the reference in float32 does not do.
+    budget += torch.finfo(out.dtype).eps * case.v.double().abs().max().item()
+    torch.testing.assert_close(out.double(), want, atol=budget, rtol=0, equal_nan=True)
+    lse_error = (lse.double() - want_lse.double()).abs() / want_lse.double().abs().clamp(min=1)
+    assert not (lse_error > 1e-4).any(), f"lse off by {lse_error.nan_to_num().max()}"
+    assert torch.equal(lse.isneginf(), want_lse.isneginf())
+    assert torch.equal(lse.isnan(), want_lse.isnan())
+    assert torch.equal(case.state.control, other.control)
+    differs = case.state.skip_mask != other.skip_mask
+    if differs.any():
+        assert _too_close(case, before)[case.state.kept_tiles() != other.kept_tiles()].all()
+    return case.state.sparsity().item()
+
+
+def _too_close(case: Case, before: SkipState) -> torch.Tensor:
+    """Return bool [slots, B, Hq, q_tiles, k_tiles]: votes within rounding of the threshold, by the oracle."""
+    state = before.cpu()
+    oracle = skip_attention_oracle(
+        case.q.double().cpu(), case.k.double().cpu(), case.v.double().cpu(), state.skip_mask, state.control,
+        state.threshold, state.initial_mask, None if case.must_do is None else case.must_do.cpu(),
+        None if case.key_mask is None else case.key_mask.cpu(), scale=case.scale, tile_m=state.tile_m,
+        tile_n=state.tile_n,
+    )  # fmt: skip
+    scale = (case.q.shape[-1] ** -0.5 if case.scale is None else case.scale) * math.log2(math.e)
+    largest = case.q.double().norm(dim=-1).max() * case.k.double().norm(dim=-1).max() * scale
+    close = oracle.margin < 1e-3 * max(1.0, largest.item() / 64)
+    return close.cuda().expand(state.slots, *close.shape)

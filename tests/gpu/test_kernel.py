@@ -1,0 +1,273 @@
+"""The Hopper kernel against the CPU algorithm in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import threading
+
+import pytest
+import torch
+from gpu_cases import KERNEL, REFERENCE, Case, check_step, make_case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lite_attention
+from lite_attention.ops import SkipState
+from lite_attention.ops.control import FLAG_DENSE
+
+CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
+
+
+def near_multiples(tile: int, most: int) -> st.SearchStrategy[int]:
+    edges = [n * tile + d for n in range(most // tile + 1) for d in (-1, 0, 1) if 1 <= n * tile + d <= most]
+    return st.sampled_from([1, *edges]) | st.integers(1, most)
+
+
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(data=st.data())
+def test_any_call_matches_the_reference(data: st.DataObject) -> None:
+    dim, dtype = data.draw(
+        st.sampled_from([*((d, torch.bfloat16) for d in (64, 96, 128, 192, 256)), (128, torch.float16)])
+    )
+    kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
+    case = make_case(
+        batch=data.draw(st.integers(1, 3)),
+        seq_q=data.draw(near_multiples(192, 800)),
+        seq_k=data.draw(near_multiples(80, 1500)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        dim=dim,
+        dtype=dtype,
+        peak=data.draw(st.sampled_from([0.3, 0.6, 1.0])),
+        threshold=data.draw(st.sampled_from([0.0, -1.0, -4.0, -12.0, -math.inf])),
+        seed=data.draw(st.integers(0, 1000)),
+        head_major=data.draw(st.booleans()),
+        extras=dtype == torch.bfloat16 and dim in (64, 128) and data.draw(st.booleans()),
+        key_mask=data.draw(st.booleans()),
+        num_steps=data.draw(st.sampled_from([None, 2])),
+        refresh=data.draw(st.sampled_from([None, 2])),
+    )
+    case.scale = data.draw(st.sampled_from([None, 0.2]))
+    for _ in range(3):
+        check_step(case)
+        case.q = case.q + 0.05 * torch.randn_like(case.q)
+        case.state.slot = data.draw(st.integers(0, 1))
+
+
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(1000, 3000), (3001, 2879), (1921, 4001)])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_half_of_the_tiles_dropped(dim: int, seq_q: int, seq_k: int) -> None:
+    case = make_case(seq_q=seq_q, seq_k=seq_k, dim=dim, peak=1.2, threshold=-3.0)
+    shares = []
+    for _ in range(4):
+        shares.append(check_step(case))
+        case.q = case.q + 0.05 * torch.randn_like(case.q)
+    assert 0.3 < shares[-1] < 0.9
+    assert shares == sorted(shares)
+
+
+def test_minus_infinity_is_dense_bit_for_bit() -> None:
+    case = make_case(seq_q=1500, seq_k=1700, threshold=-math.inf)
+    out, lse = case.call(KERNEL, case.state)
+    case.state.set_flag(FLAG_DENSE, True)
+    before = case.state.control.clone()
+    dense, dense_lse = case.call(KERNEL, case.state)
+    assert torch.equal(out, dense)
+    assert torch.equal(lse, dense_lse)
+    assert torch.equal(case.state.control, before)
+    assert not case.state.skip_mask.any()
+    q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
+    sdpa = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2)
+    torch.testing.assert_close(out.double(), sdpa, atol=2e-2, rtol=0)
+
+
+def test_repeats_are_bit_equal_under_load() -> None:
+    case = make_case(seq_q=2000, seq_k=3000, heads=8, kv_heads=8, peak=1.0)
+    case.call(KERNEL, case.state)
+    start = copy.deepcopy(case.state)
+    want, want_lse = case.call(KERNEL, case.state)
+    after = case.state.skip_mask.clone()
+    load = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    side = torch.cuda.Stream()
+    for i in range(1000):
+        with torch.cuda.stream(side):
+            load.fill_(i % 256)
+        case.state.load_state_dict(start.state_dict())
+        out, lse = case.call(KERNEL, case.state)
+        same = torch.equal(out, want) and torch.equal(lse, want_lse) and torch.equal(case.state.skip_mask, after)
+        assert same, f"repeat {i}"
+
+
+def test_graph_replay_equals_eager() -> None:
+    case = make_case(seq_q=900, seq_k=1100, peak=0.6, num_steps=20)
+    eager = copy.deepcopy(case.state)
+    case.call(KERNEL, case.state)  # compiles outside of the capture
+    case.state.reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = case.call(KERNEL, case.state)
+    case.state.reset()
+    skipped = []
+    for step in range(50):
+        graph.replay()
+        want, _ = case.call(KERNEL, eager)
+        assert torch.equal(out, want), f"step {step}"
+        assert torch.equal(case.state.skip_mask, eager.skip_mask)
+        assert torch.equal(case.state.control, eager.control)
+        skipped.append(eager.sparsity().item())
+        case.q.add_(0.15 * torch.randn_like(case.q))  # latents drift, so votes differ from step to step
+    assert max(skipped) > skipped[0] > 0
+    assert eager.step() == 10  # 50 steps wrapped round after 20
+
+
+@pytest.mark.parametrize("key_mask", [False, True])
+@pytest.mark.parametrize("head_major", [False, True])
+def test_opcheck(key_mask: bool, head_major: bool) -> None:
+    case = make_case(seq_q=200, seq_k=333, key_mask=key_mask, head_major=head_major)
+    state = case.state
+    torch.library.opcheck(
+        KERNEL,
+        (case.q, case.k, case.v, state.skip_mask, state.control, state.threshold, None, None, case.key_mask),
+        {"scale": None, "tile_m": state.tile_m, "tile_n": state.tile_n},
+    )
+
+
+def test_streams_and_threads() -> None:
+    cases = [make_case(seq_q=1000 + 64 * i, seq_k=2000, peak=1.0, seed=i) for i in range(4)]
+    wants = []
+    for case in cases:
+        state = copy.deepcopy(case.state)
+        wants.append([case.call(KERNEL, state)[0] for _ in range(10)])
+    torch.cuda.synchronize()
+    failures: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outs = [cases[i].call(KERNEL, cases[i].state)[0] for _ in range(10)]
+            torch.cuda.current_stream().synchronize()
+        if not all(torch.equal(out, want) for out, want in zip(outs, wants[i], strict=True)):
+            failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_nan_and_infinity(bad: float, where: str) -> None:
+    case = make_case(seq_q=500, seq_k=700, peak=1.0)
+    getattr(case, where)[0, 333, 1, 5] = bad
+    other = copy.deepcopy(case.state)
+    for _ in range(2):
+        out, lse = case.call(KERNEL, case.state)
+        want, want_lse = case.call(REFERENCE, other, torch.float64)
+        assert torch.equal(out.isnan(), want.isnan())
+        torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=0, equal_nan=True)
+        torch.testing.assert_close(lse.double(), want_lse.double(), atol=1e-3, rtol=1e-3, equal_nan=True)
+        assert torch.equal(case.state.kept_tiles(), other.kept_tiles())
+
+
+def test_state_lies_between_canaries() -> None:
+    case = make_case(batch=2, seq_q=1000, seq_k=2700, heads=3, kv_heads=3, peak=1.0)
+    guarded = {}
+    for name, buffer in case.state.named_buffers():
+        around = torch.full((buffer.numel() + 128,), 0x5A5A5A5A, dtype=torch.int32, device="cuda").view(buffer.dtype)
+        around[64:-64] = buffer.flatten()
+        guarded[name] = around
+    views = {name: guarded[name][64:-64].view(buffer.shape) for name, buffer in case.state.named_buffers()}
+    case.state = SkipState.over(views, case.state.tile_m, case.state.tile_n)
+    for _ in range(3):
+        case.call(KERNEL, case.state)
+    assert case.state.skip_mask.any()
+    for around in guarded.values():
+        edges = torch.cat([around[:64], around[-64:]]).view(torch.int32)
+        assert (edges == 0x5A5A5A5A).all()
+
+
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(140_000, 80), (64, 140_000)])
+def test_offsets_beyond_32_bits(seq_q: int, seq_k: int) -> None:
+    heads = 128  # 140,000 x 128 x 128 elements are more than 2^31
+    q, k, v = (torch.randn(1, s, heads, 128, device="cuda", dtype=torch.bfloat16) for s in (seq_q, seq_k, seq_k))
+    state = SkipState.for_inputs(q, k, threshold=-math.inf)
+    out = lite_attention.skip_attention(q, k, v, state)
+    for head in (0, heads - 1):
+        picked = (slice(None), slice(-64, None), slice(head, head + 1))
+        small = Case(q[picked].contiguous(), k[:, :, head : head + 1], v[:, :, head : head + 1], state)
+        scores = small.q[0, :, 0].double() @ small.k[0, :, 0].double().T / 128**0.5
+        want = scores.softmax(-1) @ small.v[0, :, 0].double()
+        torch.testing.assert_close(out[0, -64:, head].double(), want, atol=2e-2, rtol=0)
+
+
+def test_what_tma_cannot_read_is_copied() -> None:
+    case = make_case(seq_q=300, seq_k=400)
+    want, _ = case.call(KERNEL, copy.deepcopy(case.state))
+    wide = torch.zeros(1, 300, 2, 129, device="cuda", dtype=torch.bfloat16)
+    wide[..., 1:] = case.q
+    case.q = wide[..., 1:]  # odd strides, odd address
+    out, _ = case.call(KERNEL, case.state)
+    assert torch.equal(out, want)
+
+
+def test_unsupported_says_why() -> None:
+    q = torch.randn(1, 100, 2, 80, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="head dims"):
+        lite_attention.skip_attention(q, q, q, SkipState.for_inputs(q, q))
+    q = torch.randn(1, 100, 2, 128, device="cuda")
+    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
+        lite_attention.skip_attention(q, q, q, SkipState.for_inputs(q, q))
+    q = q.bfloat16()
+    state = SkipState.for_inputs(q, q, tile_m=64)
+    with pytest.raises(ValueError, match="tile_m, tile_n"):
+        lite_attention.skip_attention(q, q, q, state)
+    assert not state.control[8:].any()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_model(mode: str | None) -> None:
+    """Two layers of attention through the backend, two branches: as eager skip_attention with explicit states."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(256, 768)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 128)).transpose(1, 3).unbind(2)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return x + out.transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Layer(), Layer()).cuda().bfloat16().requires_grad_(False)
+    for layer in model:
+        layer.qkv.weight.data[:512] *= 4
+    clusters = 2 * torch.randn(6, 256, device="cuda").repeat_interleave(200, 0)
+    states: dict[tuple[str, int], SkipState] = {}
+
+    def reference(x: torch.Tensor, branch: str) -> torch.Tensor:
+        for i, layer in enumerate(model):
+            q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 128)).unbind(2)
+            state = states.setdefault((branch, i), SkipState.for_inputs(q, k, threshold=-4.0, slots=1))
+            x = x + lite_attention.skip_attention(q, k, v, state).flatten(2)
+        return x
+
+    lite_attention.enable(model, threshold=-4.0, num_steps=8, mode=mode)
+    with torch.inference_mode():
+        for _ in range(6):
+            for branch in ("cond", "uncond"):
+                x = (clusters + 0.3 * torch.randn(1, 1200, 256, device="cuda")).bfloat16()
+                with lite_attention.branch(branch, model=model):
+                    out = model(x).clone()
+                torch.testing.assert_close(out, reference(x, branch), atol=0.15, rtol=0.02)
+    report = lite_attention.report(model)
+    assert len(report.swapped) == 2
+    for i, row in enumerate(report.rows):
+        for slot, branch in enumerate(("cond", "uncond")):
+            assert 0.1 < row.sparsity[slot] < 0.95
+            assert abs(row.sparsity[slot] - states[branch, i].sparsity().item()) < 0.05
+    lite_attention.disable(model)

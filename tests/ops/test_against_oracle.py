@@ -1,0 +1,213 @@
+"""The op on the CPU against the float64 oracle, step after step, each step from the same input state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from lite_attention.ops import SkipState
+from lite_attention.ops import control as c
+from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.tiles import ceil_div
+from tests.conftest import assert_step, clustered_qkv, live_sparsity, too_close
+
+
+@dataclass
+class Call:
+    """One step: what is asked of the op, and what happens to the state before."""
+
+    before: str
+    slot: int
+    batch: int
+    seq_q: int
+    seq_k: int
+    must_do: bool
+    key_mask: str
+    scale: float | None
+
+
+@dataclass
+class Case:
+    seed: int
+    dtype: torch.dtype
+    capacity: tuple[int, int, int]  # batch, seq_q, seq_k
+    kv_heads: int
+    group: int
+    head_dim: int
+    value_dim: int
+    tile_m: int
+    tile_n: int
+    slots: int
+    num_steps: int | None
+    refresh: int | None
+    auto_step: bool
+    initial_mask: tuple[bool, bool] | None  # one for each batch, one for each head
+    threshold: tuple[bool, int, bool]  # by slot, steps, by head
+    calls: list[Call]
+
+
+def _near_tile_edges(tile: int, tiles: st.SearchStrategy[int]) -> st.SearchStrategy[int]:
+    edge = st.sampled_from([0, 0, -1, 1, tile // 2])
+    return st.builds(lambda n, off: max(1, n * tile + off), tiles, edge)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    tile_m, tile_n = draw(st.integers(4, 16)), draw(st.integers(4, 16))
+    many_tiles = draw(st.sampled_from([False] * 7 + [True]))  # more than one word of bits
+    if many_tiles:
+        tile_n = 4
+    batch = 1 if many_tiles else draw(st.integers(1, 2))
+    few = st.integers(1, 5)
+    seq_q = draw(_near_tile_edges(tile_m, st.integers(1, 2) if many_tiles else few))
+    seq_k = draw(_near_tile_edges(tile_n, st.integers(33, 66) if many_tiles else few))
+    slots = draw(st.integers(1, 3))
+    call = st.builds(
+        Call,
+        before=st.sampled_from([""] * 8 + ["fresh", "fresh", "dense", "jump", "reset"]),
+        slot=st.integers(0, slots - 1) if draw(st.booleans()) else st.just(0),
+        batch=st.sampled_from([batch, batch, 1]),
+        seq_q=st.sampled_from([seq_q] * 5 + [max(1, seq_q - tile_m)]),
+        seq_k=st.sampled_from([seq_k] * 5 + [max(1, seq_k - tile_n - 1)]),
+        must_do=st.sampled_from([False, False, True]),
+        key_mask=st.sampled_from([""] * 5 + ["tokens", "tiles", "one for all", "nothing"]),
+        scale=st.sampled_from([None, None, 0.7]),
+    )
+    return Case(
+        seed=draw(st.integers(0, 2**16)),
+        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
+        capacity=(batch, seq_q, seq_k),
+        kv_heads=draw(st.integers(1, 2)),
+        group=1 if many_tiles else draw(st.sampled_from([1, 1, 2])),
+        head_dim=draw(st.sampled_from([2, 4, 7, 8])),
+        value_dim=draw(st.sampled_from([1, 4, 8])),
+        tile_m=tile_m,
+        tile_n=tile_n,
+        slots=slots,
+        num_steps=draw(st.sampled_from([None, None, 2, 3])),
+        refresh=draw(st.sampled_from([None, None, 2])),
+        auto_step=draw(st.sampled_from([True, True, False])),
+        initial_mask=draw(st.sampled_from([None, None, (False, False), (True, True), (True, False)])),
+        threshold=(draw(st.booleans()), draw(st.integers(1, 3)), draw(st.booleans())),
+        calls=draw(st.lists(call, min_size=2, max_size=4)),
+    )
+
+
+def _make_state(case: Case, rng: torch.Generator) -> SkipState:
+    (batch, seq_q, seq_k), heads = case.capacity, case.kv_heads * case.group
+    q_tiles, k_tiles = ceil_div(seq_q, case.tile_m), ceil_div(seq_k, case.tile_n)
+    initial = None
+    if case.initial_mask is not None:
+        shape = (batch if case.initial_mask[0] else 1, heads if case.initial_mask[1] else 1, q_tiles, k_tiles)
+        initial = torch.rand(shape, generator=rng) < 0.3
+    state = SkipState(
+        batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=case.tile_m, tile_n=case.tile_n,
+        slots=case.slots, num_steps=case.num_steps, refresh=case.refresh, auto_step=case.auto_step,
+        initial_mask=initial,
+    )  # fmt: skip
+    by_slot, steps, by_head = case.threshold
+    values = torch.tensor([-torch.inf, -6.0, -3.0, -3.0, -1.5, -1.0, 0.0, 2.0])
+    index = torch.randint(len(values), (case.slots if by_slot else 1, steps, heads if by_head else 1), generator=rng)
+    state.threshold = values[index]  # the op also takes tables with sizes of 1
+    return state
+
+
+def _draw_key_mask(kind: str, call: Call, tile_n: int, rng: torch.Generator) -> torch.Tensor | None:
+    if not kind:
+        return None
+    batch = 1 if kind == "one for all" else call.batch
+    if kind == "tokens":
+        return torch.rand(batch, call.seq_k, generator=rng) < 0.7
+    tiles = torch.rand(batch, ceil_div(call.seq_k, tile_n), generator=rng) < 0.6
+    mask = tiles.repeat_interleave(tile_n, 1)[:, : call.seq_k].clone()
+    mask[:, -1] = False  # an excluded token in a tile that otherwise takes part
+    if kind == "nothing":
+        mask[0] = False
+    return mask
+
+
+def _prepare(state: SkipState, call: Call, rng: torch.Generator) -> None:
+    state.slot = call.slot
+    state.set_flag(c.FLAG_DENSE, call.before == "dense")
+    if call.before == "fresh":
+        state.start_fresh(call.slot)
+    elif call.before == "jump":
+        state.set_step(int(torch.randint(6, (), generator=rng)), call.slot)
+    elif call.before == "reset":
+        state.reset(call.slot)
+
+
+@settings(max_examples=300, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_equals_the_oracle(case: Case) -> None:
+    rng = torch.Generator().manual_seed(case.seed)
+    state = _make_state(case, rng)
+    for number, call in enumerate(case.calls):
+        q, k, v = clustered_qkv(
+            case.seed, batch=call.batch, seq_q=call.seq_q, seq_k=call.seq_k, heads=case.kv_heads * case.group,
+            kv_heads=case.kv_heads, head_dim=case.head_dim, value_dim=case.value_dim, dtype=case.dtype, step=number,
+        )  # fmt: skip
+        must_do = None
+        if call.must_do:
+            must_do = pack_bits(torch.rand(ceil_div(call.seq_k, case.tile_n), generator=rng) < 0.3)
+        _prepare(state, call, rng)
+        key_mask = _draw_key_mask(call.key_mask, call, case.tile_n, rng)
+        assert_step(q, k, v, state, scale=call.scale, must_do=must_do, key_mask=key_mask)
+    event(f"tiles skipped at the end: {10 * int(10 * live_sparsity(state))} %")
+
+
+# Sq and Sk off the tiles, and unlike each other; the last has more k-tiles than a word has bits.
+RAGGED = [(61, 61, 8, 8), (90, 131, 16, 8), (133, 75, 8, 12), (33, 161, 16, 4)]
+
+
+@pytest.mark.parametrize(("seq_q", "seq_k", "tile_m", "tile_n"), RAGGED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ragged_shapes_drop_30_to_80_percent(
+    seq_q: int, seq_k: int, tile_m: int, tile_n: int, dtype: torch.dtype
+) -> None:
+    state = SkipState(batch=2, heads=4, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=1, threshold=-3.0)
+    for step in range(4):
+        q, k, v = clustered_qkv(
+            7, batch=2, seq_q=seq_q, seq_k=seq_k, heads=4, kv_heads=2, value_dim=5, dtype=dtype, step=step
+        )
+        _, want = assert_step(q, k, v, state)
+        # The mask is compared but for these, so they must be few.
+        assert (want.margin < too_close(q, k)).float().mean() < 0.01
+        assert 0.3 < live_sparsity(state) < 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("seq_q", "seq_k", "tile_m", "tile_n"), RAGGED)
+def test_half_precision_stays_in_the_budget(
+    seq_q: int, seq_k: int, tile_m: int, tile_n: int, dtype: torch.dtype
+) -> None:
+    """FlashAttention's budget: twice the error of plain attention in that dtype, and a rounding band."""
+    state = SkipState(batch=1, heads=2, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=1, threshold=-3.0)
+    for step in range(3):
+        q, k, v = clustered_qkv(3, seq_q=seq_q, seq_k=seq_k, dtype=dtype, step=step)
+        kept = state.kept_tiles()[0] if step else torch.ones_like(state.kept_tiles()[0])
+        seen = kept.repeat_interleave(tile_m, 2)[:, :, :seq_q].repeat_interleave(tile_n, 3)[..., :seq_k]
+        out, want = assert_step(q, k, v, state)
+
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+        plain = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+        band = 2 * ((want.out + 0.3 - 0.3).to(dtype).double() - want.out).abs().max()
+        error, plain_error = (out - want.out).abs(), (plain - want.out).abs()
+        assert error.max() <= 2 * plain_error.max() + band
+        assert error.mean() <= 1.2 * plain_error.mean()
+    assert live_sparsity(state) > 0.3
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_without_skipping_it_is_grouped_sdpa(group: int) -> None:
+    q, k, v = clustered_qkv(1, batch=2, seq_q=37, seq_k=50, heads=4, kv_heads=4 // group, value_dim=5)
+    state = SkipState(batch=2, heads=4, seq_q=37, seq_k=50, tile_m=8, tile_n=8, threshold=-torch.inf)
+    out, _ = assert_step(q, k, v, state)
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
+    )
+    torch.testing.assert_close(out, plain.transpose(1, 2), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,63 @@
+"""Tile geometry, the order of visits, and bits in words."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lite_attention.ops import tile_shape
+from lite_attention.ops.bitmask import pack_bits, unpack_bits
+from lite_attention.ops.tiles import ceil_div, diagonal_tile, visit_order
+
+
+@pytest.mark.parametrize(
+    ("q_tile", "order"),
+    [(0, [0, 5, 4, 3, 2, 1]), (2, [2, 0, 5, 1, 4, 3]), (5, [5, 0, 4, 3, 2, 1])],
+)
+def test_visit_order_by_hand(q_tile: int, order: list[int]) -> None:
+    assert visit_order(q_tile, 48, 48, 8, 8) == order
+
+
+@settings(max_examples=200, deadline=None, print_blob=True)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 40), st.integers(1, 40), st.data())
+def test_visit_order(seq_q: int, seq_k: int, tile_m: int, tile_n: int, data: st.DataObject) -> None:
+    i = data.draw(st.integers(0, ceil_div(seq_q, tile_m) - 1))
+    order, k_tiles = visit_order(i, seq_q, seq_k, tile_m, tile_n), ceil_div(seq_k, tile_n)
+    assert sorted(order) == list(range(k_tiles))
+    # The tile of the key at which the middle of the q-tile points.
+    middle = (i + Fraction(1, 2)) * tile_m * Fraction(seq_k, seq_q)
+    first = min(k_tiles - 1, int(middle / tile_n))
+    assert order[0] == first == diagonal_tile(i, seq_q, seq_k, tile_m, tile_n)
+    ends = [j for j in dict.fromkeys([0, k_tiles - 1]) if j != first]
+    assert order[1 : 1 + len(ends)] == ends
+    rest = order[1 + len(ends) :]
+    below, above = [j for j in rest if j < first], [j for j in rest if j > first]
+    assert rest == sorted(below, reverse=True) + sorted(above, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "device", "shape"),
+    [(128, "cuda", (192, 80)), (128, "cuda:1", (192, 80)), (128, "cpu", (64, 64)), (64, "meta", (64, 64))],
+)
+def test_tile_shape(head_dim: int, device: str, shape: tuple[int, int]) -> None:
+    assert tile_shape(head_dim, torch.bfloat16, device) == tile_shape(head_dim, torch.float16, device) == shape
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 70])
+def test_bits_round_trip(n: int) -> None:
+    for bits in (torch.rand(3, 2, n) < 0.5, torch.ones(1, n, dtype=torch.bool), torch.eye(n, dtype=torch.bool)):
+        words = pack_bits(bits)
+        assert words.dtype == torch.int32
+        assert words.shape == (*bits.shape[:-1], ceil_div(n, 32))
+        assert torch.equal(unpack_bits(words, n), bits)
+        assert not unpack_bits(words, 32 * words.shape[-1])[..., n:].any()
+
+
+def test_lowest_bit_first_and_bit_31_is_the_sign() -> None:
+    bits = torch.zeros(64, dtype=torch.bool)
+    bits[[0, 5, 31, 32]] = True
+    assert pack_bits(bits).tolist() == [1 + 2**5 - 2**31, 1]
