@@ -3,8 +3,8 @@
     python benchmarks/attention.py [--shapes 1,40,32760,128 ...] [--seconds 1.5] [--json FILE] [--plot FILE]
 
 Needs `pip install fa3-fwd`; measures FlashAttention-4 (`flash-attn-4`) too where installed. Each kernel runs in a
-block of its own, FA3 before and after it: the card is limited by power, and single calls in turn would lend clock from one
-kernel to the other. A figure is the median of the second half of a block.
+block of its own, FA3 before and after it: the card is limited by power, and single calls in turn would lend clock from
+one kernel to the other. A figure is the median of the second half of a block.
 """
 
 from __future__ import annotations

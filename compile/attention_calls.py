@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lite_attention.compile.provenance import value_of
+from lite_attention.compile.provenance import value_of, written_between
 
 __all__ = ["SKIP_ATTENTION_OPS", "AttentionCall", "find_attention_calls", "is_sdpa", "is_skip_attention"]
 
@@ -95,8 +95,14 @@ def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> A
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def _checks(node: fx.Node) -> list[fx.Node]:
+    """Return the checks that export puts on what is cast: no use of the value."""
+    return [user for user in node.users if _called(user, "_assert_tensor_metadata")]
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    users = [user for user in node.users if not _called(user, "_assert_tensor_metadata")]
+    return users[0] if len(users) == 1 else None
 
 
 def _is_cast(node: fx.Node) -> bool:
@@ -167,10 +173,12 @@ def _match_handwritten(softmax: fx.Node) -> AttentionCall | None:
         return None
     (q, q_permutation), (k, k_permutation) = left
     v, v_permutation, out_permutation = right
+    if written_between(way[-1], user, (q, k, *inner, *way)):  # a mask filled in, or memory used again
+        return None
     return AttentionCall(
         user, q, k, v, scale=1.0 if scale is None else scale, q_permutation=q_permutation,
         k_permutation=k_permutation, v_permutation=v_permutation, out_permutation=out_permutation,
-        inner=[*inner, *way],
+        inner=[n for node in (*inner, *way) for n in (*_checks(node), node)],
     )  # fmt: skip
 
 
@@ -186,7 +194,7 @@ def _operands_of_scores(node: fx.Node) -> tuple[_Operand, _Operand] | None:
         (q, q_axes), (k, k_axes), scores_axes = parsed
         batch, head, i, j = tuple(scores_axes)
         depth = (set(q_axes) & set(k_axes)) - {batch, head}
-        if len(depth) != 1 or i not in q_axes or j not in k_axes:
+        if set(q_axes) != {batch, head, i, *depth} or set(k_axes) != {batch, head, j, *depth}:
             return None
         (d,) = depth
         return (q, _permutation(q_axes, (batch, i, head, d))), (k, _permutation(k_axes, (batch, j, head, d)))

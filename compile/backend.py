@@ -86,7 +86,7 @@ class LiteAttentionBackend:
                 extra += fakes
             gm.recompile()
         compiled = self._compile(gm, [*example_inputs, *extra], mode, options)
-        return self._wrap(compiled, runtime) if runtime else compiled
+        return self._wrap(compiled, runtime, _first_parameter(gm))
 
     def _compile(
         self, gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: dict[str, Any] | None
@@ -104,11 +104,12 @@ class LiteAttentionBackend:
         compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 
-    def _wrap(self, compiled: _Compiled, sites: list[_RuntimeSite]) -> _Compiled:
+    def _wrap(self, compiled: _Compiled, sites: list[_RuntimeSite], first_parameter: int | None) -> _Compiled:
         """Return a callable that finds the states of the layer that is being run, and hands them to the graph."""
         graph = object()
         owner_inputs = sorted({i for site in sites for i in site.owner_inputs})
         readers = [reader for site in sites for reader in site.sizes]
+        layers_run: set[int] = set()
 
         def resolve(args: Sequence[Any]) -> Resolved:
             pairs = []
@@ -123,27 +124,33 @@ class LiteAttentionBackend:
             key = (graph, *[id(args[i]) for i in owner_inputs], *[read(args) for read in readers])
             extra = self.store.resolved(key, lambda: resolve(args))
             if not self._warned:
-                self._warn_once()
+                layer = 0 if first_parameter is None else id(args[first_parameter])
+                self._warn_once(whole_model_ran=layer in layers_run)
+                layers_run.add(layer)
             return compiled(*args, *extra)
 
         return run
 
-    def _warn_once(self) -> None:
+    def _warn_once(self, whole_model_ran: bool) -> None:
+        warning = None
+        if any(record.site.swapped for record in self.store.records):
+            if self.settings.num_steps is None and not self.store.session.is_told:
+                warning = (
+                    "liteattn: nobody tells where a generation ends, so skipping starts fresh only every "
+                    f"{self.settings.max_steps} calls. Use lite_attention.enable(model), or num_steps=, or "
+                    "lite_attention.reset(model) before each generation, and lite_attention.branch(name) around cond "
+                    "and uncond passes"
+                )
+        elif whole_model_ran:  # a graph runs again: no other graph, whose attention might be swapped, is to come
+            reasons = sorted({str(site.reason) for site in self.sites}) or [
+                "no scaled_dot_product_attention in the graphs: does the model use diffusers' native attention backend?"
+            ]
+            warning = f"liteattn: no attention was swapped ({'; '.join(reasons)}); see lite_attention.report(model)"
+        else:
+            return
         self._warned = True
-        if not any(record.site.swapped for record in self.store.records):
-            reasons = sorted({str(site.reason) for site in self.sites})
-            warnings.warn(
-                f"liteattn: no attention was swapped ({'; '.join(reasons)}); see lite_attention.report(model)",
-                stacklevel=2,
-            )
-        elif self.settings.num_steps is None and not self.store.session.is_told:
-            warnings.warn(
-                "liteattn: nobody tells where a generation ends, so skipping starts fresh only every "
-                f"{self.settings.max_steps} calls. Use lite_attention.enable(model), or num_steps=, or "
-                "lite_attention.reset(model) before each generation, and lite_attention.branch(name) around cond and "
-                "uncond passes",
-                stacklevel=2,
-            )
+        if warning is not None:
+            warnings.warn(warning, stacklevel=3)
 
 
 @dataclass
@@ -216,6 +223,12 @@ def _size_reader(size: int | torch.SymInt, inputs: dict[fx.Node, int]) -> _Size 
 
 def _attribute(node: fx.Node) -> object:
     return operator.attrgetter(str(node.target))(node.graph.owning_module)
+
+
+def _first_parameter(gm: fx.GraphModule) -> int | None:
+    """Return which argument of the graph is its first parameter: what tells the layers that it runs apart."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return next((i for i, node in enumerate(inputs) if _is_parameter(node)), None)
 
 
 def _source_name(node: fx.Node) -> str:

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
@@ -71,32 +72,37 @@ class _EagerSwap(TorchFunctionMode):
         super().__init__()
         self.store = store
         self.settings: SkipSettings = store.settings
+        self._model = model
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._running: list[tuple[nn.Module, Counter[str]]] = []
+        self._running: list[nn.Module] = []  # innermost last; empty while the model does not run
+        self._calls: Counter[nn.Module] = Counter()  # of attention, by module, in this forward
         self._records: dict[tuple[int, int], SiteRecord] = {}
+        self._left_alone: set[tuple[object, ...]] = set()  # sites with the kinds of call that were
         self._origins: _Origins | None = None
         self._complete = False  # all sites met in the last forward had been decided before
 
-    # ---- hooks ---------------------------------------------------------------------------------------------------
+    # ---- running -------------------------------------------------------------------------------------------------
 
-    def enter_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._complete:
-            self._origins = _Origins()
-            self._origins.add_new((args, kwargs))
-        self._complete = True
-        self.__enter__()  # type: ignore[no-untyped-call]
-        self.enter_module(model)
-
-    def leave_model(self, *_: Any) -> None:
-        self._running.clear()
-        self._origins = None
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    def run_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with its hooks, this mode active; no exception leaves it behind."""
+        outer = self._running, self._calls, self._origins
+        try:
+            self._running, self._calls, self._origins = [self._model], Counter(), None
+            if not self._complete:
+                self._origins = _Origins()
+                self._origins.add_new((args, kwargs))
+            self._complete = True
+            with self:
+                return self._model._call_impl(*args, **kwargs)
+        finally:
+            self._running, self._calls, self._origins = outer
 
     def enter_module(self, module: nn.Module, *_: Any) -> None:
-        self._running.append((module, Counter()))
+        if self._running:
+            self._running.append(module)
 
-    def leave_module(self, *_: Any) -> None:
-        if len(self._running) > 1:
+    def leave_module(self, module: nn.Module, *_: Any) -> None:
+        if self._running and self._running[-1] is module:
             self._running.pop()
 
     # ---- calls ---------------------------------------------------------------------------------------------------
@@ -105,13 +111,13 @@ class _EagerSwap(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            result = self._attend(*args, **kwargs)
-            if self._origins is not None:
-                self._origins.add_new(result)
-            return result
-        result = func(*args, **kwargs)
-        if self._origins is not None:
+        is_sdpa = func is scaled_dot_product_attention
+        result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)
+        if self._origins is None:
+            pass
+        elif is_sdpa or func in SKIP_ATTENTION_OPS:
+            self._origins.add_new(result)
+        else:
             name = getattr(func, "__name__", "")
             writes_first = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
             writes_first = writes_first or name.startswith("__i")
@@ -131,21 +137,26 @@ class _EagerSwap(TorchFunctionMode):
     ) -> torch.Tensor:
         tensors = (query, key, value)
         call = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        module, ordinals = self._running[-1]
-        ordinal = ordinals["attention"]
-        ordinals["attention"] += 1
+        module = self._running[-1]
+        ordinal = self._calls[module]
+        self._calls[module] += 1
         record = self._records.get((id(module), ordinal))
-        if record is None:
+        kind = None
+        if record is None or not record.site.swapped:
+            kind = (id(module), ordinal, *self._kind(tensors, attn_mask))
+        if kind is not None and kind not in self._left_alone:
             self._complete = False
             if self._origins is not None:
                 site = self._decide(module, ordinal, tensors, attn_mask, call)
                 record = self.store.record([module], (ordinal,), site)
                 self._records[(id(module), ordinal)] = record
+                if not site.swapped:
+                    self._left_alone.add(kind)
         if record is None or not record.site.swapped or self._new_reason(tensors, attn_mask, call, record.site):
             return scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        q, k, v = (t.transpose(1, 2) for t in tensors)
+        q, k, v = (t.to(_dtype_of(t)).transpose(1, 2) for t in tensors)
         record.last = state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
         key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
         out = skip_attention(
@@ -153,10 +164,17 @@ class _EagerSwap(TorchFunctionMode):
         )
         return out.transpose(1, 2)  # type: ignore[no-any-return]
 
+    @staticmethod
+    def _kind(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> tuple[object, ...]:
+        """Return what the decision about a call depends on; a site left alone once may be swapped at another size."""
+        of_tensors = [(t.shape, _dtype_of(t), t.device) for t in tensors]
+        of_mask = None if mask is None else (mask.shape, mask.dtype)
+        return (*of_tensors, of_mask, torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
     def _site(self, module: nn.Module, ordinal: int, tensors: tuple[torch.Tensor, ...]) -> Site:
         q, k, v = (tuple(t.transpose(1, 2).shape) if t.dim() == 4 else tuple(t.shape) for t in tensors)
         name, like = self._names[id(module)], tensors[0]
-        return Site(name, type(module).__name__, ordinal, q, k, v, like.dtype, like.device)
+        return Site(name, type(module).__name__, ordinal, q, k, v, _dtype_of(like), like.device)
 
     def _decide(
         self,
@@ -179,8 +197,15 @@ class _EagerSwap(TorchFunctionMode):
         self, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, call: dict[str, Any], site: Site
     ) -> str | None:
         """Return what speaks against a swap at this call that did not at the first."""
-        now = self._site(self._running[-1][0], site.ordinal, tensors)
+        now = self._site(self._running[-1], site.ordinal, tensors)
         return unsupported_call(now, tensors, mask, **call) or self.settings.unsupported_reason(now)
+
+
+def _dtype_of(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype that scaled_dot_product_attention would compute in: autocast, if on, casts what it is given."""
+    kind = tensor.device.type
+    casts = tensor.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts else tensor.dtype
 
 
 def attach(model: nn.Module, store: StateStore) -> Callable[[], None]:
@@ -191,14 +216,13 @@ def attach(model: nn.Module, store: StateStore) -> Callable[[], None]:
         store: where the states go.
     """
     mode = _EagerSwap(model, store)
-    handles = [
-        model.register_forward_pre_hook(mode.enter_model, with_kwargs=True),
-        model.register_forward_hook(mode.leave_model, always_call=True),
-    ]
+    handles = []
     for module in model.modules():
         if module is not model and any(True for _ in module.children()):
             handles.append(module.register_forward_pre_hook(mode.enter_module))
             handles.append(module.register_forward_hook(mode.leave_module, always_call=True))
+    # Not hooks of the model, which a KeyboardInterrupt goes past. A torch.compile around it has to leave it as it is.
+    model._compiled_call_impl = torch.compiler.disable(mode.run_model)
 
     def detach() -> None:
         for handle in handles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._sympy.value_ranges import bound_sympy
 from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS, is_skip_attention
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import Site, SkipSettings
-from lite_attention.compile.sites import GraphSite, find_sites, log_sites
+from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.swap import STATE_BUFFERS, swap_site
 from lite_attention.ops import SkipState
 
@@ -53,6 +54,10 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
     `state_dict` keeps the model's keys. `lite_attention.branch` cannot reach a program that was loaded elsewhere: write
     the slot and step into `control` (see `lite_attention.ops.control`), or use `skip_states(module)`.
 
+    A saved program needs `import lite_attention` where it is loaded, which registers the op; without it PyTorch reports
+    an error in deserializing, or a missing schema. What `torch.export.load` returns is PyTorch's own ExportedProgram:
+    its module writes into it, so reset `skip_states(module)` before saving it once more.
+
     Args:
         exported_program: as `torch.export.export` returns it, before `run_decompositions`; it is left as it is.
         settings: fields of `SkipSettings`: threshold, slots, num_steps, select, and so on.
@@ -73,14 +78,17 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
     program = _copy(exported_program)
     specs = program.graph_signature.input_specs
     weights = {spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT}
-    with torch.no_grad():  # an exported program is for inference, whatever its parameters say
-        found = find_sites(program.graph, options, lambda node: node.op == "placeholder" and node.name in weights)
-    program.sites = [item.site for item in found]
+    found = find_sites(program.graph, options, lambda node: node.op == "placeholder" and node.name in weights)
+    program.sites = [item.site for item in found] + sites_in_subgraphs(program.graph_module)
     log_sites(program.sites, "torch.export")
+    if not any(site.swapped for site in program.sites):
+        reasons = "; ".join(sorted({str(site.reason) for site in program.sites})) or "there is none in the program"
+        warnings.warn(f"make_skip_aware: no attention was swapped ({reasons})", stacklevel=2)
     for item in found:
         if item.site.swapped:
             nodes = _add_buffers(program, item, options)
-            swap_site(program.graph, item, nodes, options, "val")
+            out = swap_site(program.graph, item, nodes, options, "val")
+            program.graph_signature.replace_all_uses(item.call.node.name, out.name)
     program.graph_module.recompile()
     program.validate()  # type: ignore[no-untyped-call]
     return program
@@ -89,6 +97,8 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
 def _copy(program: ExportedProgram) -> SkipAwareProgram:
     """Copy the graph and its signature; the weights are shared."""
     graph = copy.deepcopy(program.graph)
+    for node, twin in zip(program.graph.nodes, graph.nodes, strict=True):
+        twin.name = node.name  # a copy renames what is called like a builtin, such as "input"
     return SkipAwareProgram(
         root=fx.GraphModule(program.graph_module, graph),
         graph=graph,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-__all__ = ["Provenance", "value_of"]
+__all__ = ["Provenance", "value_of", "written_between"]
 
 _MAX_OWNERS = 8
 
@@ -49,6 +49,17 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 _BINARY = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
+
+
+def written_between(first: fx.Node, last: fx.Node, nodes: Iterable[fx.Node]) -> bool:
+    """Return whether anything after `first` and before `last` writes into the memory of one of the nodes."""
+    storages = {_storage(node) for node in nodes} - {None}
+    node = first.next
+    while node is not last:
+        if any(_storage(target) in storages for target in _written(node)):
+            return True
+        node = node.next
+    return False
 
 
 class Provenance:

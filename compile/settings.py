@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,13 @@ class SkipSettings:
         mask = None
         if self.initial_mask is not None:
             # One shape for all, since it is part of compiled code.
-            mask = self.initial_mask(site)
+            (_, _, kv_heads, head_dim), value_dim = site.k_shape, site.v_shape[3]
+            mask = self.initial_mask(
+                replace(
+                    site, q_shape=(batch, seq_q, heads, head_dim), k_shape=(batch, seq_k, kv_heads, head_dim),
+                    v_shape=(batch, seq_k, kv_heads, value_dim),
+                )
+            )  # fmt: skip
             tiles = (ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n))
             mask = torch.zeros(1, 1, *tiles, dtype=torch.bool) if mask is None else mask
             if mask.dim() == 4:
@@ -123,4 +129,4 @@ class SkipSettings:
             return f"no implementation for device {site.device.type}"
         from lite_attention import cute_kernels  # on first use: it may import cutlass
 
-        return cute_kernels.unsupported_reason(site.q_shape[3], site.v_shape[3], site.dtype)
+        return cute_kernels.unsupported_reason(site.q_shape[3], site.v_shape[3], site.dtype, site.device)

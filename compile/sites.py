@@ -68,7 +68,7 @@ def _permuted_shape(node: fx.Node, permutation: tuple[int, ...]) -> tuple[Any, .
 
 def _describe(call: AttentionCall, ordinal: int) -> Site:
     path, class_name = module_path(call.node)
-    value = _tensor(call.q)
+    value = _tensor(call.node)  # not q: autocast and attention written by hand may cast on the way
     return Site(
         path, class_name, ordinal, _permuted_shape(call.q, call.q_permutation),
         _permuted_shape(call.k, call.k_permutation), _permuted_shape(call.v, call.v_permutation),
@@ -142,6 +142,8 @@ def choice_reason(site: Site, settings: SkipSettings) -> str | None:
         return "cross-attention"
     if site.is_self_attention is None and not _same(site.q_shape[1], site.k_shape[1]):
         return "no evidence of self-attention in the graph, and lengths differ"
+    if statically_known_true(site.q_shape[1] != site.k_shape[1]):
+        return "queries and keys of one origin but of different number, as where tokens are pooled"
     k_tiles = ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1])
     if statically_known_true(k_tiles < settings.min_tiles):
         return f"only {k_tiles} k-tile(s), fewer than min_tiles={settings.min_tiles}"
@@ -177,9 +179,11 @@ def find_sites(
         owners = provenance.owners((call.q, call.k, call.v), call.node)
         tensors = [_tensor(node) for node in (call.q, call.k, call.v)]
         mask = None if call.mask is None else _tensor(call.mask)
-        reason = unsupported_call(
-            site, tensors, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, scale=call.scale
-        )
+        out = _tensor(call.node)
+        with torch.set_grad_enabled(out is not None and out.requires_grad):  # the mode that the call itself runs in
+            reason = unsupported_call(
+                site, tensors, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, scale=call.scale
+            )
         if reason is None:
             site.is_self_attention = provenance.is_self_attention(call.q, call.k, call.node)
             reason = settings.unsupported_reason(site) or choice_reason(site, settings)
@@ -198,7 +202,7 @@ def sites_in_subgraphs(module: fx.GraphModule) -> list[Site]:
         if isinstance(child, fx.GraphModule):
             for call in find_attention_calls(child.graph):
                 site = _describe(call, len(found))
-                site.reason = f"inside a {users[name].target} region" if name in users else "inside a nested region"
+                site.reason = "inside a nested region" + (f" ({users[name].target})" if name in users else "")
                 found.append(site)
             found.extend(sites_in_subgraphs(child))
     return found

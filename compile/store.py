@@ -7,6 +7,7 @@ what tells layers apart: the parameters that feed the attention, or the module t
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -34,19 +35,20 @@ class SiteRecord:
 
     def name(self, model: nn.Module) -> str:
         """Return the full path of the site's module in a model, as far as its owners tell."""
-        paths = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-        paths |= {id(m): name for name, m in model.named_modules(remove_duplicate=False)}
-        for owner in self.owners:
-            path = paths.get(id(owner()))
-            if path is None:
-                continue
-            path = path.removeprefix("_orig_mod.")
-            if isinstance(owner(), nn.Module):
+        paths: dict[int, list[str]] = defaultdict(list)
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            paths[id(parameter)].append(path.removeprefix("_orig_mod."))
+        for path, module in model.named_modules(remove_duplicate=False):
+            paths[id(module)].append(path.removeprefix("_orig_mod."))
+        known = [(owner(), paths[id(owner())]) for owner in self.owners if id(owner()) in paths]
+        # A parameter that layers share does not name the layer: the others come first.
+        for owner, (path, *_) in sorted(known, key=lambda item: len(item[1])):
+            if isinstance(owner, nn.Module):
                 return path
             start = f".{path}".find(f".{self.site.name}.")
             if self.site.name and start >= 0:
                 return path[: start + len(self.site.name)]
-            if self.site is not None and not self.site.name:
+            if not self.site.name:
                 return path.rpartition(".")[0].rpartition(".")[0]
         return self.site.name
 
@@ -127,6 +129,11 @@ class StateStore:
             record.states = {key: state for key, state in record.states.items() if state is record.last}
             for state in record.states.values():
                 state.reset()
+
+    def clear(self) -> None:
+        """Let go of all sites and states; compiled code that nobody calls any more may still hold the store."""
+        self._records.clear()
+        self._resolved.clear()
 
     def set_threshold(self, threshold: float | torch.Tensor) -> None:
         """Write the threshold of all states, in place."""

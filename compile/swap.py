@@ -33,8 +33,8 @@ def _emit(graph: fx.Graph, meta_key: str, like: fx.Node, target: Any, *args: Any
 
 def swap_site(
     graph: fx.Graph, found: GraphSite, state: Sequence[fx.Node | None], settings: SkipSettings, meta_key: str
-) -> None:
-    """Replace one attention call by the op.
+) -> fx.Node:
+    """Replace one attention call by the op, and return what has its value now.
 
     Args:
         graph: changed in place.
@@ -50,9 +50,15 @@ def swap_site(
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return _emit(graph, meta_key, call.node, target, *args, **kwargs)
 
+    def operand(node: fx.Node, order: Sequence[int]) -> fx.Node:
+        tensor = value_of(node)
+        if isinstance(tensor, torch.Tensor) and tensor.dtype != found.site.dtype:
+            node = emit(aten.to.dtype, node, found.site.dtype)  # as autocast does
+        return emit(aten.permute.default, node, list(order))
+
     with graph.inserting_before(call.node):
         q, k, v = (
-            emit(aten.permute.default, node, list(order))
+            operand(node, order)
             for node, order in (
                 (call.q, call.q_permutation),
                 (call.k, call.k_permutation),
@@ -73,3 +79,4 @@ def swap_site(
     for node in (call.node, *call.inner):
         if not node.users:
             graph.erase_node(node)
+    return out

@@ -13,7 +13,7 @@ _REGISTERS_PER_SM = 65536
 _SHARED_BYTES = 227 * 1024
 _WARPGROUP = 128
 # Registers of a consumer thread that hold neither scores, output nor weights: addresses, maxima, sums, pipeline state.
-_OTHER_REGISTERS = 36
+_OTHER_REGISTERS = 32
 _PRODUCER_REGISTERS = {2: 24, 3: 32}
 _CONSUMER_REGISTERS = {2: 240, 3: 160}
 
@@ -27,7 +27,6 @@ class KernelConfig:
         head_dim: of queries, keys and values.
         tile_m: query rows of a CTA, 64 for each consumer warpgroup.
         tile_n: keys of a tile.
-        stages: depth of the rings of K and V tiles.
         skip: read and write the skip state; False is dense attention without state.
         initial_mask: a fresh step starts from an initial mask.
         must_do: some tiles are always visited.
@@ -38,7 +37,6 @@ class KernelConfig:
     head_dim: int
     tile_m: int
     tile_n: int
-    stages: int = 2
     skip: bool = True
     initial_mask: bool = False
     must_do: bool = False
@@ -77,10 +75,18 @@ class KernelConfig:
         return self.tile_n // 2 + self.head_dim // 2 + self.tile_n // 4 + _OTHER_REGISTERS
 
     @property
+    def stages(self) -> int:
+        """Depth of the rings of K and V tiles: three where shared memory allows it."""
+        return 3 if self._shared_bytes(3) <= _SHARED_BYTES else 2
+
+    @property
     def shared_bytes(self) -> int:
         """Q, the rings of K and V, the walk (three words for 32 tiles, two bytes a tile), barriers and alignment."""
+        return self._shared_bytes(self.stages)
+
+    def _shared_bytes(self, stages: int) -> int:
         walk = 3 * 4 * (MAX_TILES // 32) + 2 * MAX_TILES
-        return 2 * self.head_dim * (self.tile_m + 2 * self.stages * self.tile_n) + walk + 2 * 1024
+        return 2 * self.head_dim * (self.tile_m + 2 * stages * self.tile_n) + walk + 2 * 1024
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from lite_attention.cute_kernels.config import KEY_BITS_PAD, MAX_TILES, KernelCo
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
 from lite_attention.ops.reference import empty_output
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, ceil_div, tile_shape
-from lite_attention.ops.validate import CallSignature, call_signature, check_call
+from lite_attention.ops.validate import CallSignature, call_signature, check_call, split_signature
 
 __all__ = ["skip_attention_forward", "unsupported_reason"]
 
@@ -66,23 +66,23 @@ def _key_tables(key_mask: torch.Tensor, batch: int, tile_n: int) -> tuple[torch.
 def _plan(call: CallSignature) -> Kernel:
     """Check a call and return its kernel; a call like one before costs a look-up."""
     check_call(call)
-    q, tiles = call.q, (call.tile_m, call.tile_n)
+    (q, k, v, *_), (initial_mask, must_do, key_mask), _, tile_m, tile_n = split_signature(call)
     batch, _, heads, head_dim = q.shape
-    seq_k = call.k.shape[1]
-    reason = unsupported_reason(head_dim, call.v.shape[3], q.dtype, q.device)
+    seq_k = k.shape[1]
+    reason = unsupported_reason(head_dim, v.shape[3], q.dtype, q.device)
     if reason is not None:
         raise RuntimeError(f"lite_attention::skip_attention: {reason}")
     expected = tile_shape(head_dim, q.dtype, q.device)
-    if tiles != expected:
-        raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {tiles}")
-    if ceil_div(seq_k, call.tile_n) > MAX_TILES:
-        raise ValueError(f"seq_len of k: expected at most {MAX_TILES * call.tile_n}, got {seq_k}")
+    if (tile_m, tile_n) != expected:
+        raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
+    if ceil_div(seq_k, tile_n) > MAX_TILES:
+        raise ValueError(f"seq_len of k: expected at most {MAX_TILES * tile_n}, got {seq_k}")
     if heads > _GRID_LIMIT or batch > _GRID_LIMIT:
         raise ValueError(f"heads, batch of q: expected at most {_GRID_LIMIT}, got {heads}, {batch}")
     return get_kernel(
         KernelConfig(
-            _DTYPES[q.dtype], head_dim, *tiles, initial_mask=call.initial_mask is not None,
-            must_do=call.must_do is not None, key_mask=call.key_mask is not None,
+            _DTYPES[q.dtype], head_dim, tile_m, tile_n, initial_mask=initial_mask is not None,
+            must_do=must_do is not None, key_mask=key_mask is not None,
         )
     )  # fmt: skip
 
@@ -108,9 +108,8 @@ def skip_attention_forward(
         ValueError: an argument does not fit; nothing has been changed then.
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
-    kernel = _plan(
-        call_signature(q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask, scale, tile_m, tile_n)
-    )
+    tensors = (q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask)
+    kernel = _plan(call_signature(tensors, scale, tile_m, tile_n))
     flags, key_bits = (None, None) if key_mask is None else _key_tables(key_mask, q.shape[0], tile_n)
     out = empty_output(q, v)
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)

@@ -7,9 +7,11 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from torch import nn
+
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
-from lite_attention.wiring import _models_of
+from lite_attention.wiring import parts_of
 
 __all__ = ["Report", "ReportRow", "report"]
 
@@ -18,7 +20,7 @@ __all__ = ["Report", "ReportRow", "report"]
 class ReportRow:
     """One attention site."""
 
-    name: str  # module path
+    name: str  # module path, below the name of the transformer if it is a pipeline's
     class_name: str
     q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim, as compiled
     k_shape: tuple[Any, ...]
@@ -73,17 +75,17 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
     from lite_attention.compile.store import records_of
 
     rows = []
-    for model in _models_of(model_or_pipe):
+    for part, module_or_compiled in parts_of(model_or_pipe).items():
+        model: nn.Module = getattr(module_or_compiled, "_orig_mod", module_or_compiled)
+        prefix = "" if isinstance(model_or_pipe, nn.Module) else f"{part}."
         for _, record in records_of(model):
-            site = record.site
-            rows.append(
-                ReportRow(record.name(model), site.class_name, site.q_shape, site.k_shape, site.reason, record.last)
-            )
+            site, name = record.site, prefix + record.name(model)
+            rows.append(ReportRow(name, site.class_name, site.q_shape, site.k_shape, site.reason, record.last))
         for name, module in model.named_modules():
             if isinstance(module, LiteAttention):
                 batch, heads, seq_q, seq_k = (0, 0, 0, 0) if module.state is None else module.state.capacity
                 shapes = ((batch, seq_q, heads), (batch, seq_k, heads))
-                rows.append(ReportRow(name, type(module).__name__, *shapes, None, module.state))
+                rows.append(ReportRow(prefix + name, type(module).__name__, *shapes, None, module.state))
     result = Report(rows)
     print(result, file=sys.stdout if file is None else file)
     if not result.swapped:

@@ -6,16 +6,23 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from lite_attention.module import LiteAttention
 from lite_attention.ops import Session, default_session
 
+if TYPE_CHECKING:
+    pass
+
 __all__ = ["branch", "default_session", "disable", "enable", "reset"]
 
 _Target = TypeVar("_Target")
+
+
+# Undoes something on the model or pipeline it is given. It must not hold on to it, or neither would ever be freed.
+_Undo = Callable[[Any], None]
 
 
 @dataclass
@@ -23,11 +30,11 @@ class _Wiring:
     """What `enable` did to one model."""
 
     session: Session
-    undo: list[Callable[[], None]]
+    undo: list[_Undo]
 
 
 _wirings: weakref.WeakKeyDictionary[nn.Module, _Wiring] = weakref.WeakKeyDictionary()
-_pipelines: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
+_pipelines: weakref.WeakKeyDictionary[Any, _Undo] = weakref.WeakKeyDictionary()
 
 
 def enable(
@@ -66,32 +73,41 @@ def enable(
 
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
-    if hasattr(model_or_pipe, "_orig_mod"):
-        raise ValueError("model_or_pipe: expected a model before torch.compile, got its result: enable() compiles it")
-    models = _models_of(model_or_pipe)
+    for name, model in parts_of(model_or_pipe).items():
+        if hasattr(model, "_orig_mod"):
+            raise ValueError(f"{name}: expected a model before torch.compile, got its result: enable() compiles it")
+        if compile == "blocks" and not getattr(model, "_repeated_blocks", None):
+            raise ValueError(
+                f"compile: expected True or False, got 'blocks': {type(model).__name__} names no repeated blocks"
+            )
     SkipSettings(**settings)  # wrong ones are told before anything is changed
     disable(model_or_pipe)
-    for model in models:
-        session = Session()
-        undo = [_follow_cache_context(model, session)]
-        if compile:
-            undo.append(_compile(model, compile == "blocks", session, inner, settings, mode, options, dynamic))
-        else:
-            undo.append(_attach(model, session, settings))
-        _wirings[model] = _Wiring(session, undo)
-    if not isinstance(model_or_pipe, nn.Module):
-        _pipelines[model_or_pipe] = _follow_progress(model_or_pipe, models)
+    models = _models_of(model_or_pipe)
+    try:
+        for model in models:
+            session = Session()
+            undo = [_take_off_compiled(model), _follow_cache_context(model, session)]
+            _wirings[model] = _Wiring(session, undo)
+            if compile:
+                undo.append(_compile(model, compile == "blocks", session, inner, settings, mode, options, dynamic))
+            else:
+                undo.append(_attach(model, session, settings))
+        if not isinstance(model_or_pipe, nn.Module):
+            _pipelines[model_or_pipe] = _follow_progress(model_or_pipe, models)
+    except BaseException:
+        disable(model_or_pipe)
+        raise
     return model_or_pipe
 
 
 def disable(model_or_pipe: _Target) -> _Target:
     """Undo `enable`; without it nothing happens. The skip states are dropped."""
     if not isinstance(model_or_pipe, nn.Module) and model_or_pipe in _pipelines:
-        _pipelines.pop(model_or_pipe)()
+        _pipelines.pop(model_or_pipe)(model_or_pipe)
     for model in _models_of(model_or_pipe):
         wiring = _wirings.pop(model, None)
         for undo in wiring.undo if wiring else []:
-            undo()
+            undo(model)
     return model_or_pipe
 
 
@@ -137,24 +153,46 @@ def session_of(model: nn.Module | None) -> Session:
     return default_session if wiring is None else wiring.session
 
 
-def _models_of(model_or_pipe: Any) -> list[nn.Module]:
+def parts_of(model_or_pipe: Any) -> dict[str, nn.Module]:
+    """Return the transformers of a pipeline by their names in it, or a model as "model_or_pipe".
+
+    Raises:
+        ValueError: it is neither.
+    """
     if isinstance(model_or_pipe, nn.Module):
-        return [getattr(model_or_pipe, "_orig_mod", model_or_pipe)]  # what torch.compile wraps
+        return {"model_or_pipe": model_or_pipe}
     components: dict[str, Any] = getattr(model_or_pipe, "components", {})
-    models = [c for name, c in components.items() if name.startswith("transformer") and isinstance(c, nn.Module)]
-    if not models:
+    parts = {name: c for name, c in components.items() if name.startswith("transformer") and isinstance(c, nn.Module)}
+    if not parts:
         raise ValueError(
             "model_or_pipe: expected an nn.Module or a diffusers pipeline with a transformer, "
             f"got {type(model_or_pipe).__name__}"
         )
-    return models
+    return parts
 
 
-def _follow_cache_context(model: nn.Module, session: Session) -> Callable[[], None]:
+def _models_of(model_or_pipe: Any) -> list[nn.Module]:
+    return [getattr(part, "_orig_mod", part) for part in parts_of(model_or_pipe).values()]  # what torch.compile wraps
+
+
+def _take_off_compiled(model: nn.Module) -> _Undo:
+    """Take away what `model.compile()` put in place: code compiled earlier would run around the swap."""
+    before = weakref.WeakKeyDictionary({m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl})
+    for module in before:
+        module._compiled_call_impl = None
+
+    def undo(model: nn.Module) -> None:
+        for module in model.modules():
+            module._compiled_call_impl = before.get(module)
+
+    return undo
+
+
+def _follow_cache_context(model: nn.Module, session: Session) -> _Undo:
     """Let `model.cache_context`, with which diffusers' pipelines announce a branch and step, move the session too."""
     inner = getattr(model, "cache_context", None)
     if inner is None:
-        return lambda: None
+        return lambda _: None
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -164,9 +202,11 @@ def _follow_cache_context(model: nn.Module, session: Session) -> Callable[[], No
     return _override(model, "cache_context", cache_context)
 
 
-def _follow_progress(pipe: Any, models: list[nn.Module]) -> Callable[[], None]:
+def _follow_progress(pipe: Any, models: list[nn.Module]) -> _Undo:
     """Start fresh whenever a pipeline opens the progress bar of its denoising loop."""
-    inner = pipe.progress_bar
+    inner = getattr(pipe, "progress_bar", None)
+    if inner is None:  # a modular pipeline: its blocks have one each
+        return lambda _: None
     for model in models:
         session_of(model).is_told = True
 
@@ -178,13 +218,14 @@ def _follow_progress(pipe: Any, models: list[nn.Module]) -> Callable[[], None]:
     return _override(pipe, "progress_bar", progress_bar)
 
 
-def _override(target: Any, name: str, value: Any) -> Callable[[], None]:
+def _override(target: Any, name: str, value: Any) -> _Undo:
     """Put an attribute over one of the class, and return a function that takes it away again."""
     before = vars(target).get(name)
     object.__setattr__(target, name, value)
+    ours = weakref.ref(value)
 
-    def undo() -> None:
-        if vars(target).get(name) is value:
+    def undo(target: Any) -> None:
+        if vars(target).get(name) is ours():
             if before is None:
                 object.__delattr__(target, name)
             else:
@@ -202,31 +243,25 @@ def _compile(
     mode: str | None,
     options: dict[str, Any] | None,
     dynamic: bool | None,
-) -> Callable[[], None]:
+) -> _Undo:
     from lite_attention.compile.backend import LiteAttentionBackend
 
     backend = LiteAttentionBackend(inner=inner, session=session, **settings)
-    before = {module: module._compiled_call_impl for module in model.modules()}
-    if not blocks:
-        model.compile(backend=backend, mode=mode, options=options, dynamic=dynamic)
-    elif hasattr(model, "compile_repeated_blocks"):
-        compile_blocks: Any = model.compile_repeated_blocks
-        compile_blocks(backend=backend, mode=mode, options=options, dynamic=dynamic)
-    else:
-        raise ValueError(
-            f"compile: expected True or False, got 'blocks': {type(model).__name__} names no repeated blocks"
-        )
-
-    def undo() -> None:
-        for module, implementation in before.items():
-            module._compiled_call_impl = implementation
-
-    return undo
+    compile_model: Any = model.compile_repeated_blocks if blocks else model.compile
+    compile_model(backend=backend, mode=mode, options=options, dynamic=dynamic)
+    return lambda _: backend.store.clear()
 
 
-def _attach(model: nn.Module, session: Session, settings: dict[str, Any]) -> Callable[[], None]:
+def _attach(model: nn.Module, session: Session, settings: dict[str, Any]) -> _Undo:
     from lite_attention.compile.eager import attach
     from lite_attention.compile.settings import SkipSettings
     from lite_attention.compile.store import StateStore
 
-    return attach(model, StateStore(SkipSettings(**settings), session))
+    store = StateStore(SkipSettings(**settings), session)
+    detach = attach(model, store)
+
+    def undo(_: nn.Module) -> None:
+        detach()
+        store.clear()
+
+    return undo

@@ -147,9 +147,8 @@ def skip_attention_reference(
     tile_n: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `lite_attention::skip_attention` on any device; see `lite_attention.ops.schema` for the contract."""
-    check_call(
-        call_signature(q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask, scale, tile_m, tile_n)
-    )
+    tensors = (q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask)
+    check_call(call_signature(tensors, scale, tile_m, tile_n))
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads = k.shape[1], k.shape[2]
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)

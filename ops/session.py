@@ -73,6 +73,8 @@ class Session:
         self._count(step is None)
         if step is not None:
             self._move(slot, step)
+        else:
+            self._steps.pop(slot, None)  # the op moves on from here
         try:
             yield slot
         finally:
@@ -81,7 +83,8 @@ class Session:
     def reset(self) -> None:
         """Begin a new generation: all states forget their votes and their step; branches keep their slots."""
         self.is_told = True
-        self._steps = dict.fromkeys(self._steps, 0)
+        self._steps.clear()
+        self._count(True)
         for state in self._states:
             state.reset()
 

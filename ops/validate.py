@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,15 @@ from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
 from lite_attention.ops.tiles import ceil_div
 
-__all__ = ["CallSignature", "call_signature", "check_call", "check_inputs", "check_key_mask", "check_threshold"]
+__all__ = [
+    "CallSignature",
+    "call_signature",
+    "check_call",
+    "check_inputs",
+    "check_key_mask",
+    "check_threshold",
+    "split_signature",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -95,49 +103,33 @@ class TensorSignature(NamedTuple):
     contiguous: bool
 
 
-class CallSignature(NamedTuple):
-    """All that a check may know of a call: equal signatures pass or fail alike."""
-
-    q: TensorSignature
-    k: TensorSignature
-    v: TensorSignature
-    skip_mask: TensorSignature
-    control: TensorSignature
-    threshold: TensorSignature
-    initial_mask: TensorSignature | None
-    must_do: TensorSignature | None
-    key_mask: TensorSignature | None
-    scale: float | None
-    tile_m: int
-    tile_n: int
-
-
-def signature_of(t: torch.Tensor) -> TensorSignature:
-    """Return the signature of a tensor."""
-    return TensorSignature(t.shape, t.dtype, t.device, t.is_contiguous())
+# Signatures of q, k, v, skip_mask, control, threshold, initial_mask, must_do and key_mask as plain tuples, which are
+# quick to make, then scale, tile_m and tile_n. Equal signatures pass or fail alike.
+CallSignature = tuple[Any, ...]
 
 
 def call_signature(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    skip_mask: torch.Tensor,
-    control: torch.Tensor,
-    threshold: torch.Tensor,
-    initial_mask: torch.Tensor | None,
-    must_do: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    scale: float | None,
-    tile_m: int,
-    tile_n: int,
+    tensors: tuple[torch.Tensor | None, ...], scale: float | None, tile_m: int, tile_n: int
 ) -> CallSignature:
-    """Return the signature of a call of the op."""
-    return CallSignature(
-        signature_of(q), signature_of(k), signature_of(v), signature_of(skip_mask), signature_of(control),
-        signature_of(threshold), None if initial_mask is None else signature_of(initial_mask),
-        None if must_do is None else signature_of(must_do), None if key_mask is None else signature_of(key_mask),
-        scale, tile_m, tile_n,
-    )  # fmt: skip
+    """Return the signature of a call of the op.
+
+    Args:
+        tensors: q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask.
+        scale: as given to the op, as are the others.
+        tile_m: likewise.
+        tile_n: likewise.
+    """
+    signatures = [None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors]
+    return (*signatures, scale, tile_m, tile_n)
+
+
+def split_signature(
+    call: CallSignature,
+) -> tuple[list[TensorSignature], list[TensorSignature | None], float | None, int, int]:
+    """Return the signatures of the tensors that are always there, of those that may be None, scale and tile sizes."""
+    *tensors, scale, tile_m, tile_n = call
+    named = [None if t is None else TensorSignature(*t) for t in tensors]
+    return [t for t in named[:6] if t is not None], named[6:], scale, tile_m, tile_n
 
 
 @functools.lru_cache(maxsize=4096)
@@ -147,7 +139,9 @@ def check_call(call: CallSignature) -> None:
     Raises:
         ValueError: naming the argument at fault, what was expected and what came.
     """
-    q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask, scale, tile_m, tile_n = call
+    (q, k, v, skip_mask, control, threshold), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = (
+        split_signature(call)
+    )
     check_inputs(q, k, v)
     batch, seq_q, heads, _ = q.shape
     seq_k = k.shape[1]

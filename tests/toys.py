@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import lite_attention
-from lite_attention.ops import SkipState
+from lite_attention.compile import LiteAttentionBackend
+from lite_attention.ops import Session, SkipState
 
 TILE = (16, 16)
 THRESHOLD = -4.0
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[..., torch.Tensor]
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int, norm_q: nn.Module | None = None) -> None:
+    """Attention with projections; further arguments go to `attend`, which may be replaced."""
+
+    def __init__(
+        self, dim: int = 32, heads: int = 2, norm_q: nn.Module | None = None, kv_heads: int | None = None
+    ) -> None:
         super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        kv_dim = dim // heads * self.kv_heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, d) for d in (dim, kv_dim, kv_dim, dim))
+        for linear in (self.to_q, self.to_k):
+            linear.weight.data.mul_(3.0)  # peaked scores, so that tiles are skipped
         self.norm_q = norm_q
         self.attend: Attend = F.scaled_dot_product_attention
+        self.requires_grad_(False)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         context = x if context is None else context
         q = self.to_q(x) if self.norm_q is None else self.norm_q(self.to_q(x))
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, self.to_k(context), self.to_v(context))
-        )
-        return self.to_out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for t in (self.to_k(context), self.to_v(context)))
+        return q, k, v
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
+        return self.to_out(self.attend(*self.project(x, context), **arguments).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -59,9 +71,6 @@ class Toy(nn.Module):
         torch.manual_seed(seed)
         norm_q = nn.LayerNorm(dim) if share_norm else None
         self.blocks = nn.ModuleList(Block(dim, heads, norm_q) for _ in range(layers))
-        for block in self.blocks:
-            for linear in (block.attn1.to_q, block.attn1.to_k):
-                linear.weight.data.mul_(3.0)
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -84,33 +93,37 @@ def context(batch: int = 1, seq: int = 24, dim: int = 32) -> torch.Tensor:
 
 
 class Reference:
-    """The toy with explicit states: one per layer, branch and size; `reset` drops them."""
+    """A model with explicit states: one per attention other than `attn2`, branch and size; `reset` drops them."""
 
-    def __init__(self, model: Toy, threshold: float = THRESHOLD) -> None:
+    def __init__(self, model: nn.Module, threshold: float | torch.Tensor = THRESHOLD) -> None:
         self.model = copy.deepcopy(model)
         self.threshold = threshold
-        self.states: dict[tuple[object, ...], SkipState] = {}
+        self.states: dict[tuple[str, str, int, int], SkipState] = {}  # path, branch, batch, seq
         self.branch = ""
-        for layer, block in enumerate(self.model.blocks):
-            block.attn1.attend = self._attend(layer)
+        for path, module in self.model.named_modules():
+            if isinstance(module, Attention) and not path.endswith("attn2"):
+                module.attend = self._attend(path)
 
-    def _attend(self, layer: int) -> Attend:
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend(self, path: str) -> Attend:
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None
+        ) -> torch.Tensor:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            key = (layer, self.branch, q.shape[0], q.shape[1])
+            key = (path, self.branch, q.shape[0], q.shape[1])
             if key not in self.states:
                 self.states[key] = SkipState(
                     batch=q.shape[0], heads=q.shape[2], seq_q=q.shape[1], seq_k=k.shape[1], tile_m=TILE[0],
                     tile_n=TILE[1], slots=1, threshold=self.threshold,
                 )  # fmt: skip
-            return lite_attention.skip_attention(q, k, v, self.states[key]).transpose(1, 2)
+            key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
+            return lite_attention.skip_attention(q, k, v, self.states[key], key_mask=key_mask).transpose(1, 2)
 
         return attend
 
     @torch.no_grad()
-    def __call__(self, *args: torch.Tensor, branch: str = "") -> torch.Tensor:
+    def __call__(self, *args: torch.Tensor, branch: str = "", **kwargs: torch.Tensor) -> torch.Tensor:
         self.branch = branch
-        return self.model(*args)
+        return self.model(*args, **kwargs)
 
     def reset(self) -> None:
         self.states.clear()
@@ -118,3 +131,48 @@ class Reference:
     @property
     def skipped(self) -> int:
         return sum(int((~state.kept_tiles()).sum()) for state in self.states.values())
+
+
+class Inner:
+    """What compiles the changed graphs in tests: keeps them, and runs them as they are or through a dynamo backend."""
+
+    def __init__(self, backend: str = "eager") -> None:
+        self.graphs: list[fx.GraphModule] = []
+        self._backend = torch._dynamo.lookup_backend(backend)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        return self._backend(gm, example_inputs)
+
+    def calls(self) -> list[fx.Node]:
+        """Return the calls of our op in all graphs."""
+        target = torch.ops.lite_attention.skip_attention.default
+        return [node for gm in self.graphs for node in gm.graph.find_nodes(op="call_function", target=target)]
+
+
+def toy_backend(inner: str | Inner = "aot_eager", **options: Any) -> LiteAttentionBackend:
+    """Return a backend with the toy's threshold and tiles, and a session of its own."""
+    return LiteAttentionBackend(
+        inner=inner,
+        **{"session": Session(), "threshold": THRESHOLD, "tile_shape": TILE, "num_steps": 100, **options},
+    )
+
+
+def compile_toy(model: nn.Module, backend: LiteAttentionBackend, how: str = "whole", **options: Any) -> nn.Module:
+    """Compile a model in place, as a "whole" or its "blocks"."""
+    for module in model.blocks if how == "blocks" else [model]:
+        module.compile(backend=backend, **options)
+    return model
+
+
+def assert_same_states(backend: LiteAttentionBackend, model: nn.Module, reference: Reference) -> None:
+    """Hold what each layer, branch and size of a compiled model remembers against the reference."""
+    records = {record.name(model): record for record in backend.store.records if record.site.swapped}
+    slots = backend.store.session.branches
+    assert records.keys() == {path for path, *_ in reference.states}
+    for path, record in records.items():
+        sizes = {sizes[:2] for sizes, _ in record.states}
+        assert sizes == {(batch, seq) for at, _, batch, seq in reference.states if at == path}
+    for (path, branch, batch, seq), expected in reference.states.items():
+        (state,) = (s for (sizes, _), s in records[path].states.items() if sizes[:2] == (batch, seq))
+        assert torch.equal(state.kept_tiles()[slots.get(branch, 0)], expected.kept_tiles()[0]), (path, branch)

@@ -12,7 +12,7 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from lite_attention.cute_kernels import build, cache
 from lite_attention.cute_kernels.config import KernelConfig
 
-CONFIG = KernelConfig("bf16", 64, 192, 112)
+CONFIG = KernelConfig("bf16", 64, 192, 128)
 
 
 @pytest.fixture

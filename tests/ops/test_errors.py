@@ -105,8 +105,9 @@ def _id(value: object) -> str:
 def test_a_call_that_does_not_fit(argument: str, value: Any, message: str) -> None:
     call = {**_call(), argument: value}
     state = [call[name].clone() for name in ("skip_mask", "control", "threshold")]
+    *tensors, scale, tile_m, tile_n = call.values()
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_call(call_signature(**call))
+        check_call(call_signature(tuple(tensors), scale, tile_m, tile_n))
     if argument in ("q", "k", "v"):
         with pytest.raises(ValueError, match=re.escape(message)):
             check_inputs(call["q"], call["k"], call["v"])

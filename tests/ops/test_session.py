@@ -197,3 +197,24 @@ def test_the_session_keeps_no_state_alive() -> None:
     del states[0]
     gc.collect()
     assert session.states == states
+
+
+def test_reset_returns_to_counting() -> None:
+    session, state = Session(), SkipState(batch=1, heads=1, seq_q=8, seq_k=8, tile_m=4, tile_n=4)
+    session.follow(state)
+    with session.branch("cond", step=3):
+        assert not state.control[c.FLAGS] & c.FLAG_AUTO_STEP
+    session.reset()
+    assert state.control[c.FLAGS] & c.FLAG_AUTO_STEP
+    assert state.step() == 0
+
+
+def test_a_told_step_is_written_again_after_counted_calls() -> None:
+    session, state = Session(), SkipState(batch=1, heads=1, seq_q=8, seq_k=8, tile_m=4, tile_n=4)
+    session.follow(state)
+    with session.branch("cond", step=3):
+        pass
+    with session.branch("cond"):
+        state.set_step(4)  # as the op does
+    with session.branch("cond", step=3):
+        assert state.step() == 3

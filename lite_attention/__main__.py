@@ -1,0 +1,34 @@
+"""The command line: `python -m lite_attention`, or `lite-attention`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from lite_attention import compile_kernels, demo
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+        argv: arguments without the program's name; None = those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="lite-attention", description="Skip-aware attention for diffusion models.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    demo.add_parser(commands)
+    compile_kernels.add_parser(commands)
+    args = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except (ImportError, NotImplementedError, ValueError) as error:  # says what to do; a traceback would bury it
+        print(f"lite-attention: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
