@@ -187,15 +187,18 @@ def draw(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     speed, time_axis = figure.subplots(1, 2)
-    for name in ("cuDNN", "FlashAttention-4", "ours, dense"):
-        points = sorted((int(r["shape"].split(",")[2]), r["tflops"]) for r in rows if r["name"] == name)
+    wide = [r for r in rows if r["shape"].endswith(",128")]
+
+    def plot(label: str, name: str, factor: Callable[[dict[str, Any]], float] = lambda r: 1.0) -> None:
+        points = sorted((int(r["shape"].split(",")[2]), r["tflops"] * factor(r)) for r in wide if r["name"] == name)
         if points:
-            speed.plot(*zip(*points, strict=True), "o-", label=name)
-    points = sorted(
-        (int(r["shape"].split(",")[2]), r["tflops"] * r["ratio"]) for r in rows if r["name"] == "ours, dense"
-    )
-    speed.plot(*zip(*points, strict=True), "o-", label="FlashAttention-3")
-    speed.set(xlabel="tokens", ylabel="TFLOP/s", title="Dense attention, bf16", ylim=(0, None))
+            speed.plot(*zip(*points, strict=True), "o-", label=label)
+
+    plot("ours, dense", "ours, dense")
+    plot("FlashAttention-3", "ours, dense", lambda r: r["ratio"])
+    for name in ("FlashAttention-4", "cuDNN"):
+        plot(name, name)
+    speed.set(xlabel="tokens", ylabel="TFLOP/s", title="Dense attention, bf16, head dim 128", ylim=(0, None))
     speed.legend()
     for shape in dict.fromkeys(r["shape"] for r in rows):
         found = [(r["skipped"], r["ratio"]) for r in rows if r["shape"] == shape and "in use" in r["name"]]

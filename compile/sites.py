@@ -142,11 +142,11 @@ def choice_reason(site: Site, settings: SkipSettings) -> str | None:
         return "cross-attention"
     if site.is_self_attention is None and not _same(site.q_shape[1], site.k_shape[1]):
         return "no evidence of self-attention in the graph, and lengths differ"
-    if statically_known_true(site.q_shape[1] != site.k_shape[1]):
-        return "queries and keys of one origin but of different number, as where tokens are pooled"
     k_tiles = ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1])
     if statically_known_true(k_tiles < settings.min_tiles):
         return f"only {k_tiles} k-tile(s), fewer than min_tiles={settings.min_tiles}"
+    if statically_known_true(site.q_shape[1] != site.k_shape[1]):
+        return "queries and keys of one origin but of different number, as where tokens are pooled"
     return None
 
 
