@@ -5,6 +5,9 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# OpenMP threads that spin while they wait cost many times the work where the cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint wheel clean
 
 demo: $(VENV)/.installed

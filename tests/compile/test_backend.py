@@ -244,6 +244,7 @@ def test_graph_break_on_one_side(how: str, side: str) -> None:
     assert_steps(compile_toy(model, backend, how), Reference(model), backend)
 
 
+@pytest.mark.filterwarnings("ignore:liteattn")
 def test_graph_breaks_on_both_sides_leave_nobody_to_own_it() -> None:
     model, backend = _break(Toy(2), before=True, after=True), toy_backend("eager")
     dense = copy.deepcopy(model)
@@ -269,6 +270,7 @@ class _Region(Block):
         return super().forward(x, context)
 
 
+@pytest.mark.filterwarnings("ignore:liteattn")
 @pytest.mark.parametrize(("kind", "op"), [("checkpoint", "tag_activation_checkpoint"), ("region", "invoke_subgraph")])
 def test_regions_are_left_alone_with_a_reason(kind: str, op: str, caplog: pytest.LogCaptureFixture) -> None:
     model, backend = _Checkpointed(2) if kind == "checkpoint" else Toy(2), toy_backend("eager")

@@ -19,6 +19,7 @@ import lite_attention
 from lite_attention.compile import SkipAwareProgram, make_skip_aware, skip_states
 from lite_attention.ops import SkipState
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STATE = ("skip_mask", "control", "threshold")
 

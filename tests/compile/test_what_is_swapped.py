@@ -8,6 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -112,6 +113,21 @@ def test_cross_attention_and_short_sequences() -> None:
         "only 6 k-tile(s), fewer than min_tiles=7",
         "cross-attention",
     ]
+
+
+@pytest.mark.parametrize("select", [None, lambda site: True])
+def test_pooled_keys_are_left_alone_unless_selected(select: Callable[[Site], bool] | None) -> None:
+    class Pooled(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x, x.unflatten(1, (-1, 2)).mean(2))
+
+    model, backend = Pooled(), toy_backend("eager", select=select, threshold=-math.inf)
+    with nullcontext() if select else pytest.warns(UserWarning, match="no attention was swapped"):
+        torch.testing.assert_close(run(model, backend, tokens(0)), model(tokens(0)), rtol=1e-5, atol=1e-5)
+    (site,) = backend.sites
+    assert site.is_self_attention
+    assert site.swapped == (select is not None)
+    assert select or "of different number" in str(site.reason)
 
 
 # ---- attention that is swapped -------------------------------------------------------------------------------------
