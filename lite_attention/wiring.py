@@ -6,15 +6,12 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lite_attention.module import LiteAttention
 from lite_attention.ops import Session, default_session
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["branch", "default_session", "disable", "enable", "reset"]
 
