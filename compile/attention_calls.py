@@ -11,7 +11,15 @@ from torch import fx
 
 from lite_attention.compile.provenance import value_of, written_between
 
-__all__ = ["SKIP_ATTENTION_OPS", "AttentionCall", "find_attention_calls", "is_sdpa", "is_skip_attention"]
+__all__ = [
+    "ATTENTION_OPS",
+    "SKIP_ATTENTION_OPS",
+    "AttentionCall",
+    "find_attention_calls",
+    "is_our_attention",
+    "is_sdpa",
+    "is_skip_attention",
+]
 
 _SDPA_TARGETS = (
     torch.nn.functional.scaled_dot_product_attention,
@@ -22,6 +30,7 @@ SKIP_ATTENTION_OPS = (
     torch.ops.lite_attention.skip_attention.default,
     torch.ops.lite_attention.skip_attention_reference.default,
 )
+ATTENTION_OPS = (*SKIP_ATTENTION_OPS, torch.ops.lite_attention.attention.default)
 
 _BHSD_TO_BSHD = (0, 2, 1, 3)
 
@@ -54,8 +63,13 @@ def is_sdpa(node: fx.Node) -> bool:
 
 
 def is_skip_attention(node: fx.Node) -> bool:
-    """Return whether a node already calls our op."""
+    """Return whether a node already calls our skip-aware op."""
     return node.op == "call_function" and node.target in SKIP_ATTENTION_OPS
+
+
+def is_our_attention(node: fx.Node) -> bool:
+    """Return whether a node already calls an op of ours, skip-aware or dense."""
+    return node.op == "call_function" and node.target in ATTENTION_OPS
 
 
 def find_attention_calls(graph: fx.Graph) -> list[AttentionCall]:

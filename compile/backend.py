@@ -48,7 +48,7 @@ class LiteAttentionBackend:
             (graph module, example inputs) -> callable.
         session: branch and step that the states follow; by default that of `lite_attention.branch`.
         options: fields of `SkipSettings`: threshold, num_steps, slots, refresh, select, min_tiles, tile_shape,
-            initial_mask, max_steps, implementation.
+            initial_mask, max_steps, implementation, dense.
 
     Raises:
         ValueError: an option out of range.
@@ -77,13 +77,17 @@ class LiteAttentionBackend:
         log_sites(sites, "torch.compile")
 
         extra: list[torch.Tensor] = []
-        if any(site.site.swapped for site in found):
-            gm, clones = _clone(gm)
+        found = [site for site in found if site.site.swapped or site.site.dense_kernel]
+        if found:
+            gm, twins = _clone(gm)
             modes = _FakeModes.of(gm, example_inputs)
-            for index, site in enumerate(s.on(clones) for s in found if s.site.swapped):
-                nodes, fakes = _add_state_inputs(gm.graph, index, site, self.settings, modes)
-                swap_site(gm.graph, site, nodes, self.settings, "example_value")
-                extra += fakes
+            for original in found:
+                site, nodes = original.on(twins), None
+                if site.site.swapped:
+                    nodes, fakes = _add_state_inputs(gm.graph, site, self.settings, modes)
+                    extra += fakes
+                # What attends to this output next finds it here.
+                twins[original.call.node] = swap_site(gm.graph, site, nodes, self.settings, "example_value")
             gm.recompile()
         compiled = self._compile(gm, [*example_inputs, *extra], mode, options)
         return self._wrap(compiled, runtime, _first_parameter(gm))
@@ -280,7 +284,7 @@ class _FakeModes(NamedTuple):
 
 
 def _add_state_inputs(
-    graph: fx.Graph, index: int, found: GraphSite, settings: SkipSettings, modes: _FakeModes
+    graph: fx.Graph, found: GraphSite, settings: SkipSettings, modes: _FakeModes
 ) -> tuple[list[fx.Node | None], list[torch.Tensor]]:
     """Add the state of a site as inputs with a static address, after all others."""
     site = found.site
@@ -302,7 +306,7 @@ def _add_state_inputs(
             nodes.append(None)
             continue
         with graph.inserting_after(last):
-            last = graph.placeholder(f"{name}_{index}")
+            last = graph.placeholder(f"{name}_{site.ordinal}")
         shape, dtype = spec
         with modes.traced:
             traced = torch.empty(shape, dtype=dtype, device=site.device)

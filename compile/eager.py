@@ -18,11 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS
+from lite_attention.compile.attention_calls import ATTENTION_OPS
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
-from lite_attention.ops import skip_attention
+from lite_attention.ops import attention, skip_attention
 
 __all__ = ["attach"]
 
@@ -115,7 +115,7 @@ class _EagerSwap(TorchFunctionMode):
         result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)
         if self._origins is None:
             pass
-        elif is_sdpa or func in SKIP_ATTENTION_OPS:
+        elif is_sdpa or func in ATTENTION_OPS:
             self._origins.add_new(result)
         else:
             name = getattr(func, "__name__", "")
@@ -152,16 +152,20 @@ class _EagerSwap(TorchFunctionMode):
                 self._records[(id(module), ordinal)] = record
                 if not site.swapped:
                     self._left_alone.add(kind)
-        if record is None or not record.site.swapped or self._new_reason(tensors, attn_mask, call, record.site):
+        way = self._way(tensors, attn_mask, call, record)
+        if record is None or way == "sdpa":
             return scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         q, k, v = (t.to(_dtype_of(t)).transpose(1, 2) for t in tensors)
-        record.last = state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
         key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
-        out = skip_attention(
-            q, k, v, state, scale=scale, key_mask=key_mask, implementation=self.settings.implementation
-        )
+        if way == "dense":
+            out = attention(q, k, v, scale=scale, key_mask=key_mask)
+        else:
+            record.last = state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
+            out = skip_attention(
+                q, k, v, state, scale=scale, key_mask=key_mask, implementation=self.settings.implementation
+            )
         return out.transpose(1, 2)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -187,18 +191,29 @@ class _EagerSwap(TorchFunctionMode):
         site = self._site(module, ordinal, tensors)
         site.reason = unsupported_call(site, tensors, mask, **call)
         if site.reason is None and self._origins is not None:
+            site.fits_dense_kernel = self.settings.fits_dense_kernel(site)
             of_q, of_k = self._origins.of(tensors[0]), self._origins.of(tensors[1])
             site.is_self_attention = of_q == of_k if of_q or of_k else None
             site.reason = self.settings.unsupported_reason(site) or choice_reason(site, self.settings)
         log_sites([site], "eager")
         return site
 
-    def _new_reason(
-        self, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, call: dict[str, Any], site: Site
-    ) -> str | None:
-        """Return what speaks against a swap at this call that did not at the first."""
-        now = self._site(self._running[-1], site.ordinal, tensors)
-        return unsupported_call(now, tensors, mask, **call) or self.settings.unsupported_reason(now)
+    def _way(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        mask: torch.Tensor | None,
+        call: dict[str, Any],
+        record: SiteRecord | None,
+    ) -> str:
+        """Return what runs a call: "skip", "dense" or "sdpa"; this one may be unlike the first that was decided."""
+        if record is None or not (record.site.swapped or self.settings.dense == "kernel"):
+            return "sdpa"
+        now = self._site(self._running[-1], record.site.ordinal, tensors)
+        if unsupported_call(now, tensors, mask, **call) is not None:
+            return "sdpa"
+        if record.site.swapped and self.settings.unsupported_reason(now) is None:
+            return "skip"
+        return "dense" if self.settings.fits_dense_kernel(now) else "sdpa"
 
 
 def _dtype_of(tensor: torch.Tensor) -> torch.dtype:

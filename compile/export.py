@@ -84,10 +84,12 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
     if not any(site.swapped for site in program.sites):
         reasons = "; ".join(sorted({str(site.reason) for site in program.sites})) or "there is none in the program"
         warnings.warn(f"make_skip_aware: no attention was swapped ({reasons})", stacklevel=2)
-    for item in found:
-        if item.site.swapped:
-            nodes = _add_buffers(program, item, options)
-            out = swap_site(program.graph, item, nodes, options, "val")
+    swapped: dict[fx.Node, fx.Node] = {}
+    for original in found:
+        item = original.on(swapped)  # its inputs may be the output of another site
+        if item.site.swapped or item.site.dense_kernel:
+            nodes = _add_buffers(program, item, options) if item.site.swapped else None
+            out = swapped[item.call.node] = swap_site(program.graph, item, nodes, options, "val")
             program.graph_signature.replace_all_uses(item.call.node.name, out.name)
     program.graph_module.recompile()
     program.validate()  # type: ignore[no-untyped-call]

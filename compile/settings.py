@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
 from lite_attention.ops.tiles import ceil_div
@@ -31,12 +32,18 @@ class Site:
     dtype: torch.dtype
     device: torch.device
     is_self_attention: bool | None = None  # None: no evidence in the graph
-    reason: str | None = None  # why it was left alone; None = swapped
+    reason: str | None = None  # why it does not skip; None = swapped
+    fits_dense_kernel: bool = False  # the settings ask for `lite_attention::attention`, and it computes this call
 
     @property
     def swapped(self) -> bool:
         """Whether the skip-aware op took the place of the original attention."""
         return self.reason is None
+
+    @property
+    def dense_kernel(self) -> bool:
+        """Whether `lite_attention::attention` took the place of the original attention."""
+        return self.fits_dense_kernel and not self.swapped
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,9 @@ class SkipSettings:
         initial_mask: called with a Site whose sizes are numbers when its state is born; returns bool
             (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start, or None.
         max_steps: where nobody tells the step or their number, start fresh after so many calls.
-        implementation: None, or "reference" for the CPU algorithm on any device.
+        implementation: None, or "reference" for the CPU algorithm on any device; of the sites that skip.
+        dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
+            `lite_attention::attention` in place of those that it computes exactly.
         allow_positive: accept thresholds above 0.
 
     Raises:
@@ -72,12 +81,15 @@ class SkipSettings:
     initial_mask: Callable[[Site], torch.Tensor | None] | None = None
     max_steps: int = 200
     implementation: str | None = None
+    dense: str = "sdpa"
     allow_positive: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold, allow_positive=self.allow_positive)
         if self.implementation not in (None, "reference"):
             raise ValueError(f"implementation: expected None or 'reference', got {self.implementation!r}")
+        if self.dense not in ("sdpa", "kernel"):
+            raise ValueError(f"dense: expected 'sdpa' or 'kernel', got {self.dense!r}")
         for name in ("num_steps", "slots", "refresh", "min_tiles", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -123,10 +135,22 @@ class SkipSettings:
 
     def unsupported_reason(self, site: Site) -> str | None:
         """Return why no implementation can compute a site, None if one can."""
-        if self.implementation == "reference" or site.device.type == "cpu":
-            return None
-        if site.device.type != "cuda":
-            return f"no implementation for device {site.device.type}"
-        from lite_attention import cute_kernels  # on first use: it may import cutlass
+        return None if self.implementation == "reference" else _no_kernel_reason(site)
 
-        return cute_kernels.unsupported_reason(site.q_shape[3], site.v_shape[3], site.dtype, site.device)
+    def fits_dense_kernel(self, site: Site) -> bool:
+        """Return whether `lite_attention::attention` is to run a supported call, should it not skip."""
+        if self.dense != "kernel" or _no_kernel_reason(site) is not None:
+            return False
+        # The op refuses what is empty, scaled_dot_product_attention does not. Sizes that only the call tells may be 0.
+        return all(guard_or_false(size >= 1) for size in (*site.q_shape[:2], site.k_shape[1]))
+
+
+def _no_kernel_reason(site: Site) -> str | None:
+    """Return why no kernel of the site's device runs it, None if one does."""
+    if site.device.type == "cpu":
+        return None
+    if site.device.type != "cuda":
+        return f"no implementation for device {site.device.type}"
+    from lite_attention import cute_kernels  # on first use: it may import cutlass
+
+    return cute_kernels.unsupported_reason(site.q_shape[3], site.v_shape[3], site.dtype, site.device)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lite_attention.compile.attention_calls import AttentionCall, find_attention_calls, is_sdpa, is_skip_attention
+from lite_attention.compile.attention_calls import AttentionCall, find_attention_calls, is_our_attention, is_sdpa
 from lite_attention.compile.provenance import Provenance, value_of
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.ops.tiles import ceil_div
@@ -32,14 +32,18 @@ class GraphSite:
     call: AttentionCall
     owners: list[fx.Node]
 
-    def on(self, clones: dict[fx.Node, fx.Node]) -> GraphSite:
-        """Return the same site on a copy of the graph."""
+    def on(self, twins: dict[fx.Node, fx.Node]) -> GraphSite:
+        """Return the same site where some nodes have others in their place: in a copy, or after an earlier swap."""
         call = self.call
-        twin = replace(
-            call, node=clones[call.node], q=clones[call.q], k=clones[call.k], v=clones[call.v],
-            mask=None if call.mask is None else clones[call.mask], inner=[clones[node] for node in call.inner],
+
+        def twin(node: fx.Node) -> fx.Node:
+            return twins.get(node, node)
+
+        moved = replace(
+            call, node=twin(call.node), q=twin(call.q), k=twin(call.k), v=twin(call.v),
+            mask=None if call.mask is None else twin(call.mask), inner=[*map(twin, call.inner)],
         )  # fmt: skip
-        return GraphSite(self.site, twin, [clones[node] for node in self.owners])
+        return GraphSite(self.site, moved, [*map(twin, self.owners)])
 
 
 def module_path(node: fx.Node) -> tuple[str, str]:
@@ -169,7 +173,7 @@ def find_sites(
     outputs = {call.node for call in calls}
     provenance = Provenance(
         graph,
-        lambda node: node in outputs or is_sdpa(node) or is_skip_attention(node),
+        lambda node: node in outputs or is_sdpa(node) or is_our_attention(node),
         is_weight,
         is_parameter or is_weight,
     )
@@ -185,6 +189,7 @@ def find_sites(
                 site, tensors, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, scale=call.scale
             )
         if reason is None:
+            site.fits_dense_kernel = settings.fits_dense_kernel(site)
             site.is_self_attention = provenance.is_self_attention(call.q, call.k, call.node)
             reason = settings.unsupported_reason(site) or choice_reason(site, settings)
         if reason is None and is_parameter is not None and not owners:
@@ -211,7 +216,8 @@ def sites_in_subgraphs(module: fx.GraphModule) -> list[Site]:
 def log_sites(sites: list[Site], what: str) -> None:
     """Log one line per site: swapped, or the reason."""
     for site in sites:
+        instead = "dense kernel" if site.dense_kernel else "left alone"
         _log.info(
             "%s: %s (%s) q %s k %s: %s", what, site.name or "<root>", site.class_name, tuple(site.q_shape),
-            tuple(site.k_shape), "swapped" if site.swapped else f"left alone: {site.reason}",
+            tuple(site.k_shape), "swapped" if site.swapped else f"{instead}: {site.reason}",
         )  # fmt: skip

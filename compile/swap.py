@@ -1,4 +1,4 @@
-"""Putting the op in place of one attention call."""
+"""Putting an op of ours in place of one attention call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite
-from lite_attention.ops.schema import IMPLEMENTATIONS
+from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 
 __all__ = ["STATE_BUFFERS", "swap_site"]
 
@@ -32,20 +32,19 @@ def _emit(graph: fx.Graph, meta_key: str, like: fx.Node, target: Any, *args: Any
 
 
 def swap_site(
-    graph: fx.Graph, found: GraphSite, state: Sequence[fx.Node | None], settings: SkipSettings, meta_key: str
+    graph: fx.Graph, found: GraphSite, state: Sequence[fx.Node | None] | None, settings: SkipSettings, meta_key: str
 ) -> fx.Node:
-    """Replace one attention call by the op, and return what has its value now.
+    """Replace one attention call by the skip-aware op or the dense one, and return what has its value now.
 
     Args:
         graph: changed in place.
         found: the site.
-        state: nodes of the state's buffers, in the order of STATE_BUFFERS, None for one that is absent.
+        state: nodes of the state's buffers, in the order of STATE_BUFFERS, None for one that is absent; no state at all
+            means the dense op.
         settings: tile sizes and implementation.
         meta_key: where this kind of graph keeps fake values: "example_value" (dynamo) or "val" (export).
     """
     call, aten = found.call, torch.ops.aten
-    tile_m, tile_n = settings.tile_shape_for(found.site)
-    skip_mask, control, threshold, initial_mask = state
 
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return _emit(graph, meta_key, call.node, target, *args, **kwargs)
@@ -69,10 +68,12 @@ def swap_site(
         if call.mask is not None:  # [B or 1, 1, 1, Sk] -> [B or 1, Sk]
             key_mask = emit(aten.select.int, emit(aten.select.int, call.mask, 1, 0), 1, 0)
         scale = None if call.scale is None else float(call.scale)
-        pair = emit(
-            IMPLEMENTATIONS[settings.implementation], q, k, v, skip_mask, control, threshold, initial_mask, None,
-            key_mask, scale=scale, tile_m=tile_m, tile_n=tile_n,
-        )  # fmt: skip
+        if state is None:
+            pair = emit(ATTENTION, q, k, v, key_mask, scale=scale)
+        else:
+            tile_m, tile_n = settings.tile_shape_for(found.site)
+            op, must_do = IMPLEMENTATIONS[settings.implementation], None
+            pair = emit(op, q, k, v, *state, must_do, key_mask, scale=scale, tile_m=tile_m, tile_n=tile_n)
         attended = emit(operator.getitem, pair, 0)
         out = emit(aten.permute.default, attended, list(call.out_permutation))
     call.node.replace_all_uses_with(out)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lite_attention.inspection import Report, report
 from lite_attention.module import LiteAttention
-from lite_attention.ops import SkipState, skip_attention
+from lite_attention.ops import SkipState, attention, skip_attention
 from lite_attention.wiring import branch, disable, enable, reset
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "LiteAttentionBackend",
     "Report",
     "SkipState",
+    "attention",
     "branch",
     "disable",
     "enable",

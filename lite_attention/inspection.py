@@ -24,7 +24,8 @@ class ReportRow:
     class_name: str
     q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim, as compiled
     k_shape: tuple[Any, ...]
-    reason: str | None  # why it was left alone; None = skip-aware
+    reason: str | None  # why it does not skip; None = skip-aware
+    dense_kernel: bool  # `lite_attention::attention` runs it; otherwise, with a reason, it was left alone
     state: SkipState | None = field(repr=False)  # of the latest call; None before the first
 
     @property
@@ -35,7 +36,8 @@ class ReportRow:
     def cells(self) -> list[str]:
         """Return the row as text, one string a column."""
         skipped = " / ".join(f"{share:.1%}" for share in self.sparsity)
-        status = "skip-aware" if self.reason is None else f"left alone: {self.reason}"
+        instead = "dense kernel" if self.dense_kernel else "left alone"
+        status = "skip-aware" if self.reason is None else f"{instead}: {self.reason}"
         shapes = ["x".join(map(str, shape)) for shape in (self.q_shape, self.k_shape)]
         return [self.name or "<root>", self.class_name, *shapes, status, skipped]
 
@@ -58,9 +60,11 @@ class Report:
         widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(
-            line.rstrip() for line in [*lines, f"{len(self.swapped)} of {len(self.rows)} sites skip-aware"]
-        )
+        summary = f"{len(self.swapped)} of {len(self.rows)} sites skip-aware"
+        dense = sum(row.dense_kernel for row in self.rows)
+        if dense:
+            summary += f", {dense} with the dense kernel"
+        return "\n".join(line.rstrip() for line in [*lines, summary])
 
 
 def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
@@ -80,12 +84,13 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
         prefix = "" if isinstance(model_or_pipe, nn.Module) else f"{part}."
         for _, record in records_of(model):
             site, name = record.site, prefix + record.name(model)
-            rows.append(ReportRow(name, site.class_name, site.q_shape, site.k_shape, site.reason, record.last))
+            shapes = (site.q_shape, site.k_shape)
+            rows.append(ReportRow(name, site.class_name, *shapes, site.reason, site.dense_kernel, record.last))
         for name, module in model.named_modules():
             if isinstance(module, LiteAttention):
                 batch, heads, seq_q, seq_k = (0, 0, 0, 0) if module.state is None else module.state.capacity
                 shapes = ((batch, seq_q, heads), (batch, seq_k, heads))
-                rows.append(ReportRow(prefix + name, type(module).__name__, *shapes, None, module.state))
+                rows.append(ReportRow(prefix + name, type(module).__name__, *shapes, None, False, module.state))
     result = Report(rows)
     print(result, file=sys.stdout if file is None else file)
     if not result.swapped:

@@ -58,7 +58,7 @@ def enable(
         dynamic: as for torch.compile.
         inner: what compiles the changed graphs, see `LiteAttentionBackend`.
         settings: fields of `lite_attention.compile.SkipSettings`: threshold, num_steps, slots, refresh, select,
-            min_tiles, tile_shape, initial_mask, max_steps, implementation.
+            min_tiles, tile_shape, initial_mask, max_steps, implementation, dense.
 
     Returns:
         The argument, changed in place.

@@ -13,6 +13,7 @@ __all__ = [
     "FLAG_AUTO_STEP",
     "FLAG_DENSE",
     "FRESH",
+    "JOBS",
     "NUM_STEPS",
     "REFRESH",
     "SEQ_K",
@@ -32,6 +33,7 @@ NUM_STEPS = 1  # with auto-step, the step after this many is 0 again; 0 = never
 REFRESH = 2  # every so many steps starts fresh; 0 = only step 0
 FLAGS = 3
 TICKETS = 4  # scratch of a kernel whose last CTA moves the step; 0 between calls
+JOBS = 5  # scratch of a kernel whose CTAs take work as they become free; 0 between calls
 _HEADER_WORDS = 8
 
 FLAG_AUTO_STEP = 1  # the op moves the step of the slot after each call

@@ -1,4 +1,4 @@
-"""The functional form of skip-aware attention."""
+"""The functional forms of skip-aware attention and of dense attention."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from lite_attention.ops.ranges import must_do_words, must_skip_mask
-from lite_attention.ops.schema import IMPLEMENTATIONS
+from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.state import SkipState
 from lite_attention.ops.validate import check_key_mask
 
-__all__ = ["skip_attention"]
+__all__ = ["attention", "skip_attention"]
 
 # Ranges seldom change between calls, and on CUDA each new tensor costs a copy from the host.
 _must_do_words = functools.lru_cache(maxsize=256)(must_do_words)
@@ -26,6 +26,62 @@ def _cached(function: Any, ranges: Sequence[int], *args: Any) -> Any:
         return function.__wrapped__(ranges, *args)
     with torch.inference_mode(False):
         return function(tuple(ranges), *args)
+
+
+def _joined_key_mask(
+    q: torch.Tensor,
+    seq_k: int,
+    key_mask: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+    must_skip: Sequence[int] | None,
+) -> torch.Tensor | None:
+    """Return one key mask, bool (batch or 1, seq_k), for all that excludes keys; None if nothing does."""
+    masks = []
+    if key_mask is not None:
+        check_key_mask(key_mask, q, seq_k)  # before it is joined with others, which would hide its shape and dtype
+        masks.append(key_mask)
+    if key_lengths is not None:
+        if key_lengths.shape != q.shape[:1]:
+            raise ValueError(f"key_lengths: expected shape ({q.shape[0]},), got {tuple(key_lengths.shape)}")
+        masks.append(torch.arange(seq_k, device=q.device) < key_lengths.unsqueeze(-1))
+    if must_skip is not None:
+        masks.append(_cached(_must_skip_mask, must_skip, seq_k, q.device))
+    return functools.reduce(torch.logical_and, masks) if masks else None
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    key_lengths: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> Any:
+    """Dense attention, exact, without a state: for sites that never skip.
+
+    Args:
+        q: (batch, seq_q, heads, head_dim), floating; any strides, the last one 1 (others are copied).
+        k: (batch, seq_k, kv_heads, head_dim); heads is a multiple of kv_heads.
+        v: (batch, seq_k, kv_heads, value_dim).
+        scale: factor of the scores, above 0; None = head_dim ** -0.5.
+        return_lse: also return the log-sum-exp of the scores.
+        key_lengths: int (batch,), keys from this index on take no part.
+        key_mask: bool (batch or 1, seq_k), True = the key takes part.
+
+    Returns:
+        out (batch, seq_q, heads, value_dim); with `return_lse` also lse float32 (batch, heads, seq_q), natural log.
+        A row without any key gives 0 and -inf.
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: a gradient is required, or no kernel runs this dtype and head_dim on the device.
+        NotImplementedError: no kernel for this device.
+    """
+    allowed = _joined_key_mask(q, k.shape[1], key_mask, key_lengths, None)
+    out, lse = ATTENTION(q, k, v, allowed, scale=scale)
+    return (out, lse) if return_lse else out
 
 
 def skip_attention(
@@ -73,19 +129,9 @@ def skip_attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected None or 'reference', got {implementation!r}")
-    seq_k, device = k.shape[1], q.device
-    words = None if must_do is None else _cached(_must_do_words, must_do, seq_k, state.tile_n, device)
-    masks = []
-    if key_mask is not None:
-        check_key_mask(key_mask, q, seq_k)  # before it is joined with others, which would hide its shape and dtype
-        masks.append(key_mask)
-    if key_lengths is not None:
-        if key_lengths.shape != q.shape[:1]:
-            raise ValueError(f"key_lengths: expected shape ({q.shape[0]},), got {tuple(key_lengths.shape)}")
-        masks.append(torch.arange(seq_k, device=device) < key_lengths.unsqueeze(-1))
-    if must_skip is not None:
-        masks.append(_cached(_must_skip_mask, must_skip, seq_k, device))
-    allowed = functools.reduce(torch.logical_and, masks) if masks else None
+    seq_k = k.shape[1]
+    words = None if must_do is None else _cached(_must_do_words, must_do, seq_k, state.tile_n, q.device)
+    allowed = _joined_key_mask(q, seq_k, key_mask, key_lengths, must_skip)
     out, lse = IMPLEMENTATIONS[implementation](
         q, k, v, state.skip_mask, state.control, state.threshold, state.initial_mask, words, allowed,
         scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,

@@ -1,4 +1,4 @@
-"""`lite_attention::skip_attention`: schema, fake kernel, autograd guard and the devices it runs on.
+"""The ops `lite_attention::skip_attention` and `::attention`: schemas, fake kernel, autograd guard, devices.
 
 Contract (`docs/design.md` has it in full; `oracle.py` computes it sentence by sentence). All tensors are read, and
 the first two state tensors written, on the device: a captured graph serves every step, branch and threshold.
@@ -14,6 +14,9 @@ the first two state tensors written, on the device: a captured graph serves ever
 * Returns out [B, Sq, Hq, Dv], dense with its dims in q's stride order, and lse float32 [B, Hq, Sq], natural log.
 
 `skip_attention_reference` is the same op running the CPU algorithm on every device, for comparison.
+
+`attention` is dense: it has no state, and visits every tile. The arguments that are left, and what it returns, are as
+above. A row without an allowed key gives 0 and an LSE of -inf.
 """
 
 from __future__ import annotations
@@ -23,16 +26,18 @@ from typing import Any
 
 import torch
 
+from lite_attention.ops.dense import attention_cpu
 from lite_attention.ops.reference import empty_output, skip_attention_reference
 from lite_attention.ops.validate import check_inputs
 
-__all__ = ["IMPLEMENTATIONS", "SCHEMA"]
+__all__ = ["ATTENTION", "DENSE_SCHEMA", "IMPLEMENTATIONS", "SCHEMA"]
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) skip_mask, Tensor(b!) control, Tensor(c!) threshold,"
     " Tensor? initial_mask, Tensor? must_do, Tensor? key_mask,"
     " *, float? scale, int tile_m, int tile_n) -> (Tensor out, Tensor lse)"
 )
+DENSE_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, *, float? scale) -> (Tensor out, Tensor lse)"
 
 _Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 _library = torch.library.Library("lite_attention", "DEF")
@@ -51,9 +56,15 @@ def _cuda(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return skip_attention_forward(*args, **kwargs)
 
 
-def _register(name: str, kernels: dict[str, _Kernel]) -> Any:
+def _dense_cuda(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from lite_attention.cute_kernels import attention_forward
+
+    return attention_forward(*args, **kwargs)
+
+
+def _register(name: str, schema: str, kernels: dict[str, _Kernel]) -> Any:
     # Library.define, not custom_op: 3 to 6 us of overhead a call against 30.
-    _library.define(name + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key, kernel in kernels.items():
         _library.impl(name, kernel, key)
     torch.library.register_fake(f"lite_attention::{name}", _fake, lib=_library)
@@ -62,7 +73,7 @@ def _register(name: str, kernels: dict[str, _Kernel]) -> Any:
     def refuse_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise RuntimeError(
-                "lite_attention::skip_attention has no backward, and q, k or v requires a gradient: "
+                f"lite_attention::{name} has no backward, and q, k or v requires a gradient: "
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
         with torch._C._AutoDispatchBelowAutograd():
@@ -73,8 +84,9 @@ def _register(name: str, kernels: dict[str, _Kernel]) -> Any:
 
 
 IMPLEMENTATIONS: dict[str | None, Any] = {
-    None: _register("skip_attention", {"CPU": skip_attention_reference, "CUDA": _cuda}),
+    None: _register("skip_attention", SCHEMA, {"CPU": skip_attention_reference, "CUDA": _cuda}),
     "reference": _register(
-        "skip_attention_reference", {"CPU": skip_attention_reference, "CUDA": skip_attention_reference}
+        "skip_attention_reference", SCHEMA, {"CPU": skip_attention_reference, "CUDA": skip_attention_reference}
     ),
 }
+ATTENTION: Any = _register("attention", DENSE_SCHEMA, {"CPU": attention_cpu, "CUDA": _dense_cuda})

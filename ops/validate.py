@@ -14,12 +14,15 @@ from lite_attention.ops.tiles import ceil_div
 
 __all__ = [
     "CallSignature",
+    "TensorSignature",
     "call_signature",
     "check_call",
+    "check_dense_call",
     "check_inputs",
     "check_key_mask",
     "check_threshold",
     "split_signature",
+    "tensor_signatures",
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,6 +97,24 @@ def check_key_mask(key_mask: torch.Tensor | TensorSignature, q: torch.Tensor | T
     _require(got in ((batch, seq_k), (1, seq_k)), "key_mask", f"(1 or {batch}, {seq_k})", got)
 
 
+def check_dense_call(
+    q: torch.Tensor | TensorSignature,
+    k: torch.Tensor | TensorSignature,
+    v: torch.Tensor | TensorSignature,
+    key_mask: torch.Tensor | TensorSignature | None,
+    scale: float | None,
+) -> None:
+    """Check a call of `lite_attention::attention`; the arguments are those of the op.
+
+    Raises:
+        ValueError: naming the argument at fault, what was expected and what came.
+    """
+    check_inputs(q, k, v)
+    _require(scale is None or scale > 0, "scale", "a number above 0", scale)
+    if key_mask is not None:
+        check_key_mask(key_mask, q, k.shape[1])
+
+
 class TensorSignature(NamedTuple):
     """All that a check may know of a tensor."""
 
@@ -108,6 +129,11 @@ class TensorSignature(NamedTuple):
 CallSignature = tuple[Any, ...]
 
 
+def tensor_signatures(tensors: tuple[torch.Tensor | None, ...]) -> list[tuple[Any, ...] | None]:
+    """Return what `TensorSignature` holds of each, as plain tuples."""
+    return [None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors]
+
+
 def call_signature(
     tensors: tuple[torch.Tensor | None, ...], scale: float | None, tile_m: int, tile_n: int
 ) -> CallSignature:
@@ -119,8 +145,7 @@ def call_signature(
         tile_m: likewise.
         tile_n: likewise.
     """
-    signatures = [None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors]
-    return (*signatures, scale, tile_m, tile_n)
+    return (*tensor_signatures(tensors), scale, tile_m, tile_n)
 
 
 def split_signature(
@@ -142,10 +167,9 @@ def check_call(call: CallSignature) -> None:
     (q, k, v, skip_mask, control, threshold), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = (
         split_signature(call)
     )
-    check_inputs(q, k, v)
+    check_dense_call(q, k, v, key_mask, scale)
     batch, seq_q, heads, _ = q.shape
     seq_k = k.shape[1]
-    _require(scale is None or scale > 0, "scale", "a number above 0", scale)
     _require(tile_m > 0 and tile_n > 0, "tile_m, tile_n", "positive sizes", (tile_m, tile_n))
     q_tiles, k_words = ceil_div(seq_q, tile_m), ceil_div(ceil_div(seq_k, tile_n), WORD_BITS)
 
@@ -193,5 +217,3 @@ def check_call(call: CallSignature) -> None:
         )
     if must_do is not None:
         _require(must_do.shape[0] >= k_words, "must_do", f"{k_words} words {tiling}", must_do.shape[0])
-    if key_mask is not None:
-        check_key_mask(key_mask, q, seq_k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -310,6 +311,51 @@ def test_swapped_site_falls_back_where_a_call_is_not_supported() -> None:
     close(model(x, attn_mask=key_mask), dense(x, attn_mask=key_mask))
     close(model(x, scale=0.1), dense(x, scale=0.1))
     assert reasons(model) == {"": None}
+
+
+def test_dense_kernel_runs_what_does_not_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        lengths.append(k.shape[1])
+        return lite_attention.attention(q, k, v, **options)
+
+    monkeypatch.setattr("lite_attention.compile.eager.attention", spy)
+    model = Toy(2)
+    reference = Reference(model)
+    enable(model, dense="kernel")
+    for step in range(STEPS):
+        close(model(tokens(step), context()), reference(tokens(step), context()))
+    assert lengths == [24] * 2 * STEPS
+    report = silent_report(model)
+    assert [(row.reason, row.dense_kernel, row.state is None) for row in report.rows] == [
+        (None, False, False),
+        ("cross-attention", True, True),
+    ] * 2
+    assert "2 of 4 sites skip-aware, 2 with the dense kernel" in str(report)
+
+    # Calls of the same sites that it does not compute, or refuses, stay with PyTorch.
+    lengths.clear()
+    cross = model.blocks[0].attn2
+    for arguments, runs in (
+        ({"scale": 0.1}, True),
+        ({"attn_mask": (torch.arange(24) < 9).view(1, 1, 1, 24)}, True),
+        ({"is_causal": True}, False),
+        ({"attn_mask": torch.ones(96, 24, dtype=torch.bool).tril()}, False),
+    ):
+        for attention in (cross, reference.model.blocks[0].attn2):
+            attention.attend = functools.partial(F.scaled_dot_product_attention, **arguments)
+        reference.reset()
+        lite_attention.reset(model)
+        close(model(tokens(0), context()), reference(tokens(0), context()))
+        assert lengths == [24] * (1 + runs)
+        lengths.clear()
+    for attention in (cross, reference.model.blocks[0].attn2):
+        attention.attend = F.scaled_dot_product_attention
+    reference.reset()
+    lite_attention.reset(model)
+    close(model(tokens(0), context(seq=0)), reference(tokens(0), context(seq=0)))
+    assert lengths == []
 
 
 class InFloat32(nn.Module):

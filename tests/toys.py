@@ -144,9 +144,8 @@ class Inner:
         self.graphs.append(gm)
         return self._backend(gm, example_inputs)
 
-    def calls(self) -> list[fx.Node]:
+    def calls(self, target: Any = torch.ops.lite_attention.skip_attention.default) -> list[fx.Node]:
         """Return the calls of our op in all graphs."""
-        target = torch.ops.lite_attention.skip_attention.default
         return [node for gm in self.graphs for node in gm.graph.find_nodes(op="call_function", target=target)]
 
 

@@ -92,6 +92,22 @@ skip_attention_reference_default = lite_attention.skip_attention_reference.defau
 permute_default_3 = aten.permute.default(skip_attention_reference_default[0], [0, 2, 1, 3])""",
         )
 
+    def test_dense_kernel(self) -> None:
+        mask = torch.ones(1, 1, 1, 96, dtype=torch.bool)
+        options = {"dense": "kernel", "min_tiles": 7}
+        self.assertExpectedInline(
+            self.compiled(Attention(), tokens(0), attn_mask=mask, options=options),
+            """\
+permute_default = aten.permute.default(f32[1, 2, 96, 16], [0, 2, 1, 3])
+permute_default_1 = aten.permute.default(f32[1, 2, 96, 16], [0, 2, 1, 3])
+permute_default_2 = aten.permute.default(f32[1, 2, 96, 16], [0, 2, 1, 3])
+select_int = aten.select.int(b8[1, 1, 1, 96], 1, 0)
+select_int_1 = aten.select.int(select_int, 1, 0)
+attention_default = lite_attention.attention.default(permute_default, permute_default_1, permute_default_2,
+    select_int_1, scale=None)
+permute_default_3 = aten.permute.default(attention_default[0], [0, 2, 1, 3])""",
+        )
+
     def test_attention_written_by_hand(self) -> None:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def _stride_order(x: torch.Tensor) -> list[int]:
+def stride_order(x: torch.Tensor) -> list[int]:
     return sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
 
 
@@ -53,8 +53,8 @@ def test_any_strides_in_dense_output_in_the_order_of_q(layout: str, value_dim: i
     assert out.shape == (2, 37, 2, value_dim)
     if layout != "one_head_for_all":  # a stride of 0 has no place in the order
         in_order = q if q.stride(3) == 1 else q.contiguous()
-        assert _stride_order(out) == _stride_order(in_order)
-    assert out.permute(_stride_order(out)).is_contiguous()
+        assert stride_order(out) == stride_order(in_order)
+    assert out.permute(stride_order(out)).is_contiguous()
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (q, k, v, state.skip_mask, state.control, state.threshold)]
         fake, fake_lse = IMPLEMENTATIONS[None](*fakes, None, None, None, scale=None, tile_m=8, tile_n=8)

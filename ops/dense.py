@@ -1,0 +1,54 @@
+"""`lite_attention::attention` on the CPU: torch's own flash kernel, which also returns the LSE."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import pad
+
+from lite_attention.ops.reference import empty_output
+from lite_attention.ops.validate import check_dense_call
+
+__all__ = ["attention_cpu"]
+
+
+def attention_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, *, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `lite_attention::attention`; see `lite_attention.ops.schema` for the contract.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    check_dense_call(q, k, v, key_mask, scale)
+    batch, seq_q, heads, head_dim = q.shape
+    value_dim = v.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
+    out = empty_output(q, v)
+    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
+
+    # The kernel knows one head dim only. Zeros at the end of q and k leave the scores as they are, those of v are cut.
+    width = max(head_dim, value_dim)
+    q, k, v = (pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (q, k, v))
+    # A mask given to the kernel would be added to the scores; leaving the keys out is exact whatever they hold.
+    parts = [(slice(None), k, v)]
+    if key_mask is not None:
+        by_row = [slice(None)] if len(key_mask) == 1 else [slice(b, b + 1) for b in range(batch)]
+        parts = [(rows, k[rows, keys], v[rows, keys]) for rows, keys in zip(by_row, key_mask, strict=True)]
+    for rows, some_k, some_v in parts:
+        if some_k.shape[1] == 0:
+            out[rows], lse[rows] = 0, -math.inf
+            continue
+        # Older kernels take the last stride for 1, whatever it is.
+        tensors = (x if x.stride(3) == 1 else x.contiguous() for x in (q[rows], some_k, some_v))
+        weighted, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(x.transpose(1, 2) for x in tensors), scale=scale
+        )
+        # An LSE of 0 is seldom one: the kernel also says it of a row whose scores are all -inf.
+        for b, h, i in (sums == 0).nonzero().tolist():
+            scores = some_k[b, :, h * k.shape[2] // heads].float() @ q[rows][b, i, h].float()
+            if bool((scores == -math.inf).all()):
+                sums[b, h, i] = -math.inf
+        out[rows], lse[rows] = weighted.transpose(1, 2)[..., :value_dim], sums
+    return out, lse
