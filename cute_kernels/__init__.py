@@ -1,16 +1,19 @@
-"""The Hopper kernels, in the CuTe Python DSL: the CUDA side of `lite_attention::skip_attention`.
+"""The Hopper kernels, in the CuTe Python DSL: the CUDA side of `lite_attention::skip_attention` and `::attention`.
 
-Everything above this folder reaches it through two names: `unsupported_reason`, which the compile pass asks before it
-swaps a site, and `skip_attention_forward`, which the op calls. Both are imported on first use; cutlass is imported when
-the first kernel is compiled, or never, where kernels compiled ahead of time are found.
+Everything above this folder reaches it through three names: `unsupported_reason`, which the compile pass asks before it
+swaps a site, and `skip_attention_forward` and `attention_forward`, which the ops call. All are imported on first use;
+cutlass is imported when the first kernel is compiled, or never, where kernels compiled ahead of time are found.
 
     config.py     what is fixed when a kernel is built, and the registers and shared memory that it needs
-    forward.py    host launch and the kernel: producer and consumer warpgroups, the pipeline between them
-    walk.py       from a row of the skip mask to the list of tiles to visit, and the votes back into the mask
+    forward.py    host launch and the kernel: the producer warp and the consumer warpgroups
+    schedule.py   which q-tile a CTA computes next, and the step of the state
+    walk.py       from a row of the skip mask to the tiles to visit, and the votes back into the mask
+    mainloop.py   one q-tile in one consumer warpgroup
     softmax.py    online softmax with votes
     device.py     packing, bits, where the elements of an accumulator lie
     build.py      compiles a kernel for sm_90a, with or without a GPU
     cache.py      compiled kernels in memory, on disk, and ahead of time
+    ahead.py      compiles kernels into a library that needs no compiler where it runs
     launcher.py   from tensors to a launch
 """
 
@@ -19,6 +22,6 @@ from __future__ import annotations
 if __name__ == "cute_kernels":
     raise ImportError("import lite_attention.cute_kernels, not cute_kernels: it must exist once")
 
-from lite_attention.cute_kernels.launcher import skip_attention_forward, unsupported_reason
+from lite_attention.cute_kernels.launcher import attention_forward, skip_attention_forward, unsupported_reason
 
-__all__ = ["skip_attention_forward", "unsupported_reason"]
+__all__ = ["attention_forward", "skip_attention_forward", "unsupported_reason"]

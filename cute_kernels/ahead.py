@@ -20,7 +20,7 @@ __all__ = ["compile_library", "kernel_configs"]
 def kernel_configs(
     head_dims: Iterable[int] = HOPPER_HEAD_DIMS, dtypes: Iterable[str] = ("bf16", "fp16"), *, all_variants: bool = False
 ) -> list[KernelConfig]:
-    """Return the kernels worth having: with and without a key mask, or all variants.
+    """Return the kernels worth having: with and without state, with and without a key mask, or all variants.
 
     Args:
         head_dims: of the table in `lite_attention.ops.tiles`.
@@ -34,6 +34,7 @@ def kernel_configs(
         tile_m, tile_n = tile_shape(head_dim, None, "cuda")
         for dtype in dtypes:
             for key_mask in flags:
+                configs.append(KernelConfig(dtype, head_dim, tile_m, tile_n, skip=False, key_mask=key_mask))
                 for initial_mask, must_do in extras:
                     configs.append(
                         KernelConfig(

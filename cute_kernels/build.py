@@ -46,7 +46,7 @@ def _arguments(config: KernelConfig) -> list[Any]:
         keys = [ints(batch, 2, cute.sym_int()), ints(batch, cute.sym_int())]
     return [
         rows(seq_q, heads), rows(seq_k, kv_heads), rows(seq_k, kv_heads), rows(seq_q, heads), lse, *state, *keys,
-        Float32(1.0),
+        Float32(1.0), Int32(1),
     ]  # fmt: skip
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KEY_BITS_PAD", "MAX_TILES", "KernelConfig"]
+__all__ = ["KEY_BITS_PAD", "MAX_TILES", "MAX_WORDS", "KernelConfig"]
 
-MAX_TILES = 8192  # k-tiles of a row: the list of visited tiles lies in shared memory
+MAX_TILES = 32768  # k-tiles of a row: its bits lie in shared memory
+MAX_WORDS = MAX_TILES // 32
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
 
 _REGISTERS_PER_SM = 65536
@@ -14,7 +15,6 @@ _SHARED_BYTES = 227 * 1024
 _WARPGROUP = 128
 # Registers of a consumer thread that hold neither scores, output nor weights: addresses, maxima, sums, pipeline state.
 _OTHER_REGISTERS = 32
-_PRODUCER_REGISTERS = {2: 24, 3: 32}
 _CONSUMER_REGISTERS = {2: 240, 3: 160}
 
 
@@ -55,6 +55,11 @@ class KernelConfig:
         return self.tile_m // 64
 
     @property
+    def consumers(self) -> int:
+        """Consumer threads."""
+        return _WARPGROUP * self.groups
+
+    @property
     def threads(self) -> int:
         """Threads of a CTA: one producer warpgroup and the consumers."""
         return _WARPGROUP * (1 + self.groups)
@@ -66,8 +71,9 @@ class KernelConfig:
 
     @property
     def producer_registers(self) -> int:
-        """Registers of a producer thread."""
-        return _PRODUCER_REGISTERS[self.groups]
+        """Registers of a producer thread: what consumers leave of those of the launch, which are multiples of 8."""
+        at_launch = _REGISTERS_PER_SM // self.threads // 8 * 8 * self.threads
+        return (at_launch - self.consumers * self.consumer_registers) // _WARPGROUP // 8 * 8
 
     @property
     def registers_needed(self) -> int:
@@ -81,12 +87,12 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Q, the rings of K and V, the walk (three words for 32 tiles, two bytes a tile), barriers and alignment."""
+        """Q, the rings of K and V, the bits of three jobs (visited and voted to keep), barriers and alignment."""
         return self._shared_bytes(self.stages)
 
     def _shared_bytes(self, stages: int) -> int:
-        walk = 3 * 4 * (MAX_TILES // 32) + 2 * MAX_TILES
-        return 2 * self.head_dim * (self.tile_m + 2 * stages * self.tile_n) + walk + 2 * 1024
+        bits = (2 * 3 + self.key_mask) * 4 * MAX_WORDS
+        return 2 * self.head_dim * (self.tile_m + 2 * stages * self.tile_n) + bits + 2 * 1024
 
     @property
     def name(self) -> str:

@@ -12,13 +12,21 @@ from lite_attention.cute_kernels.config import KEY_BITS_PAD, MAX_TILES, KernelCo
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
 from lite_attention.ops.reference import empty_output
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, ceil_div, tile_shape
-from lite_attention.ops.validate import CallSignature, call_signature, check_call, split_signature
+from lite_attention.ops.validate import (
+    CallSignature,
+    TensorSignature,
+    call_signature,
+    check_call,
+    check_dense_call,
+    split_signature,
+    tensor_signatures,
+)
 
-__all__ = ["skip_attention_forward", "unsupported_reason"]
+__all__ = ["attention_forward", "skip_attention_forward", "unsupported_reason"]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LOG2_E = math.log2(math.e)
-_GRID_LIMIT = 65535
+_MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
 @functools.cache
@@ -62,29 +70,73 @@ def _key_tables(key_mask: torch.Tensor, batch: int, tile_n: int) -> tuple[torch.
     return pack_bits(flags), pack_bits(torch.nn.functional.pad(key_mask, (0, KEY_BITS_PAD * WORD_BITS)))
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU: as many CTAs run at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _kernel_for(op: str, q: TensorSignature, k: TensorSignature, v: TensorSignature, **variant: bool) -> Kernel:
+    batch, seq_q, heads, head_dim = q.shape
+    reason = unsupported_reason(head_dim, v.shape[3], q.dtype, q.device)
+    if reason is not None:
+        raise RuntimeError(f"lite_attention::{op}: {reason}")
+    tile_m, tile_n = tile_shape(head_dim, q.dtype, q.device)
+    if ceil_div(k.shape[1], tile_n) > MAX_TILES:
+        raise ValueError(f"seq_len of k: expected at most {MAX_TILES * tile_n}, got {k.shape[1]}")
+    if batch * heads * ceil_div(seq_q, tile_m) > _MAX_JOBS:
+        raise ValueError(f"q: expected at most {_MAX_JOBS} tiles of {tile_m} rows in all, got {tuple(q.shape)}")
+    return get_kernel(KernelConfig(_DTYPES[q.dtype], head_dim, tile_m, tile_n, **variant))
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(call: CallSignature) -> Kernel:
+def _skip_kernel(call: CallSignature) -> Kernel:
     """Check a call and return its kernel; a call like one before costs a look-up."""
     check_call(call)
     (q, k, v, *_), (initial_mask, must_do, key_mask), _, tile_m, tile_n = split_signature(call)
-    batch, _, heads, head_dim = q.shape
-    seq_k = k.shape[1]
-    reason = unsupported_reason(head_dim, v.shape[3], q.dtype, q.device)
-    if reason is not None:
-        raise RuntimeError(f"lite_attention::skip_attention: {reason}")
-    expected = tile_shape(head_dim, q.dtype, q.device)
+    expected = tile_shape(q.shape[3], q.dtype, q.device)
     if (tile_m, tile_n) != expected:
         raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
-    if ceil_div(seq_k, tile_n) > MAX_TILES:
-        raise ValueError(f"seq_len of k: expected at most {MAX_TILES * tile_n}, got {seq_k}")
-    if heads > _GRID_LIMIT or batch > _GRID_LIMIT:
-        raise ValueError(f"heads, batch of q: expected at most {_GRID_LIMIT}, got {heads}, {batch}")
-    return get_kernel(
-        KernelConfig(
-            _DTYPES[q.dtype], head_dim, tile_m, tile_n, initial_mask=initial_mask is not None,
-            must_do=must_do is not None, key_mask=key_mask is not None,
-        )
+    return _kernel_for(
+        "skip_attention", q, k, v, skip=True, initial_mask=initial_mask is not None, must_do=must_do is not None,
+        key_mask=key_mask is not None,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense_kernel(call: CallSignature) -> Kernel:
+    *tensors, scale = call
+    q, k, v = (TensorSignature(*t) for t in tensors[:3])
+    key_mask = None if tensors[3] is None else TensorSignature(*tensors[3])
+    check_dense_call(q, k, v, key_mask, scale)
+    return _kernel_for("attention", q, k, v, skip=False, key_mask=key_mask is not None)
+
+
+def _launch(
+    kernel: Kernel,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: tuple[torch.Tensor | None, ...],
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, seq_q, heads, head_dim = q.shape
+    flags, key_bits = None, None
+    if key_mask is not None:
+        flags, key_bits = _key_tables(key_mask, batch, tile_shape(head_dim, q.dtype, q.device)[1])
+    out = empty_output(q, v)
+    lse = q.new_empty((batch, heads, seq_q), dtype=torch.float32)
+    factor = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
+    arguments = (
+        _for_tma(q), _for_tma(k), _for_tma(v), out, lse, *state, flags, key_bits, factor, _processors(q.device),
+    )  # fmt: skip
+    if q.device.index == torch.cuda.current_device():
+        kernel(*arguments)
+    else:
+        with torch.cuda.device(q.device):
+            kernel(*arguments)
+    return out, lse
 
 
 def skip_attention_forward(
@@ -108,18 +160,19 @@ def skip_attention_forward(
         ValueError: an argument does not fit; nothing has been changed then.
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
-    tensors = (q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask)
-    kernel = _plan(call_signature(tensors, scale, tile_m, tile_n))
-    flags, key_bits = (None, None) if key_mask is None else _key_tables(key_mask, q.shape[0], tile_n)
-    out = empty_output(q, v)
-    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
-    arguments = (
-        _for_tma(q), _for_tma(k), _for_tma(v), out, lse, skip_mask, control, threshold, initial_mask, must_do, flags,
-        key_bits, (q.shape[3] ** -0.5 if scale is None else scale) * _LOG2_E,
-    )  # fmt: skip
-    if q.device.index == torch.cuda.current_device():
-        kernel(*arguments)
-    else:
-        with torch.cuda.device(q.device):
-            kernel(*arguments)
-    return out, lse
+    state = (skip_mask, control, threshold, initial_mask, must_do)
+    kernel = _skip_kernel(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n))
+    return _launch(kernel, q, k, v, state, key_mask, scale)
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, *, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel for `lite_attention::attention` on torch's current stream.
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
+    """
+    kernel = _dense_kernel((*tensor_signatures((q, k, v, key_mask)), scale))
+    return _launch(kernel, q, k, v, (None,) * 5, key_mask, scale)

@@ -1,49 +1,28 @@
-"""Which tiles a CTA visits, and in which order: from the row of the skip mask to a list in shared memory."""
+"""Which k-tiles a q-tile visits, and in which order: from its row of the skip mask to bits, and back."""
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Uint32, const_expr
+from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.device import bits_above, has_bit
-from lite_attention.ops import control as c
+from lite_attention.cute_kernels.device import has_bit
 
-PARTIAL_SHIFT = 15
-TILE_BITS = (1 << PARTIAL_SHIFT) - 1
+PARTIAL = 1 << 15  # of an entry: some key of the tile is excluded
+TILE_BITS = PARTIAL - 1
+_SPECIAL = 3  # the tiles visited first: on the diagonal, the first, the last
 
 
 class Walk:
-    """Builds the list, and writes the votes back. All threads of the CTA take part."""
+    """The producer warp finds and walks the tiles; the last consumer warp of a job writes the votes back."""
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
-        self.threads = config.threads
-
-    @cute.jit
-    def is_fresh(self, control, block: Int32, step: Int32, batch: Int32, seq_q: Int32, seq_k: Int32):
-        """Whether this call starts from the initial mask."""
-        refresh = control[c.REFRESH]
-        fresh = (step == 0) | (control[block + c.FRESH] != 0)
-        fresh = fresh | (control[block + c.BATCH] != batch)
-        fresh = fresh | (control[block + c.SEQ_Q] != seq_q) | (control[block + c.SEQ_K] != seq_k)
-        if refresh > 0:
-            fresh = fresh | (step % refresh == 0)
-        return fresh
-
-    @cute.jit
-    def valid_bits(self, at: Int32, k_tiles: Int32) -> Uint32:
-        """Bits of a word that are tiles."""
-        count = k_tiles - at * 32
-        bits = Uint32(0xFFFFFFFF)
-        if count < 32:
-            bits = (Uint32(1) << Uint32(count)) - Uint32(1)
-        return bits
 
     @cute.jit
     def start_word(self, row, initial_row, at: Int32, fresh: Boolean, dense: Boolean) -> Uint32:
-        """Skipped tiles at the start of this call."""
+        """Tiles of one word that are skipped at the start of this call."""
         word = Uint32(0)
         if const_expr(self.config.skip):
             if fresh:
@@ -56,129 +35,88 @@ class Walk:
         return word
 
     @cute.jit
-    def build(
-        self,
-        row,
-        initial_row,
-        must_do,
-        flags,
-        visited,
-        suffix,
-        kept,
-        order,
-        thread: Int32,
-        words: Int32,
-        k_tiles: Int32,
-        seq_k: Int32,
-        diagonal: Int32,
-        fresh: Boolean,
+    def find_visited(
+        self, row, initial_row, must_do, flags, visited, partial, lane: Int32, k_tiles: Int32, fresh: Boolean,
         dense: Boolean,
-    ):
-        """Fill `order` with the visited tiles, PARTIAL added to those with an excluded key; return their number."""
-        last = k_tiles - 1
-        for at in cutlass.range(thread, words, self.threads, unroll=1):
+    ):  # fmt: skip
+        """One warp: put the tiles to visit, a bit each, in shared memory, and return their number."""
+        words = cute.ceil_div(k_tiles, 32)
+        count = Int32(0)
+        for at in cutlass.range(lane, words, 32, unroll=1):
             word = ~self.start_word(row, initial_row, at, fresh, dense)
             if const_expr(must_do is not None):
                 word = word | Uint32(must_do[at])
-            word = word & self.valid_bits(at, k_tiles)
+            if k_tiles - at * 32 < 32:
+                word = word & ((Uint32(1) << Uint32(k_tiles - at * 32)) - Uint32(1))
             if const_expr(flags is not None):
                 word = word & Uint32(flags[0, at])
+                partial[at] = Uint32(flags[1, at])
             visited[at] = word
-            kept[at] = Uint32(0)
-        cute.arch.sync_threads()
-        for at in cutlass.range(thread, words, self.threads, unroll=1):
-            above = Int32(0)
-            for other in cutlass.range(at + 1, words, unroll=4):
-                above += Int32(cute.arch.popc(self.rest(visited[other], other, diagonal, last)))
-            suffix[at] = above
-        cute.arch.sync_threads()
-        has_diagonal = has_bit(visited[diagonal // 32], diagonal % 32)
-        has_first = has_bit(visited[0], Int32(0))
-        if diagonal == 0:
-            has_first = Int32(0)
-        has_last = has_bit(visited[last // 32], last % 32)
-        if (last == 0) | (last == diagonal):
-            has_last = Int32(0)
-        base = has_diagonal + has_first + has_last
-        total = suffix[0] + Int32(cute.arch.popc(self.rest(visited[0], Int32(0), diagonal, last)))
-        at_diagonal = self.rest(visited[diagonal // 32], diagonal // 32, diagonal, last)
-        behind = suffix[diagonal // 32] + bits_above(at_diagonal, diagonal % 32)
-        before = total - behind
-        for j in cutlass.range(thread, k_tiles, self.threads, unroll=1):
-            word = self.rest(visited[j // 32], j // 32, diagonal, last)
-            if has_bit(word, j % 32) != 0:
-                above = suffix[j // 32] + bits_above(word, j % 32)
-                rank = base + before + above
-                if j < diagonal:
-                    rank = base + above - behind
-                order[rank] = self.entry(flags, j, seq_k)
-        if thread == 0:
-            if has_diagonal != 0:
-                order[0] = self.entry(flags, diagonal, seq_k)
-            if has_first != 0:
-                order[has_diagonal] = self.entry(flags, Int32(0), seq_k)
-            if has_last != 0:
-                order[has_diagonal + has_first] = self.entry(flags, last, seq_k)
-        cute.arch.sync_threads()
-        return base + total
+            count += Int32(cute.arch.popc(word))
+        cute.arch.sync_warp()
+        return cute.arch.warp_redux_sync(count, kind="add")
 
     @cute.jit
-    def entry(self, flags, j: Int32, seq_k: Int32):
-        """A tile as it stands in the list."""
-        value = j
-        if const_expr(flags is not None):
-            value = value | (has_bit(Uint32(flags[1, j // 32]), j % 32) << PARTIAL_SHIFT)
-        elif (j + 1) * self.config.tile_n > seq_k:
-            value = value | (1 << PARTIAL_SHIFT)
-        return cutlass.Uint16(value)
+    def diagonal(self, q_tile: Int32, seq_q: Int32, seq_k: Int32, k_tiles: Int32) -> Int32:
+        """The k-tile at the relative position of a q-tile."""
+        numerator = Int64(2 * q_tile + 1) * Int64(self.config.tile_m) * Int64(seq_k)
+        tile = numerator // (Int64(2) * Int64(seq_q) * Int64(self.config.tile_n))
+        return Int32(cutlass.min(Int64(k_tiles - 1), tile))
+
+    def turns(self, words: Int32) -> Int32:
+        """Number of turns of a walk: the special tiles, and each word once, the diagonal's in two parts."""
+        return words + (_SPECIAL + 1)
 
     @cute.jit
-    def rest(self, word: Uint32, at: Int32, diagonal: Int32, last: Int32) -> Uint32:
-        """A word without the tiles that are visited first."""
-        if at == 0:
-            word = word & ~Uint32(1)
-        if at == diagonal // 32:
+    def turn(self, visited, turn: Int32, diagonal: Int32, last: Int32):
+        """Return the word of this turn and the bits in it that are to be visited now, highest first.
+
+        The diagonal tile, the first, the last; then down from the diagonal, and down from the last to the diagonal.
+        """
+        words = last // 32 + 1
+        at = diagonal // 32 + _SPECIAL - turn
+        if at < 0:
+            at += words
+        tile = diagonal
+        if turn == 1:
+            tile = Int32(0)
+        if turn == 2:
+            tile = last
+        if turn < _SPECIAL:
+            at = tile // 32
+        word = visited[at]
+        bit = Uint32(1) << Uint32(tile % 32)
+        if turn < _SPECIAL:
+            word = word & bit
+        if turn == _SPECIAL:
+            word = word & (bit - Uint32(1))
+        if turn == _SPECIAL + words:
+            word = word & ~(bit | (bit - Uint32(1)))
+        # What an earlier turn has visited.
+        if (turn > 0) & (at == diagonal // 32):
             word = word & ~(Uint32(1) << Uint32(diagonal % 32))
-        if at == last // 32:
+        if (turn > 1) & (at == 0):
+            word = word & ~Uint32(1)
+        if (turn > 2) & (at == last // 32):
             word = word & ~(Uint32(1) << Uint32(last % 32))
-        return word
+        return at, word
 
     @cute.jit
-    def write_back(
-        self,
-        row,
-        initial_row,
-        must_do,
-        visited,
-        kept,
-        worker: Int32,
-        workers: cutlass.Constexpr,
-        words: Int32,
-        fresh: Boolean,
-        dense: Boolean,
-    ):
-        """Add what was voted out to the row."""
-        for at in cutlass.range(worker, words, workers, unroll=1):
+    def entry(self, partial, j: Int32, seq_k: Int32) -> Int32:
+        """A tile as consumers get it."""
+        value = j
+        if const_expr(self.config.key_mask):
+            value = value | (has_bit(partial[j // 32], j % 32) * PARTIAL)
+        elif (j + 1) * self.config.tile_n > seq_k:
+            value = value | PARTIAL
+        return value
+
+    @cute.jit
+    def write_back(self, row, initial_row, must_do, visited, kept, lane: Int32, words: Int32, fresh: Boolean):
+        """One warp: add what was voted out to the row, and clear the votes."""
+        for at in cutlass.range(lane, words, 32, unroll=1):
             out = visited[at] & ~kept[at]
             if const_expr(must_do is not None):
                 out = out & ~Uint32(must_do[at])
-            row[at] = Int32(self.start_word(row, initial_row, at, fresh, dense) | out)
-
-    @cute.jit
-    def move_step(self, control, block: Int32, step: Int32, batch: Int32, seq_q: Int32, seq_k: Int32, ctas: Int32):
-        """One thread of each CTA, after all of it has read the control tensor: the last one moves the step."""
-        cute.arch.fence_acq_rel_gpu()
-        ticket = cute.arch.atomic_add(control.iterator + c.TICKETS, Int32(1), sem="acq_rel", scope="gpu")
-        if ticket == ctas - 1:
-            after = step
-            if (control[c.FLAGS] & c.FLAG_AUTO_STEP) != 0:
-                after = step + 1
-                steps = control[c.NUM_STEPS]
-                if (steps > 0) & (after >= steps):
-                    after = Int32(0)
-            control[block + c.STEP] = after
-            control[block + c.FRESH] = Int32(0)
-            control[block + c.BATCH] = batch
-            control[block + c.SEQ_Q] = seq_q
-            control[block + c.SEQ_K] = seq_k
-            control[c.TICKETS] = Int32(0)
+            row[at] = Int32(self.start_word(row, initial_row, at, fresh, Boolean(False)) | out)
+            kept[at] = Uint32(0)

@@ -14,6 +14,7 @@ from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
 
 KERNEL = torch.ops.lite_attention.skip_attention.default
+DENSE = torch.ops.lite_attention.attention.default
 REFERENCE = torch.ops.lite_attention.skip_attention_reference.default
 
 

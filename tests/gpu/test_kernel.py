@@ -6,18 +6,26 @@ import copy
 import math
 import os
 import threading
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from gpu_cases import KERNEL, REFERENCE, Case, check_step, make_case
+from gpu_cases import DENSE, KERNEL, REFERENCE, Case, check_step, make_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lite_attention
+from lite_attention.cute_kernels import launcher
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
+
+
+def processors(count: int) -> Any:
+    """Launch as on a GPU of so few multiprocessors that each CTA computes many q-tiles."""
+    return mock.patch.object(launcher, "_processors", return_value=count)
 
 
 def near_multiples(tile: int, most: int) -> st.SearchStrategy[int]:
@@ -50,19 +58,23 @@ def test_any_call_matches_the_reference(data: st.DataObject) -> None:
         refresh=data.draw(st.sampled_from([None, 2])),
     )
     case.scale = data.draw(st.sampled_from([None, 0.2]))
+    ctas = data.draw(st.sampled_from([1, 3, 132]))
     for _ in range(3):
-        check_step(case)
+        with processors(ctas):
+            check_step(case)
         case.q = case.q + 0.05 * torch.randn_like(case.q)
         case.state.slot = data.draw(st.integers(0, 1))
 
 
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(1000, 3000), (3001, 2879), (1921, 4001)])
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
-def test_half_of_the_tiles_dropped(dim: int, seq_q: int, seq_k: int) -> None:
+@pytest.mark.parametrize("ctas", [3, 132])
+def test_half_of_the_tiles_dropped(dim: int, seq_q: int, seq_k: int, ctas: int) -> None:
     case = make_case(seq_q=seq_q, seq_k=seq_k, dim=dim, peak=1.2, threshold=-3.0)
     shares = []
     for _ in range(4):
-        shares.append(check_step(case))
+        with processors(ctas):
+            shares.append(check_step(case))
         case.q = case.q + 0.05 * torch.randn_like(case.q)
     assert 0.3 < shares[-1] < 0.9
     assert shares == sorted(shares)
@@ -81,6 +93,37 @@ def test_minus_infinity_is_dense_bit_for_bit() -> None:
     q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
     sdpa = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2)
     torch.testing.assert_close(out.double(), sdpa, atol=2e-2, rtol=0)
+    stateless, stateless_lse = DENSE(case.q, case.k, case.v, None, scale=None)
+    assert torch.equal(out, stateless)
+    assert torch.equal(lse, stateless_lse)
+
+
+@pytest.mark.parametrize("key_mask", [False, True])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_attention_without_state(dim: int, key_mask: bool) -> None:
+    case = make_case(batch=2, seq_q=1000, seq_k=1333, heads=4, dim=dim, key_mask=key_mask, head_major=True)
+    with processors(3):
+        out, lse = DENSE(case.q, case.k, case.v, case.key_mask, scale=None)
+    allowed = torch.ones_like(case.q[:, :1, 0, 0], dtype=torch.bool) if case.key_mask is None else case.key_mask
+    q, k, v = (t.double().transpose(1, 2) for t in (case.q, case.k, case.v))
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    scores = (q @ k.mT * dim**-0.5).masked_fill(~allowed[:, None, None], -math.inf)
+    want_lse = scores.logsumexp(-1)
+    want = (scores - want_lse.unsqueeze(-1)).exp().nan_to_num() @ v
+    torch.testing.assert_close(out.double(), want.transpose(1, 2), atol=2e-2, rtol=0)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-4)
+    assert out.stride() == case.q.stride()
+    torch.library.opcheck(DENSE, (case.q, case.k, case.v, case.key_mask), {"scale": None})
+
+
+def test_a_row_of_many_tiles() -> None:
+    seq_k = 80 * 9000  # more words of the mask than a warp has lanes, many times over
+    case = make_case(seq_q=200, seq_k=seq_k, heads=1, kv_heads=1, peak=1.0)
+    kept = torch.rand(1, 1, 2, 9000) < 0.01
+    kept[..., 0] = True
+    case.state = SkipState.for_inputs(case.q, case.k, threshold=-4.0, initial_mask=~kept)
+    for _ in range(2):
+        check_step(case)
 
 
 def test_repeats_are_bit_equal_under_load() -> None:

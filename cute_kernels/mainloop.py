@@ -1,0 +1,148 @@
+"""One q-tile in one consumer warpgroup: scores, softmax and votes, values, and the output to memory.
+
+Scores, weights and output live in registers; the weights are the A operand of the second product as they lie. The
+product with V of one tile runs under the softmax of the next, and warpgroups take turns to issue their products.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass.cute.nvgpu import warpgroup
+
+from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.device import element, pack_bf16, pack_fp16, quad_sum
+from lite_attention.cute_kernels.softmax import OnlineSoftmax
+from lite_attention.cute_kernels.walk import TILE_BITS
+
+_LN2 = math.log(2)
+_PACKS = {"bf16": pack_bf16, "fp16": pack_fp16}
+
+
+class Mainloop:
+    """What consumer warpgroups do between the barriers of a job."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        self.config = config
+        self.pack = _PACKS[config.dtype]
+        self.softmax = OnlineSoftmax(config, self.pack)
+
+    @cute.jit
+    def issue_qk(self, mma, scores, rq, rk, stage):
+        """Start the product of Q and a tile of K."""
+        atom = cute.make_mma_atom(mma.op)
+        warpgroup.fence()
+        for kk in cutlass.range_constexpr(cute.size(rq, mode=[2])):
+            atom.set(warpgroup.Field.ACCUMULATE, kk != 0)
+            cute.gemm(atom, scores, rq[None, None, kk], rk[None, None, kk, stage], scores)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def issue_pv(self, mma, out, p, rv, stage):
+        """Start adding the product of the weights and a tile of V."""
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.fence()
+        for kk in cutlass.range_constexpr(self.config.tile_n // 16):
+            cute.gemm(atom, out, p[None, None, kk], rv[None, None, kk, stage], out)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def wait_turn(self, group):
+        """Wait until the warpgroup before has issued its products."""
+        cute.arch.barrier(barrier_id=2 + group, number_of_threads=256)
+
+    @cute.jit
+    def pass_turn(self, group):
+        """Named barrier 2 + g opens for warpgroup g when the 128 threads of the one before it have arrived."""
+        cute.arch.barrier_arrive(barrier_id=2 + (group + 1) % self.config.groups, number_of_threads=256)
+
+    @cute.jit
+    def attend(
+        self, qk_mma, pv_mma, rq, rk, rv, x, p, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state, state, entries,
+        kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32, reach: Float32,
+        votes_0: Boolean, votes_1: Boolean,
+    ):  # fmt: skip
+        """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
+        pairs = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
+        factor = cute.make_rmem_tensor(2, Float32)
+        out.fill(0.0)
+        top.fill(-Float32.inf)
+        shift.fill(-1e30)
+        factor.fill(1.0)
+        total.fill(0.0)
+        lane = cute.arch.lane_idx()
+        if count > 0:
+            k_pipe.consumer_wait(state)
+            entry = cute.arch.make_warp_uniform(entries[state.index])
+            j = entry & TILE_BITS
+            at, bits = j // 32, Uint32(1) << Uint32(j % 32)  # tiles to keep, a word at a time; the first always is
+            self.issue_qk(qk_mma, x, rq, rk, state.index)
+            warpgroup.wait_group(0)
+            k_pipe.consumer_release(state)
+            if entry > TILE_BITS:
+                self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
+            self.softmax.step(x, top, shift, total, factor, scale, reach, votes_0, votes_1)
+            self.softmax.convert(x, pairs)
+            for _ in cutlass.range(1, count, unroll=1):
+                before = state.clone()
+                state.advance()
+                k_pipe.consumer_wait(state)
+                entry = cute.arch.make_warp_uniform(entries[state.index])
+                self.wait_turn(group)
+                self.issue_qk(qk_mma, x, rq, rk, state.index)  # scores of this tile
+                v_pipe.consumer_wait(before)
+                self.issue_pv(pv_mma, out, p, rv, before.index)  # values of the tile before
+                self.pass_turn(group)
+                warpgroup.wait_group(1)
+                k_pipe.consumer_release(state)
+                j = entry & TILE_BITS
+                if entry > TILE_BITS:
+                    self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
+                moved, keep = self.softmax.step(x, top, shift, total, factor, scale, reach, votes_0, votes_1)
+                warpgroup.wait_group(0)
+                v_pipe.consumer_release(before)
+                self.softmax.convert(x, pairs)
+                self.softmax.rescale(out, factor, moved)
+                if const_expr(self.config.skip):
+                    if j // 32 != at:
+                        if lane == 0:
+                            cute.arch.atomic_or(kept.iterator + at, bits)
+                        at, bits = j // 32, Uint32(0)
+                    if keep:
+                        bits = bits | (Uint32(1) << Uint32(j % 32))
+            if const_expr(self.config.skip):
+                if lane == 0:
+                    cute.arch.atomic_or(kept.iterator + at, bits)
+        q_pipe.consumer_release(q_state)
+        if count > 0:
+            v_pipe.consumer_wait(state)
+            self.issue_pv(pv_mma, out, p, rv, state.index)
+            warpgroup.wait_group(0)
+            v_pipe.consumer_release(state)
+            state.advance()
+        return state
+
+    @cute.jit
+    def store(self, gout, lse, out, shift, total, first_row: Int32, seq_q: Int32, head: Int32, batch: Int32):
+        """Divide by the sums, and write the output and the log-sum-exp."""
+        lane = cute.arch.lane_idx()
+        for half in cutlass.range_constexpr(2):
+            row_sum = quad_sum(total[half])
+            inverse = cute.arch.rcp_approx(row_sum)
+            if row_sum == 0.0:
+                inverse = Float32(0.0)
+            row = first_row + 8 * half
+            if row < seq_q:
+                if lane % 4 == 0:
+                    value = (shift[half] + cute.math.log2(row_sum, fastmath=True)) * _LN2
+                    if row_sum == 0.0:
+                        value = -Float32.inf
+                    lse[batch, head, row] = value
+                pairs = cute.recast_tensor(gout[row, None, head, batch], Int32)
+                for i in cutlass.range_constexpr(0, self.config.head_dim // 4, 2):
+                    pair = self.pack(out[element(half, i)] * inverse, out[element(half, i + 1)] * inverse)
+                    pairs[(i // 2) * 4 + lane % 4] = pair
