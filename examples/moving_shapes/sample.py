@@ -1,0 +1,147 @@
+"""Make videos from prompts, dense and skip-aware, and measure how true they are.
+
+python -m examples.moving_shapes.sample --weights WEIGHTS --out DIR [--judge JUDGE] [--threshold -6] [--count 8]
+    [--size 10 48 48] [--steps 30] [--guidance 3] [--prompt shape=star colour=red] [--device cuda]
+
+Writes DIR/dense.png, a row of frames for each video, and DIR/dense.gif; the same for "skip" with a threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import torch
+
+import lite_attention
+from examples.moving_shapes.judge import HOLD_OUT, load_judge, measure, measure_truth, path_distance
+from examples.moving_shapes.model import VideoDiT, load_weights, time_shift
+from examples.moving_shapes.scenes import NULL_PROMPT, Size, draw_scenes, prompt_ids, tile
+
+__all__ = ["generate", "save_videos", "time_steps"]
+
+
+def time_steps(steps: int, size: Size) -> torch.Tensor:
+    """Return the times [steps + 1] from 1 down to 0 at which a video of a size is denoised."""
+    shift = time_shift(size)
+    even = torch.linspace(1, 0, steps + 1)
+    return shift * even / (1 + (shift - 1) * even)
+
+
+@torch.no_grad()
+def generate(
+    model: VideoDiT,
+    prompt: torch.Tensor,
+    size: Size = (10, 48, 48),
+    steps: int = 30,
+    guidance: float = 3.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Return videos [B, 3, F, H, W] in about [-1, 1], on the model's device.
+
+    Each step is two forwards, announced as the branches "cond" and "uncond", and one Euler step along the guided
+    velocity. Noise is drawn on the CPU, so that a seed means the same on every device.
+
+    Args:
+        model: perhaps given to `lite_attention.enable`.
+        prompt: [B, fields], see `prompt_ids`.
+        size: frames, height, width of the videos; the latter two are multiples of 4.
+        steps: denoising steps.
+        guidance: of classifier-free guidance; 1 = none, which is still computed.
+        seed: of the noise.
+    """
+    device = model.to_patch.weight.device
+    prompt = prompt.to(device)
+    prompts = {"cond": prompt, "uncond": torch.tensor(NULL_PROMPT, device=device).expand_as(prompt)}
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.randn(len(prompt), 3, *size, generator=generator).to(device)
+    times = time_steps(steps, size)
+    lite_attention.reset(model)
+    for step, (now, then) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
+        velocity = {}
+        for name, asked in prompts.items():
+            with lite_attention.branch(name, step, model=model):
+                velocity[name] = model(video, torch.full((len(prompt),), now, device=device), asked)
+        guided = velocity["uncond"] + guidance * (velocity["cond"] - velocity["uncond"])
+        video = video + (then - now) * guided
+    return video
+
+
+def save_videos(videos: torch.Tensor, path: Path) -> None:
+    """Write videos [B, 3, F, H, W] as `path`.png, a row of frames each, and `path`.gif, side by side.
+
+    Without Pillow it writes nothing, and says so: the measurements matter more.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        print(f"no {path}.png and .gif: there is no Pillow")
+        return
+
+    Image.fromarray(tile(videos).numpy()).save(path.with_suffix(".png"))
+    moments = [Image.fromarray(tile(moment.transpose(0, 1).unsqueeze(0)).numpy()) for moment in videos.unbind(2)]
+    moments[0].save(path.with_suffix(".gif"), save_all=True, append_images=moments[1:], duration=100, loop=0)
+
+
+def skipped(model: VideoDiT) -> float:
+    """Return the share of attention tiles that the last step of a generation skipped."""
+    with io.StringIO() as silent:
+        states = [row.state for row in lite_attention.report(model, file=silent).swapped if row.state is not None]
+    return float(torch.stack([state.sparsity() for state in states]).mean())
+
+
+def main() -> None:
+    """Make and measure videos as the command line asks."""
+    parser = argparse.ArgumentParser(description="Make videos, dense and skip-aware, and measure how true they are.")
+    parser.add_argument("--weights", type=Path, required=True, help="what train.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("--judge", type=Path, help="what judge.py wrote; without it nothing is measured")
+    parser.add_argument("--threshold", type=float, help="also skip-aware, at this threshold (log2 units)")
+    parser.add_argument("--count", type=int, default=8, help="videos")
+    parser.add_argument("--size", type=int, nargs=3, default=[10, 48, 48], help="frames, height, width")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of classifier-free guidance")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of prompts")
+    parser.add_argument(
+        "--prompt", nargs="*", help="such as shape=star colour=red; without it, one drawn for each video"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    args = parser.parse_args()
+    size: Size = (args.size[0], args.size[1], args.size[2])
+    if args.prompt is None:
+        prompt = draw_scenes(args.count, torch.Generator().manual_seed(HOLD_OUT + args.seed)).prompt()
+    else:
+        prompt = prompt_ids(**dict(field.split("=") for field in args.prompt)).expand(args.count, -1)
+    model = load_weights(args.weights).to(args.device).eval().requires_grad_(False)
+    if args.device.startswith("cuda"):
+        model.bfloat16()
+    judge = load_judge(args.judge).to(args.device) if args.judge else None
+    args.out.mkdir(parents=True, exist_ok=True)
+    if judge:
+        _say("rendered", measure_truth(judge, args.count, size, args.device))
+
+    dense = generate(model, prompt, size, args.steps, args.guidance, args.seed)
+    save_videos(dense, args.out / "dense")
+    if judge:
+        _say("dense", measure(judge, dense, prompt.to(args.device)))
+    if args.threshold is None:
+        return
+    lite_attention.enable(model, threshold=args.threshold, num_steps=args.steps, compile=False)
+    skip = generate(model, prompt, size, args.steps, args.guidance, args.seed)
+    save_videos(skip, args.out / "skip")
+    measured = measure(judge, skip, prompt.to(args.device)) if judge else {}
+    if judge:
+        measured["path_to_dense"] = path_distance(judge, dense, skip)
+    measured["skipped_at_last"] = skipped(model)
+    measured["difference"] = float((skip - dense).abs().mean())
+    _say("skip", measured)
+
+
+def _say(what: str, measured: dict[str, float]) -> None:
+    print(f"{what:>8}", json.dumps({name: round(value, 4) for name, value in measured.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
