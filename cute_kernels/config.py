@@ -14,7 +14,7 @@ _REGISTERS_PER_SM = 65536
 _SHARED_BYTES = 227 * 1024
 _WARPGROUP = 128
 # Registers of a consumer thread that hold neither scores, output nor weights: addresses, maxima, sums, pipeline state.
-_OTHER_REGISTERS = 32
+_OTHER_REGISTERS = 28
 _CONSUMER_REGISTERS = {2: 240, 3: 160}
 
 

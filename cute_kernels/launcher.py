@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,7 @@ __all__ = ["attention_forward", "skip_attention_forward", "unsupported_reason"]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LOG2_E = math.log2(math.e)
+_NO_STATE = (None,) * 5
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
@@ -52,12 +54,10 @@ def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device
     return None
 
 
-def _for_tma(x: torch.Tensor) -> torch.Tensor:
-    """Return x if TMA can read it as it lies, else a copy: address and strides in 16 bytes, head dim innermost."""
-    *outer, inner = x.stride()
-    aligned = all(stride > 0 and stride % 8 == 0 for stride in outer)  # 8 elements of 2 bytes
-    fits = inner == 1 and aligned and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+def _tma_reads(x: TensorSignature) -> bool:
+    """Return whether TMA can read it as it lies, if its address is one of 16 bytes."""
+    *outer, inner = x.stride
+    return inner == 1 and all(stride > 0 and stride % 8 == 0 for stride in outer)  # 8 elements of 2 bytes
 
 
 def _key_tables(key_mask: torch.Tensor, batch: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,20 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _kernel_for(op: str, q: TensorSignature, k: TensorSignature, v: TensorSignature, **variant: bool) -> Kernel:
+class _Plan(NamedTuple):
+    """What is the same for all calls of one signature."""
+
+    kernel: Kernel
+    readable: tuple[bool, ...]  # q, k, v: as they lie
+    lse_shape: tuple[int, int, int]
+    factor: float  # of the scores, into log2 units
+    tile_n: int
+    processors: int
+
+
+def _plan(
+    op: str, q: TensorSignature, k: TensorSignature, v: TensorSignature, scale: float | None, **variant: bool
+) -> _Plan:
     batch, seq_q, heads, head_dim = q.shape
     reason = unsupported_reason(head_dim, v.shape[3], q.dtype, q.device)
     if reason is not None:
@@ -86,56 +99,60 @@ def _kernel_for(op: str, q: TensorSignature, k: TensorSignature, v: TensorSignat
         raise ValueError(f"seq_len of k: expected at most {MAX_TILES * tile_n}, got {k.shape[1]}")
     if batch * heads * ceil_div(seq_q, tile_m) > _MAX_JOBS:
         raise ValueError(f"q: expected at most {_MAX_JOBS} tiles of {tile_m} rows in all, got {tuple(q.shape)}")
-    return get_kernel(KernelConfig(_DTYPES[q.dtype], head_dim, tile_m, tile_n, **variant))
+    return _Plan(
+        get_kernel(KernelConfig(_DTYPES[q.dtype], head_dim, tile_m, tile_n, **variant)),
+        tuple(_tma_reads(x) for x in (q, k, v)),
+        (batch, heads, seq_q),
+        (head_dim**-0.5 if scale is None else scale) * _LOG2_E,
+        tile_n,
+        _processors(q.device),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def _skip_kernel(call: CallSignature) -> Kernel:
-    """Check a call and return its kernel; a call like one before costs a look-up."""
+def _skip_plan(call: CallSignature) -> _Plan:
+    """Check a call and plan it; a call like one before costs a look-up."""
     check_call(call)
-    (q, k, v, *_), (initial_mask, must_do, key_mask), _, tile_m, tile_n = split_signature(call)
+    (q, k, v, *_), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = split_signature(call)
     expected = tile_shape(q.shape[3], q.dtype, q.device)
     if (tile_m, tile_n) != expected:
         raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
-    return _kernel_for(
-        "skip_attention", q, k, v, skip=True, initial_mask=initial_mask is not None, must_do=must_do is not None,
+    return _plan(
+        "skip_attention", q, k, v, scale, skip=True, initial_mask=initial_mask is not None, must_do=must_do is not None,
         key_mask=key_mask is not None,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
-def _dense_kernel(call: CallSignature) -> Kernel:
+def _dense_plan(call: CallSignature) -> _Plan:
     *tensors, scale = call
     q, k, v = (TensorSignature(*t) for t in tensors[:3])
     key_mask = None if tensors[3] is None else TensorSignature(*tensors[3])
     check_dense_call(q, k, v, key_mask, scale)
-    return _kernel_for("attention", q, k, v, skip=False, key_mask=key_mask is not None)
+    return _plan("attention", q, k, v, scale, skip=False, key_mask=key_mask is not None)
 
 
 def _launch(
-    kernel: Kernel,
+    plan: _Plan,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     state: tuple[torch.Tensor | None, ...],
     key_mask: torch.Tensor | None,
-    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, seq_q, heads, head_dim = q.shape
-    flags, key_bits = None, None
-    if key_mask is not None:
-        flags, key_bits = _key_tables(key_mask, batch, tile_shape(head_dim, q.dtype, q.device)[1])
+    flags, key_bits = (None, None) if key_mask is None else _key_tables(key_mask, q.shape[0], plan.tile_n)
     out = empty_output(q, v)
-    lse = q.new_empty((batch, heads, seq_q), dtype=torch.float32)
-    factor = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
-    arguments = (
-        _for_tma(q), _for_tma(k), _for_tma(v), out, lse, *state, flags, key_bits, factor, _processors(q.device),
-    )  # fmt: skip
+    lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
+    readable = (
+        x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+        for x, fits in zip((q, k, v), plan.readable, strict=True)
+    )
+    arguments = (*readable, out, lse, *state, flags, key_bits, plan.factor, plan.processors)
     if q.device.index == torch.cuda.current_device():
-        kernel(*arguments)
+        plan.kernel(*arguments)
     else:
         with torch.cuda.device(q.device):
-            kernel(*arguments)
+            plan.kernel(*arguments)
     return out, lse
 
 
@@ -161,8 +178,8 @@ def skip_attention_forward(
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
     state = (skip_mask, control, threshold, initial_mask, must_do)
-    kernel = _skip_kernel(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n))
-    return _launch(kernel, q, k, v, state, key_mask, scale)
+    plan = _skip_plan(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n))
+    return _launch(plan, q, k, v, state, key_mask)
 
 
 def attention_forward(
@@ -174,5 +191,5 @@ def attention_forward(
         ValueError: an argument does not fit.
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
-    kernel = _dense_kernel((*tensor_signatures((q, k, v, key_mask)), scale))
-    return _launch(kernel, q, k, v, (None,) * 5, key_mask, scale)
+    plan = _dense_plan((*tensor_signatures((q, k, v, key_mask)), scale))
+    return _launch(plan, q, k, v, _NO_STATE, key_mask)

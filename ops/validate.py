@@ -121,7 +121,17 @@ class TensorSignature(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    contiguous: bool
+    stride: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it lies in memory as a new tensor would."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size > 1 and stride != step:
+                return False
+            step *= size
+        return True
 
 
 # Signatures of q, k, v, skip_mask, control, threshold, initial_mask, must_do and key_mask as plain tuples, which are
@@ -131,7 +141,7 @@ CallSignature = tuple[Any, ...]
 
 def tensor_signatures(tensors: tuple[torch.Tensor | None, ...]) -> list[tuple[Any, ...] | None]:
     """Return what `TensorSignature` holds of each, as plain tuples."""
-    return [None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors]
+    return [None if t is None else (t.shape, t.dtype, t.device, t.stride()) for t in tensors]
 
 
 def call_signature(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import threading
-from typing import Any
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -23,9 +24,15 @@ from lite_attention.ops.control import FLAG_DENSE
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
 
 
-def processors(count: int) -> Any:
+@contextlib.contextmanager
+def processors(count: int) -> Iterator[None]:
     """Launch as on a GPU of so few multiprocessors that each CTA computes many q-tiles."""
-    return mock.patch.object(launcher, "_processors", return_value=count)
+    with mock.patch.object(launcher, "_processors", return_value=count):
+        launcher._skip_plan.cache_clear()
+        launcher._dense_plan.cache_clear()
+        yield
+    launcher._skip_plan.cache_clear()
+    launcher._dense_plan.cache_clear()
 
 
 def near_multiples(tile: int, most: int) -> st.SearchStrategy[int]:
