@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 __all__ = ["KEY_BITS_PAD", "MAX_TILES", "MAX_WORDS", "KernelConfig"]
 
-MAX_TILES = 32768  # k-tiles of a row: its bits lie in shared memory
+MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, lie in shared memory
 MAX_WORDS = MAX_TILES // 32
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
 
@@ -87,12 +87,12 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Q, the rings of K and V, the bits of three jobs (visited and voted to keep), barriers and alignment."""
+        """Q, the rings of K and V, what three jobs visit (bits) and keep (bytes), barriers and alignment."""
         return self._shared_bytes(self.stages)
 
     def _shared_bytes(self, stages: int) -> int:
-        bits = (2 * 3 + self.key_mask) * 4 * MAX_WORDS
-        return 2 * self.head_dim * (self.tile_m + 2 * stages * self.tile_n) + bits + 2 * 1024
+        walk = (3 + self.key_mask) * 4 * MAX_WORDS + 3 * MAX_TILES
+        return 2 * self.head_dim * (self.tile_m + 2 * stages * self.tile_n) + walk + 2 * 1024
 
     @property
     def name(self) -> str:

@@ -12,11 +12,11 @@ import cutlass.cute as cute
 import cutlass.memory
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from lite_attention.cute_kernels.config import MAX_WORDS, KernelConfig
+from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig
 from lite_attention.cute_kernels.mainloop import Mainloop
 from lite_attention.cute_kernels.schedule import (
     BATCH,
@@ -103,7 +103,7 @@ class SkipAttentionForward:
             reach: cute.struct.MemRange[Float32, RING + 1]
             entries: cute.struct.MemRange[Int32, self.stages]
             visited: cute.struct.MemRange[Uint32, RING * MAX_WORDS]
-            kept: cute.struct.MemRange[Uint32, RING * MAX_WORDS]
+            kept: cute.struct.Align[cute.struct.MemRange[Uint8, RING * MAX_TILES], 16]
             partial: cute.struct.MemRange[Uint32, MAX_WORDS if self.config.key_mask else 1]
             q: q_buffer
             k: kv_buffer
@@ -174,8 +174,8 @@ class SkipAttentionForward:
         jobs = storage.jobs.get_tensor(cute.make_layout((RING, JOB_WORDS), stride=(JOB_WORDS, 1)))
         reach = storage.reach.get_tensor(cute.make_layout(RING))
         entries = storage.entries.get_tensor(cute.make_layout(self.stages))
-        per_job = cute.make_layout((RING, MAX_WORDS), stride=(MAX_WORDS, 1))
-        visited, kept = storage.visited.get_tensor(per_job), storage.kept.get_tensor(per_job)
+        visited = storage.visited.get_tensor(cute.make_layout((RING, MAX_WORDS), stride=(MAX_WORDS, 1)))
+        kept = storage.kept.get_tensor(cute.make_layout((RING, MAX_TILES), stride=(MAX_TILES, 1)))
         partial = storage.partial.get_tensor(cute.make_layout(MAX_WORDS if self.config.key_mask else 1))
         q_pipe = self.pipe(1, self.q_bytes, storage.q_bars)
         k_pipe = self.pipe(self.stages, self.kv_bytes, storage.k_bars)
@@ -195,8 +195,8 @@ class SkipAttentionForward:
             for ring in cutlass.range_constexpr(RING):
                 if thread == 0:
                     jobs[ring, DONE] = Int32(0)
-                for at in cutlass.range(thread, words, self.config.threads, unroll=1):
-                    kept[ring, at] = Uint32(0)
+                for tile in cutlass.range(thread, words * 32, self.config.threads, unroll=1):
+                    kept[ring, tile] = Uint8(0)
         cute.arch.sync_threads()
 
         if warp < 4:
@@ -384,6 +384,7 @@ class SkipAttentionForward:
         if cute.arch.lane_idx() == 0:
             before = cute.arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="cta")
         last = cute.arch.shuffle_sync(before, 0) == 4 * self.groups - 1
+        cute.arch.sync_warp()  # what lane 0 acquired, all have
         if last & (cute.arch.lane_idx() == 0):
             cute.arch.atomic_exch(counter, Int32(0), sem="relaxed", scope="cta")
         return last

@@ -10,7 +10,7 @@ import math
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from lite_attention.cute_kernels.config import KernelConfig
@@ -74,12 +74,12 @@ class Mainloop:
         shift.fill(-1e30)
         factor.fill(1.0)
         total.fill(0.0)
-        lane = cute.arch.lane_idx()
         if count > 0:
             k_pipe.consumer_wait(state)
             entry = cute.arch.make_warp_uniform(entries[state.index])
             j = entry & TILE_BITS
-            at, bits = j // 32, Uint32(1) << Uint32(j % 32)  # tiles to keep, a word at a time; the first always is
+            if const_expr(self.config.skip):
+                kept[j] = Uint8(1)  # the first tile always is
             self.issue_qk(qk_mma, x, rq, rk, state.index)
             warpgroup.wait_group(0)
             k_pipe.consumer_release(state)
@@ -108,15 +108,8 @@ class Mainloop:
                 self.softmax.convert(x, pairs)
                 self.softmax.rescale(out, factor, moved)
                 if const_expr(self.config.skip):
-                    if j // 32 != at:
-                        if lane == 0:
-                            cute.arch.atomic_or(kept.iterator + at, bits)
-                        at, bits = j // 32, Uint32(0)
                     if keep:
-                        bits = bits | (Uint32(1) << Uint32(j % 32))
-            if const_expr(self.config.skip):
-                if lane == 0:
-                    cute.arch.atomic_or(kept.iterator + at, bits)
+                        kept[j] = Uint8(1)
         q_pipe.consumer_release(q_state)
         if count > 0:
             v_pipe.consumer_wait(state)

@@ -54,14 +54,13 @@ class OnlineSoftmax:
         The common path has no shuffle: only when some thread of the warp sees a new maximum is the row's agreed on.
 
         Returns:
-            Whether the output must be rescaled by `factor`; whether a row of this warp votes to keep the tile.
+            Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile.
         """
         high_0, high_1 = self.row_high(x, 0), self.row_high(x, 1)
         keep = Boolean(True)
         if cutlass.const_expr(self.vote):
             # Negated, so that a NaN keeps. `reach` is NaN where nothing may be skipped.
-            rises = (votes_0 & ~(high_0 - top[0] <= reach)) | (votes_1 & ~(high_1 - top[1] <= reach))
-            keep = cute.arch.vote_any_sync(rises)
+            keep = (votes_0 & ~(high_0 - top[0] <= reach)) | (votes_1 & ~(high_1 - top[1] <= reach))
         moved = Boolean(False)
         if cute.arch.vote_any_sync(~(high_0 <= top[0]) | ~(high_1 <= top[1])):
             grown = Boolean(False)

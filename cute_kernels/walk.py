@@ -113,10 +113,14 @@ class Walk:
 
     @cute.jit
     def write_back(self, row, initial_row, must_do, visited, kept, lane: Int32, words: Int32, fresh: Boolean):
-        """One warp: add what was voted out to the row, and clear the votes."""
+        """One warp: add what nobody voted to keep to the row, and clear the votes."""
+        quads = cute.recast_tensor(kept, Uint32)  # the votes on four tiles, a byte each
         for at in cutlass.range(lane, words, 32, unroll=1):
-            out = visited[at] & ~kept[at]
+            votes = Uint32(0)
+            for i in cutlass.range_constexpr(8):
+                votes = votes | (((quads[at * 8 + i] * Uint32(0x01020408)) >> 24) & Uint32(15)) << (4 * i)
+                quads[at * 8 + i] = Uint32(0)
+            out = visited[at] & ~votes
             if const_expr(must_do is not None):
                 out = out & ~Uint32(must_do[at])
             row[at] = Int32(self.start_word(row, initial_row, at, fresh, Boolean(False)) | out)
-            kept[at] = Uint32(0)

@@ -84,6 +84,13 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _state_tensors(state: SkipState) -> list[torch.Tensor | None]:
+    names = ("skip_mask", "control", "threshold", "initial_mask")
+    if torch.compiler.is_compiling():
+        return [getattr(state, name) for name in names]
+    return [state._buffers[name] for name in names]  # an attribute of a Module costs 2 us each
+
+
 def skip_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -133,7 +140,6 @@ def skip_attention(
     words = None if must_do is None else _cached(_must_do_words, must_do, seq_k, state.tile_n, q.device)
     allowed = _joined_key_mask(q, seq_k, key_mask, key_lengths, must_skip)
     out, lse = IMPLEMENTATIONS[implementation](
-        q, k, v, state.skip_mask, state.control, state.threshold, state.initial_mask, words, allowed,
-        scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,
-    )  # fmt: skip
+        q, k, v, *_state_tensors(state), words, allowed, scale=scale, tile_m=state.tile_m, tile_n=state.tile_n
+    )
     return (out, lse) if return_lse else out
