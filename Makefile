@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m lite_attention demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

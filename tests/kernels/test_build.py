@@ -21,7 +21,9 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from lite_attention.cute_kernels.ahead import kernel_configs
 from lite_attention.cute_kernels.config import KernelConfig
 
-CONFIGS = kernel_configs(dtypes=("bf16",))
+pytestmark = pytest.mark.xdist_group("kernels")  # compiled once, not once a worker
+
+CONFIGS = [c for c in kernel_configs(dtypes=("bf16",)) if c.skip or not c.key_mask or c.head_dim == 128]
 CONFIGS += [c for c in kernel_configs((64, 128), ("fp16",), all_variants=True) if c.initial_mask and c.must_do]
 
 COMPILE = """
