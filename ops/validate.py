@@ -69,11 +69,14 @@ def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) ->
     """Check threshold values, in log2 units: reads them, so not for the hot path.
 
     Raises:
-        ValueError: NaN, or a positive value without `allow_positive`.
+        ValueError: not numbers, NaN, or a positive value without `allow_positive`.
     """
     # Numbers are read on the CPU even under torch.device("meta").
     device = threshold.device if isinstance(threshold, torch.Tensor) else "cpu"
-    values = torch.as_tensor(threshold, dtype=torch.float32, device=device)
+    try:
+        values = torch.as_tensor(threshold, dtype=torch.float32, device=device)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"threshold: expected a number or a tensor, got {type(threshold).__name__}") from None
     _require(not bool(values.isnan().any()), "threshold", "numbers", "NaN")
     highest = float(values.max()) if values.numel() else -math.inf
     _require(
@@ -126,6 +129,8 @@ class TensorSignature(NamedTuple):
     @property
     def contiguous(self) -> bool:
         """Whether it lies in memory as a new tensor would."""
+        if 0 in self.shape:
+            return True
         step = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size > 1 and stride != step:
