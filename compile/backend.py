@@ -47,6 +47,8 @@ class LiteAttentionBackend:
         inner: what compiles the changed graph: "inductor", another dynamo backend's name, or a callable
             (graph module, example inputs) -> callable.
         session: branch and step that the states follow; by default that of `lite_attention.branch`.
+        model: whose module paths name the sites that a callable threshold or initial mask is asked about; by default
+            they are named relative to what is compiled.
         options: fields of `SkipSettings`: threshold, num_steps, slots, refresh, select, min_tiles, tile_shape,
             initial_mask, max_steps, implementation, dense.
 
@@ -54,9 +56,16 @@ class LiteAttentionBackend:
         ValueError: an option out of range.
     """
 
-    def __init__(self, *, inner: str | _Compiled = "inductor", session: Session | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        inner: str | _Compiled = "inductor",
+        session: Session | None = None,
+        model: torch.nn.Module | None = None,
+        **options: Any,
+    ) -> None:
         self.settings = SkipSettings(**options)
-        self.store = StateStore(self.settings, default_session if session is None else session)
+        self.store = StateStore(self.settings, default_session if session is None else session, model)
         self.sites: list[Site] = []  # of all graphs compiled so far
         self._inner = inner
         self._warned = False

@@ -13,7 +13,7 @@ from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.validate import check_threshold
 
-__all__ = ["Site", "SkipSettings"]
+__all__ = ["Site", "SkipSettings", "Threshold"]
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Site:
     is_self_attention: bool | None = None  # None: no evidence in the graph
     reason: str | None = None  # why it does not skip; None = swapped
     fits_dense_kernel: bool = False  # the settings ask for `lite_attention::attention`, and it computes this call
+    tile_shape: tuple[int, int] | None = None  # (tile_m, tile_n) of its state; None before that is born
 
     @property
     def swapped(self) -> bool:
@@ -46,12 +47,16 @@ class Site:
         return self.fits_dense_kernel and not self.swapped
 
 
+Threshold = float | torch.Tensor
+
+
 @dataclass(frozen=True)
 class SkipSettings:
     """Options of the swap.
 
     Args:
-        threshold: log2 units, at most 0: a number, or a tensor that broadcasts to (slots, steps, heads).
+        threshold: log2 units, at most 0: a number, or a tensor that broadcasts to (slots, steps, heads), or a callable
+            that returns one of these for a `Site` whose sizes are numbers, called when its state is born.
         num_steps: denoising steps of a generation; None = unknown.
         slots: branches (cond, uncond, ...) that have a memory of their own.
         refresh: every so many steps starts fresh; None = only the first.
@@ -61,7 +66,8 @@ class SkipSettings:
         tile_shape: (tile_m, tile_n) instead of the table's.
         initial_mask: called with a Site whose sizes are numbers when its state is born; returns bool
             (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start, or None.
-        max_steps: where nobody tells the step or their number, start fresh after so many calls.
+        max_steps: where nobody tells the step or their number, start fresh after so many calls. Without `num_steps` it
+            is also the length of the longest schedule of thresholds.
         implementation: None, or "reference" for the CPU algorithm on any device; of the sites that skip.
         dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
             `lite_attention::attention` in place of those that it computes exactly.
@@ -71,7 +77,7 @@ class SkipSettings:
         ValueError: an option out of range.
     """
 
-    threshold: float | torch.Tensor = DEFAULT_THRESHOLD
+    threshold: Threshold | Callable[[Site], Threshold] = DEFAULT_THRESHOLD
     num_steps: int | None = None
     slots: int = DEFAULT_SLOTS
     refresh: int | None = None
@@ -85,7 +91,8 @@ class SkipSettings:
     allow_positive: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold, allow_positive=self.allow_positive)
+        if not callable(self.threshold):
+            check_threshold(self.threshold, allow_positive=self.allow_positive)
         if self.implementation not in (None, "reference"):
             raise ValueError(f"implementation: expected None or 'reference', got {self.implementation!r}")
         if self.dense not in ("sdpa", "kernel"):
@@ -95,42 +102,62 @@ class SkipSettings:
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
 
+    def check_schedule(self, threshold: Threshold) -> None:
+        """Check the values and the number of steps of a threshold for states that are to come.
+
+        Raises:
+            ValueError: NaN, above 0 without `allow_positive`, or more steps than the table of a state has.
+        """
+        check_threshold(threshold, allow_positive=self.allow_positive)
+        if isinstance(threshold, torch.Tensor) and threshold.dim() > 1 and threshold.shape[-2] > self.table_steps:
+            raise ValueError(
+                f"threshold: expected at most {self.table_steps} steps, as the states have, got {threshold.shape[-2]}; "
+                "give num_steps= (or max_steps=, where it is unknown) of its length"
+            )
+
     @property
     def table_steps(self) -> int:
-        """Steps of the threshold table of a state."""
+        """Steps of the threshold table of every state. Compiled code is made for it: no later threshold changes it."""
         rows = self.threshold.shape[-2] if isinstance(self.threshold, torch.Tensor) and self.threshold.dim() > 1 else 1
-        return max(rows, self.num_steps or 1)
+        return max(rows, self.num_steps or self.max_steps)
 
     def tile_shape_for(self, site: Site) -> tuple[int, int]:
         """Return (tile_m, tile_n) for a site."""
         return self.tile_shape or tile_shape(site.q_shape[3], site.dtype, site.device)
 
-    def new_state(self, site: Site, sizes: tuple[int, int, int], device: torch.device) -> SkipState:
-        """Return a fresh state for a site at (batch, seq_q, seq_k)."""
+    def new_state(
+        self, site: Site, sizes: tuple[int, int, int], device: torch.device, threshold: Threshold | None = None
+    ) -> SkipState:
+        """Return a fresh state for a site at (batch, seq_q, seq_k); a threshold given here goes before the settings'.
+
+        Raises:
+            ValueError: the threshold, or the initial mask, does not fit the site.
+        """
         batch, seq_q, seq_k = sizes
-        tile_m, tile_n = self.tile_shape_for(site)
+        tile_m, tile_n = tiles = self.tile_shape_for(site)
         heads = int(site.q_shape[2])
+        (_, _, kv_heads, head_dim), value_dim = site.k_shape, site.v_shape[3]
+        site = replace(
+            site, q_shape=(batch, seq_q, heads, head_dim), k_shape=(batch, seq_k, kv_heads, head_dim),
+            v_shape=(batch, seq_k, kv_heads, value_dim), tile_shape=tiles,
+        )  # fmt: skip
         mask = None
         if self.initial_mask is not None:
             # One shape for all, since it is part of compiled code.
-            (_, _, kv_heads, head_dim), value_dim = site.k_shape, site.v_shape[3]
-            mask = self.initial_mask(
-                replace(
-                    site, q_shape=(batch, seq_q, heads, head_dim), k_shape=(batch, seq_k, kv_heads, head_dim),
-                    v_shape=(batch, seq_k, kv_heads, value_dim),
-                )
-            )  # fmt: skip
-            tiles = (ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n))
-            mask = torch.zeros(1, 1, *tiles, dtype=torch.bool) if mask is None else mask
+            mask = self.initial_mask(site)
+            if mask is None:
+                mask = torch.zeros(1, 1, ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n), dtype=torch.bool)
             if mask.dim() == 4:
                 mask = mask.expand(batch, heads, *mask.shape[2:])
+        if threshold is None:
+            threshold = self.threshold(site) if callable(self.threshold) else self.threshold
         state = SkipState(
             batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=self.slots,
-            threshold=self.threshold, num_steps=self.num_steps, refresh=self.refresh, initial_mask=mask,
-            allow_positive=self.allow_positive, device=device,
+            num_steps=self.table_steps, refresh=self.refresh, initial_mask=mask, allow_positive=self.allow_positive,
+            device=device,
         )  # fmt: skip
-        if self.num_steps is None:
-            state.set_num_steps(self.max_steps)
+        state.set_num_steps(self.num_steps or self.max_steps)
+        state.set_threshold(threshold)
         return state
 
     def unsupported_reason(self, site: Site) -> str | None:

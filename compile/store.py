@@ -9,17 +9,18 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.compile.settings import Site, SkipSettings, Threshold
 from lite_attention.ops import Session, SkipState
 
 __all__ = ["SiteRecord", "StateStore", "records_of"]
 
 Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
+NamedThreshold = Threshold | Callable[[str], Threshold]  # one for all sites, or by their paths in a model
 
 _stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
 
@@ -58,11 +59,21 @@ Resolved = tuple[list[tuple[SiteRecord, SkipState]], list[torch.Tensor]]
 
 
 class StateStore:
-    """The records of one backend, or of one model run eagerly."""
+    """The records of one backend, or of one model run eagerly.
 
-    def __init__(self, settings: SkipSettings, session: Session) -> None:
+    Args:
+        settings: what the states are made with.
+        session: what they follow.
+        model: whose paths name the sites that `settings.threshold` and `settings.initial_mask` are asked about; None =
+            sites are named as in the compiled graph, relative to what was compiled.
+    """
+
+    def __init__(self, settings: SkipSettings, session: Session, model: nn.Module | None = None) -> None:
         self.settings = settings
         self.session = session
+        self._model = None if model is None else weakref.ref(model)  # it holds the store
+        self._threshold: Threshold | None = None  # of states to come, in place of that of the settings
+        self._thresholds: weakref.WeakKeyDictionary[nn.Module, NamedThreshold] = weakref.WeakKeyDictionary()
         self._records: dict[tuple[object, ...], SiteRecord] = {}
         self._resolved: dict[tuple[object, ...], Resolved] = {}  # so that a call costs one look-up, not one a site
         _stores.add(self)
@@ -117,7 +128,9 @@ class StateStore:
                     f"skip state of {record.site.name or 'a site'} at (batch, seq_q, seq_k) = {sizes} is not "
                     "allocated, and a CUDA graph is being captured: call the model once before capturing"
                 )
-            state = self.settings.new_state(record.site, sizes, device)
+            model = None if self._model is None else self._model()
+            site = record.site if model is None else replace(record.site, name=record.name(model))
+            state = self.settings.new_state(site, sizes, device, self._threshold_of(record))
             self.session.follow(state)
             record.states[(sizes, device)] = state
         return state
@@ -135,17 +148,47 @@ class StateStore:
         self._records.clear()
         self._resolved.clear()
 
-    def set_threshold(self, threshold: float | torch.Tensor) -> None:
-        """Write the threshold of all states, in place."""
+    def set_threshold(self, threshold: Threshold) -> None:
+        """Write the threshold of all states, in place, and remember it for those to come."""
         for record in self.records:
             for state in record.states.values():
                 state.set_threshold(threshold)
+        self._threshold = threshold
+        self._thresholds.clear()
+
+    def tables(self, model: nn.Module, threshold: NamedThreshold) -> list[tuple[SkipState, torch.Tensor]]:
+        """Return the states of a model's sites with the table that each is to hold; nothing is written.
+
+        Raises:
+            ValueError: a threshold that does not fit; or, before there are states, that none of this store could hold.
+        """
+        if not callable(threshold):
+            self.settings.check_schedule(threshold)
+        return [
+            (state, state.threshold_table(threshold(record.name(model)) if callable(threshold) else threshold))
+            for record in self.records_in(model)
+            for state in record.states.values()
+        ]
+
+    def remember(self, model: nn.Module, threshold: NamedThreshold) -> None:
+        """Let a model's states to come begin with a threshold."""
+        self._thresholds.pop(model, None)  # the latest is the last
+        self._thresholds[model] = threshold
+
+    def _threshold_of(self, record: SiteRecord) -> Threshold | None:
+        for model, threshold in [*self._thresholds.items()][::-1]:
+            if any(record is other for other in self.records_in(model)):
+                return threshold(record.name(model)) if callable(threshold) else threshold
+        return self._threshold
+
+    def records_in(self, model: nn.Module) -> list[SiteRecord]:
+        """Return the sites that belong to a model's parameters and modules."""
+        owned = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
+        return [record for record in self.records if any(id(owner()) in owned for owner in record.owners)]
 
 
 def records_of(model: nn.Module) -> Iterator[tuple[StateStore, SiteRecord]]:
     """Yield the sites that belong to a model's parameters and modules, with their stores."""
-    owned = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
     for store in list(_stores):
-        for record in store.records:
-            if any(id(owner()) in owned for owner in record.owners):
-                yield store, record
+        for record in store.records_in(model):
+            yield store, record

@@ -7,41 +7,57 @@ attn = lite_attention.LiteAttention(threshold=-6.0)           # by hand, one mod
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from lite_attention.inspection import Report, report
+from lite_attention import masks, schedules
+from lite_attention.inspection import Report, SparsityLog, report
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState, attention, skip_attention
-from lite_attention.wiring import branch, disable, enable, reset
+from lite_attention.registry import LiteAttentionRegistry, ThresholdTable
+from lite_attention.wiring import branch, disable, enable, reset, set_threshold
 
 if TYPE_CHECKING:
+    from lite_attention.calibration import Calibration, calibrate
     from lite_attention.compile import LiteAttentionBackend, liteattn_backend, make_skip_aware
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "LiteAttention",
     "LiteAttentionBackend",
+    "LiteAttentionRegistry",
     "Report",
     "SkipState",
+    "SparsityLog",
+    "ThresholdTable",
     "attention",
     "branch",
+    "calibrate",
     "disable",
     "enable",
     "liteattn_backend",
     "make_skip_aware",
+    "masks",
     "report",
     "reset",
+    "schedules",
+    "set_threshold",
     "skip_attention",
 ]
 
-_FROM_COMPILE = ("LiteAttentionBackend", "liteattn_backend", "make_skip_aware")
+# torch.compile's machinery takes a second to import, and eager users never need it; few calibrate.
+_LAZY = {
+    "Calibration": "lite_attention.calibration",
+    "LiteAttentionBackend": "lite_attention.compile",
+    "calibrate": "lite_attention.calibration",
+    "liteattn_backend": "lite_attention.compile",
+    "make_skip_aware": "lite_attention.compile",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch.compile's machinery takes a second to import, and eager users never need it.
-    if name in _FROM_COMPILE:
-        import lite_attention.compile
-
-        return getattr(lite_attention.compile, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lite_attention import compile_kernels, demo
+from lite_attention.registry import threshold_file
 
 __all__ = ["main"]
 
@@ -21,11 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     demo.add_parser(commands)
     compile_kernels.add_parser(commands)
+    threshold_file.add_parser(commands)
     args = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
-    except (ImportError, NotImplementedError, ValueError) as error:  # says what to do; a traceback would bury it
+    # What says what to do; a traceback would bury it.
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
         print(f"lite-attention: {error}", file=sys.stderr)
         return 1
 

@@ -16,7 +16,7 @@ import time
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from tqdm import tqdm
 import lite_attention
 from lite_attention import plot
 from lite_attention.ops import SkipState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["HEAD_KINDS", "DemoOptions", "DemoResult", "DemoStep", "add_parser", "build_model", "main", "run"]
 
@@ -337,6 +340,43 @@ def _say_what_came_out(result: DemoResult) -> None:
     )
 
 
+def _draw(result: DemoResult) -> Figure:
+    """Return the figure of the demo: skip maps of a layer's heads over the steps, sparsity, and error.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    options, last = result.options, len(result.steps) - 1
+    figure = plot.new_figure(
+        12,
+        8,
+        f"Attention tiles that LiteAttention skips: a small Wan transformer with untrained weights, "
+        f"{options.tokens:,} tokens, threshold {options.threshold:g}",
+    )
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1.45, 1))
+    left, right = panels
+
+    shown = sorted({0, min(1, last), last // 2, last})
+    layer = result.kept_tiles[0].shape[0] // 2
+    kept = torch.stack([result.kept_tiles[step][layer] for step in shown], dim=1)
+    left.suptitle(
+        f"Layer {layer}, cond branch: tiles of {result.tile_shape[0]} queries x {result.tile_shape[1]} keys; "
+        "blue = computed, grey = skipped",
+        fontsize=9,
+    )
+    plot.draw_skip_maps(left, list(kept), [f"{kind} head" for kind in result.heads], [f"step {step}" for step in shown])
+
+    upper, lower = right.subplots(2, 1, height_ratios=(1.5, 1))
+    upper.set_title("Skipped, mean over layers and branches", fontsize=10)
+    plot.draw_sparsity(upper, torch.stack(result.head_sparsity).mean(1), result.heads)
+    lower.set_title("Distance of the latent from the dense run's", fontsize=10)
+    lower.plot([100 * step.error for step in result.steps], color="black", marker="o", markersize=3)
+    lower.set(xlabel="denoising step", ylabel="relative L1 error after the step (%)", ylim=(0, None))
+    lower.sharex(upper)
+    lower.grid(alpha=0.3)
+    return figure
+
+
 def add_parser(commands: Any) -> None:
     """Add the command `demo` to what `argparse.ArgumentParser.add_subparsers` returned."""
     default = DemoOptions()
@@ -362,7 +402,7 @@ def main(args: argparse.Namespace) -> int:
     options = DemoOptions(**{f.name: getattr(args, f.name) for f in fields(DemoOptions)})
     plot.require_matplotlib()  # before a minute of work, not after it
     result = run(options)
-    plot.demo_figure(result).savefig(args.output)
+    _draw(result).savefig(args.output)
     print(f"picture: {args.output}")
     print("On your own pipeline: `lite_attention.enable(pipe, threshold=-6.0)`, then call `pipe` as you always do.")
     return 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+import torch
 from torch import nn
 
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
 from lite_attention.wiring import parts_of
 
-__all__ = ["Report", "ReportRow", "report"]
+__all__ = ["Report", "ReportRow", "SparsityLog", "named_states", "report", "text_table"]
 
 
 @dataclass
@@ -56,15 +59,63 @@ class Report:
     def __str__(self) -> str:
         """Return the table."""
         header = ["module", "class", "q (B, S, H, D)", "k", "attention", "skipped, by slot"]
-        table = [header, *(row.cells() for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
-        lines.insert(1, "  ".join("-" * width for width in widths))
         summary = f"{len(self.swapped)} of {len(self.rows)} sites skip-aware"
         dense = sum(row.dense_kernel for row in self.rows)
         if dense:
             summary += f", {dense} with the dense kernel"
-        return "\n".join(line.rstrip() for line in [*lines, summary])
+        return f"{text_table(header, [row.cells() for row in self.rows])}\n{summary}"
+
+
+class SparsityLog:
+    """How much each site skips over the steps of a generation: `record()` after every step, or, for a pipeline,
+
+        log = lite_attention.SparsityLog(pipe)
+        pipe(prompt, callback_on_step_end=log.on_step_end)
+
+    Args:
+        model_or_pipe: as for `report`.
+    """
+
+    def __init__(self, model_or_pipe: Any) -> None:
+        self.model_or_pipe = model_or_pipe
+        self.steps: list[dict[str, float]] = []  # by step: share of tiles that the next step skips, 0 to 1, by site
+
+    def record(self) -> None:
+        """Note the sparsity of all sites, over heads and branches. Reading it waits for the device."""
+        states = named_states(self.model_or_pipe)
+        self.steps.append({name: float(state.sparsity()) for name, state in states.items()})
+
+    def on_step_end(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Record; what diffusers' pipelines call after each step as `callback_on_step_end`."""
+        self.record()
+        return callback_kwargs
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites met so far."""
+        return list(dict.fromkeys(name for step in self.steps for name in step))
+
+    def table(self) -> torch.Tensor:
+        """Return the shares, float32 (sites, steps), NaN where a site had not been called yet."""
+        rows = [[step.get(site, math.nan) for step in self.steps] for site in self.sites]
+        return torch.tensor(rows).view(len(rows), len(self.steps))
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as text, its columns aligned."""
+    table = [header, *rows]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def named_states(model_or_pipe: Any) -> dict[str, SkipState]:
+    """Return the states of the latest calls of all skip-aware sites, those that have one, by the sites' names.
+
+    Calls of one module have one name; the last of them stands for all.
+    """
+    return {row.name: row.state for row in _rows_of(model_or_pipe) if row.reason is None and row.state is not None}
 
 
 def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
@@ -76,6 +127,19 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
         model_or_pipe: a model or pipeline, compiled with our backend, given to `enable`, or holding `LiteAttention`.
         file: where to print; None = standard output.
     """
+    rows = _rows_of(model_or_pipe)
+    result = Report(rows)
+    print(result, file=sys.stdout if file is None else file)
+    if not result.swapped:
+        why = "; ".join(sorted({str(row.reason) for row in rows})) or (
+            "no scaled_dot_product_attention was seen: has the model run, through our backend, "
+            "with diffusers' native attention backend?"
+        )
+        warnings.warn(f"lite_attention: no attention of this model is skip-aware ({why})", stacklevel=2)
+    return result
+
+
+def _rows_of(model_or_pipe: Any) -> list[ReportRow]:
     from lite_attention.compile.store import records_of
 
     rows = []
@@ -91,12 +155,4 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
                 batch, heads, seq_q, seq_k = (0, 0, 0, 0) if module.state is None else module.state.capacity
                 shapes = ((batch, seq_q, heads), (batch, seq_k, heads))
                 rows.append(ReportRow(prefix + name, type(module).__name__, *shapes, None, False, module.state))
-    result = Report(rows)
-    print(result, file=sys.stdout if file is None else file)
-    if not result.swapped:
-        why = "; ".join(sorted({str(row.reason) for row in rows})) or (
-            "no scaled_dot_product_attention was seen: has the model run, through our backend, "
-            "with diffusers' native attention backend?"
-        )
-        warnings.warn(f"lite_attention: no attention of this model is skip-aware ({why})", stacklevel=2)
-    return result
+    return rows

@@ -208,17 +208,29 @@ class LiteAttention(nn.Module):
         Raises:
             ValueError: NaN, above 0 without `allow_positive`, or a table that does not fit the state.
         """
+        self.check_threshold(threshold)
         if self.state is not None:
             self.state.set_threshold(threshold)
+        self._options["threshold"] = threshold
+
+    def check_threshold(self, threshold: float | torch.Tensor) -> None:
+        """Raise what `set_threshold` would raise, and change nothing."""
+        if self.state is not None:
+            self.state.threshold_table(threshold)
         else:
             check_threshold(threshold, allow_positive=self._options["allow_positive"])
-        self._options["threshold"] = threshold
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
         """Turn skipping on or off, on the device; while off, everything is computed and the state stays as it is."""
         self.skipping_enabled = enable
         if self.state is not None:
             self.state.set_flag(FLAG_DENSE, not enable)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Denoising steps of a generation, as given."""
+        num_steps: int | None = self._options["num_steps"]
+        return num_steps
 
     def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
         """Return the share of tiles that the next call skips, see `SkipState.sparsity`; 0 before the first call."""

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
+from lite_attention import token_order as order
+from lite_attention.masks import Pattern
 from lite_attention.module import LiteAttention
 from lite_attention.ops import Session, default_session
 
-__all__ = ["branch", "default_session", "disable", "enable", "reset"]
+if TYPE_CHECKING:
+    from lite_attention.compile.store import NamedThreshold, StateStore
+
+__all__ = ["branch", "default_session", "disable", "enable", "reset", "set_threshold"]
 
 _Target = TypeVar("_Target")
 
@@ -28,6 +34,7 @@ class _Wiring:
 
     session: Session
     undo: list[_Undo]
+    store: StateStore | None = None
 
 
 _wirings: weakref.WeakKeyDictionary[nn.Module, _Wiring] = weakref.WeakKeyDictionary()
@@ -42,6 +49,7 @@ def enable(
     options: dict[str, Any] | None = None,
     dynamic: bool | None = None,
     inner: Any = "inductor",
+    token_order: str | Sequence[int] | None = None,
     **settings: Any,
 ) -> _Target:
     """Make a model, or the transformers of a diffusers pipeline, skip attention that does not matter.
@@ -57,6 +65,9 @@ def enable(
         options: as for torch.compile.
         dynamic: as for torch.compile.
         inner: what compiles the changed graphs, see `LiteAttentionBackend`.
+        token_order: "tile3d" reorders the tokens of Wan and LTX-Video within the model so that a tile is a block of the
+            video, see `lite_attention.token_order`; (frames, rows, columns) gives the size of the block. An
+            `initial_mask` out of `lite_attention.masks` follows; any other is one of the reordered sequence.
         settings: fields of `lite_attention.compile.SkipSettings`: threshold, num_steps, slots, refresh, select,
             min_tiles, tile_shape, initial_mask, max_steps, implementation, dense.
 
@@ -64,7 +75,7 @@ def enable(
         The argument, changed in place.
 
     Raises:
-        ValueError: nothing in it can be enabled, or a setting is out of range.
+        ValueError: nothing in it can be enabled, a setting is out of range, or a model's tokens cannot be reordered.
     """
     from lite_attention.compile.settings import SkipSettings
 
@@ -77,6 +88,10 @@ def enable(
             raise ValueError(
                 f"compile: expected True or False, got 'blocks': {type(model).__name__} names no repeated blocks"
             )
+        if token_order is not None:
+            order.check(token_order, model)
+    if token_order is not None and isinstance(settings.get("initial_mask"), Pattern):
+        settings["initial_mask"] = replace(settings["initial_mask"], token_order=token_order)
     SkipSettings(**settings)  # wrong ones are told before anything is changed
     disable(model_or_pipe)
     models = _models_of(model_or_pipe)
@@ -84,11 +99,13 @@ def enable(
         for model in models:
             session = Session()
             undo = [_take_off_compiled(model), _follow_cache_context(model, session)]
-            _wirings[model] = _Wiring(session, undo)
+            wiring = _wirings[model] = _Wiring(session, undo)
+            if token_order is not None:
+                undo.append(_calling(order.attach(model, token_order, settings.get("tile_shape"))))
             if compile:
-                undo.append(_compile(model, compile == "blocks", session, inner, settings, mode, options, dynamic))
+                wiring.store = _compile(model, compile == "blocks", session, inner, settings, mode, options, dynamic)
             else:
-                undo.append(_attach(model, session, settings))
+                wiring.store = _attach(model, session, settings, undo)
         if not isinstance(model_or_pipe, nn.Module):
             _pipelines[model_or_pipe] = _follow_progress(model_or_pipe, models)
     except BaseException:
@@ -105,6 +122,8 @@ def disable(model_or_pipe: _Target) -> _Target:
         wiring = _wirings.pop(model, None)
         for undo in wiring.undo if wiring else []:
             undo(model)
+        if wiring and wiring.store:
+            wiring.store.clear()
     return model_or_pipe
 
 
@@ -142,6 +161,63 @@ def reset(model_or_pipe: Any = None) -> None:
         for module in model.modules():
             if isinstance(module, LiteAttention):
                 module.reset_skip_state()
+
+
+def set_threshold(model_or_pipe: Any, threshold: NamedThreshold) -> None:
+    """Set the thresholds of all attention sites, in place on the device: neither a recompile nor a new CUDA graph.
+
+    States that are yet to come, such as those of another video length, begin with it too, until `enable` is called
+    again. Where any of it does not fit, nothing is changed.
+
+    Args:
+        model_or_pipe: a model or pipeline given to `enable`, one compiled with our backend that has run once, or one
+            that holds `LiteAttention`.
+        threshold: log2 units, at most 0: a number, a tensor that broadcasts to (slots, steps, heads), see
+            `lite_attention.schedules`, or a callable that returns one of these for the name of a site, as `report`
+            prints it.
+
+    Raises:
+        ValueError: no attention of ours in it; or a threshold above 0, NaN, or of a shape that does not fit a state: a
+            schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`.
+    """
+    from lite_attention.compile.store import records_of
+
+    tables: list[tuple[Any, torch.Tensor]] = []
+    stores: list[tuple[StateStore, nn.Module, NamedThreshold]] = []
+    modules: list[tuple[LiteAttention, float | torch.Tensor]] = []
+    for part, target in parts_of(model_or_pipe).items():
+        model = getattr(target, "_orig_mod", target)
+        prefix = "" if isinstance(model_or_pipe, nn.Module) else f"{part}."
+        of_part = _below(prefix, threshold)
+        wiring = _wirings.get(model)
+        found = {store for store, _ in records_of(model)}
+        found |= {wiring.store} if wiring and wiring.store else set()
+        for store in found:
+            tables += store.tables(model, of_part)
+            stores.append((store, model, of_part))
+        for name, module in model.named_modules():
+            if isinstance(module, LiteAttention):
+                value = of_part(name) if callable(of_part) else of_part
+                module.check_threshold(value)
+                modules.append((module, value))
+    if not stores and not modules:
+        raise ValueError(
+            f"model_or_pipe: expected one given to enable(), compiled with our backend and run once, or with "
+            f"LiteAttention modules, got {type(model_or_pipe).__name__} with none of these"
+        )
+    for state, table in tables:
+        state.set_threshold(table)
+    for store, model, of_part in stores:
+        store.remember(model, of_part)
+    for module, value in modules:
+        module.set_threshold(value)
+
+
+def _below(prefix: str, threshold: NamedThreshold) -> NamedThreshold:
+    """Return a threshold by the names of a part, from one by names in the whole."""
+    if not callable(threshold):
+        return threshold
+    return lambda name: threshold(prefix + name)
 
 
 def session_of(model: nn.Module | None) -> Session:
@@ -215,6 +291,10 @@ def _follow_progress(pipe: Any, models: list[nn.Module]) -> _Undo:
     return _override(pipe, "progress_bar", progress_bar)
 
 
+def _calling(detach: Callable[[], None]) -> _Undo:
+    return lambda _: detach()
+
+
 def _override(target: Any, name: str, value: Any) -> _Undo:
     """Put an attribute over one of the class, and return a function that takes it away again."""
     before = vars(target).get(name)
@@ -240,25 +320,21 @@ def _compile(
     mode: str | None,
     options: dict[str, Any] | None,
     dynamic: bool | None,
-) -> _Undo:
+) -> StateStore:
     from lite_attention.compile.backend import LiteAttentionBackend
 
-    backend = LiteAttentionBackend(inner=inner, session=session, **settings)
+    backend = LiteAttentionBackend(inner=inner, session=session, model=model, **settings)
     compile_model: Any = model.compile_repeated_blocks if blocks else model.compile
     compile_model(backend=backend, mode=mode, options=options, dynamic=dynamic)
-    return lambda _: backend.store.clear()
+    return backend.store
 
 
-def _attach(model: nn.Module, session: Session, settings: dict[str, Any]) -> _Undo:
+def _attach(model: nn.Module, session: Session, settings: dict[str, Any], undo: list[_Undo]) -> StateStore:
     from lite_attention.compile.eager import attach
     from lite_attention.compile.settings import SkipSettings
     from lite_attention.compile.store import StateStore
 
-    store = StateStore(SkipSettings(**settings), session)
+    store = StateStore(SkipSettings(**settings), session, model)
     detach = attach(model, store)
-
-    def undo(_: nn.Module) -> None:
-        detach()
-        store.clear()
-
-    return undo
+    undo.append(_calling(detach))
+    return store

@@ -29,12 +29,20 @@ from lite_attention.ops.control import (
 from lite_attention.ops.tiles import ceil_div, visit_order
 from lite_attention.ops.validate import call_signature, check_call
 
-__all__ = ["empty_output", "skip_attention_reference"]
+__all__ = [
+    "LOG2_E",
+    "Call",
+    "empty_output",
+    "read_control",
+    "skip_attention_reference",
+    "skipped_tiles",
+    "write_control",
+]
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What the control tensor says about this call."""
 
     slot: int
@@ -44,7 +52,12 @@ class _Call(NamedTuple):
     next_step: int
 
 
-def _read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int]) -> _Call:
+def read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int]) -> Call:
+    """Return what a call at (batch, seq_q, seq_k) is to do. Waits for the device.
+
+    Raises:
+        ValueError: a slot or step out of range.
+    """
     words = control.tolist()
     slot = words[SLOT]
     if not 0 <= slot < slots:
@@ -58,14 +71,26 @@ def _read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int]
     next_step = step
     if flags & FLAG_AUTO_STEP:
         next_step = 0 if num_steps > 0 and step + 1 >= num_steps else step + 1
-    return _Call(slot, step, fresh, bool(flags & FLAG_DENSE), next_step)
+    return Call(slot, step, fresh, bool(flags & FLAG_DENSE), next_step)
 
 
-def _write_control(control: torch.Tensor, call: _Call, sizes: tuple[int, int, int]) -> None:
+def write_control(control: torch.Tensor, call: Call, sizes: tuple[int, int, int]) -> None:
+    """Note that a call at (batch, seq_q, seq_k) has been done."""
     block = {STEP: call.next_step, FRESH: 0, BATCH: sizes[0], SEQ_Q: sizes[1], SEQ_K: sizes[2]}
     first = slot_word(call.slot, 0)
     values = torch.tensor([block[field] for field in range(len(block))], dtype=torch.int32)
     control[first : first + len(block)].copy_(values)
+
+
+def skipped_tiles(call: Call, bits: torch.Tensor, initial_mask: torch.Tensor | None, k_tiles: int) -> torch.Tensor:
+    """Return bool [B, Hq, q_tiles, k_tiles], True = to be skipped, from int32 bits [B, Hq, q_tiles, k_words]."""
+    batch, heads, q_tiles, _ = bits.shape
+    if not call.dense and not call.fresh:
+        return unpack_bits(bits, k_tiles)
+    if not call.dense and initial_mask is not None:
+        start = unpack_bits(initial_mask[:batch, :, :q_tiles], k_tiles)
+        return start.expand(batch, heads, q_tiles, k_tiles).clone()
+    return torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=bits.device)
 
 
 def empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -153,24 +178,16 @@ def skip_attention_reference(
     seq_k, kv_heads = k.shape[1], k.shape[2]
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
     sizes = (batch, seq_q, seq_k)
-    call = _read_control(control, skip_mask.shape[0], sizes)
+    call = read_control(control, skip_mask.shape[0], sizes)
 
     device = q.device
     dtype = torch.promote_types(q.dtype, torch.float32)
-    to_log2 = (head_dim**-0.5 if scale is None else scale) * _LOG2_E
+    to_log2 = (head_dim**-0.5 if scale is None else scale) * LOG2_E
     out = empty_output(q, v)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=device)
 
     bits = skip_mask[call.slot, :batch, :, :q_tiles]
-    if call.dense:
-        skipped = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=device)
-    elif not call.fresh:
-        skipped = unpack_bits(bits, k_tiles)
-    elif initial_mask is not None:
-        start = unpack_bits(initial_mask[:batch, :, :q_tiles], k_tiles)
-        skipped = start.expand(batch, heads, q_tiles, k_tiles).clone()
-    else:
-        skipped = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=device)
+    skipped = skipped_tiles(call, bits, initial_mask, k_tiles)
 
     allowed = torch.ones(1, seq_k, dtype=torch.bool, device=device) if key_mask is None else key_mask
     allowed = torch.nn.functional.pad(allowed, (0, k_tiles * tile_n - seq_k)).unflatten(1, (k_tiles, tile_n))
@@ -215,7 +232,7 @@ def skip_attention_reference(
                 else:
                     voted.append(_votes(row.tile_max, limits[h]))
             out[b, :, h] = weighted / total.where(total != 0, 1).unsqueeze(-1)
-            lse[b, h] = (row_max + total.log2()) / _LOG2_E
+            lse[b, h] = (row_max + total.log2()) / LOG2_E
     if voted:
         keeps = always.expand_as(visited).gather(-1, order)[in_order]
         out_of_it = torch.zeros_like(in_order).masked_scatter(in_order, torch.cat(voted) & ~keeps)
@@ -223,5 +240,5 @@ def skip_attention_reference(
     if not call.dense:
         words = pack_bits(skipped)
         bits[..., : words.shape[-1]] = words
-        _write_control(control, call, sizes)
+        write_control(control, call, sizes)
     return out, lse

@@ -190,6 +190,10 @@ class SkipState(nn.Module):
         Raises:
             ValueError: NaN, above 0 without `allow_positive`, or a table that does not broadcast.
         """
+        self.threshold.copy_(self.threshold_table(threshold))
+
+    def threshold_table(self, threshold: float | torch.Tensor) -> torch.Tensor:
+        """Return what `set_threshold` would write, float32 (slots, steps, heads), and raise what it would raise."""
         check_threshold(threshold, allow_positive=self.allow_positive)
         shape = self.threshold.shape
         table = torch.as_tensor(threshold, dtype=torch.float32)
@@ -197,7 +201,7 @@ class SkipState(nn.Module):
             if table.dim() > 1 and 1 < table.shape[-2] < shape[1]:  # past its end the last step holds
                 last = table[..., -1:, :].expand(*table.shape[:-2], shape[1] - table.shape[-2], table.shape[-1])
                 table = torch.cat([table, last], dim=-2)
-            self.threshold.copy_(table.expand(shape))
+            return table.expand(shape)
         except RuntimeError:
             raise ValueError(
                 f"threshold: expected a number or a tensor that broadcasts to (slots, steps, heads) = "

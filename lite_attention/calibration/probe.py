@@ -1,0 +1,229 @@
+"""Standing between a model and its skip-aware attention: every call is caught, while the model runs eagerly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lite_attention.module import LiteAttention
+from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.control import FLAG_DENSE, FLAGS
+from lite_attention.ops.reference import Call, read_control, skipped_tiles, write_control
+from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
+from lite_attention.ops.tiles import ceil_div
+from lite_attention.wiring import _wirings, disable, enable, parts_of, reset
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["AttentionProbe", "CaughtCall", "Output"]
+
+Output = tuple[torch.Tensor, torch.Tensor]  # out, lse
+
+
+class CaughtCall(NamedTuple):
+    """One call of `lite_attention::skip_attention`, before it runs."""
+
+    site: str  # as `lite_attention.report` names it
+    ordinal: int  # among the states of that name: a module that attends twice, or at two sizes
+    control: Call  # slot, step, ...
+    skipped: torch.Tensor  # bool [B, Hq, q_tiles, k_tiles], by the votes of earlier steps
+    op: Any
+    args: tuple[Any, ...]  # q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask
+    kwargs: dict[str, Any]  # scale, tile_m, tile_n
+
+    @property
+    def where(self) -> str:
+        """Name of the site with slot and step, for messages."""
+        return f"{self.site}, slot {self.control.slot}, step {self.control.step}"
+
+    def run(self, threshold: torch.Tensor | None = None) -> Output:
+        """Run the op as it was called, or with another threshold table."""
+        args = self.args if threshold is None else (*self.args[:5], threshold, *self.args[6:])
+        return self.op(*args, **self.kwargs)  # type: ignore[no-any-return]
+
+    def run_dense(self) -> Output:
+        """Run the op with nothing skipped, by the same kernel; the state stays as it is."""
+        control = self.args[4].clone()
+        control[FLAGS : FLAGS + 1].bitwise_or_(FLAG_DENSE)
+        return self.op(*self.args[:4], control, *self.args[5:], **self.kwargs)  # type: ignore[no-any-return]
+
+    def run_stateless(self) -> Output:
+        """Compute dense attention with the dense op, which is faster where it has a kernel."""
+        q, k, v, *_, key_mask = self.args
+        if self.op is not IMPLEMENTATIONS[None]:
+            return self.run_dense()
+        return ATTENTION(q, k, v, key_mask, scale=self.kwargs["scale"])  # type: ignore[no-any-return]
+
+    def finish(self, skipped: torch.Tensor) -> None:
+        """Do to the state what the op would have done, with these votes: bool [B, Hq, q_tiles, k_tiles]."""
+        q, k, _, skip_mask, control, *_ = self.args
+        words = pack_bits(skipped)
+        batch, heads, q_tiles, k_words = words.shape
+        skip_mask[self.control.slot, :batch, :heads, :q_tiles, :k_words] = words
+        write_control(control, self.control, (q.shape[0], q.shape[1], k.shape[1]))
+
+
+class AttentionProbe:
+    """Catches the skip-aware attention of a model or pipeline until `detach`; the model runs eagerly meanwhile.
+
+    A model that neither holds `LiteAttention` nor was given to `enable` is enabled here, so branches, steps and fresh
+    starts are followed as ever; one that was enabled keeps its settings. Subclasses say what a call returns.
+
+    Args:
+        model_or_pipe: an nn.Module, or a diffusers pipeline.
+        num_steps: denoising steps of a generation, for a model that is enabled here.
+        settings: as for `enable`, for a model that is enabled here.
+
+    Raises:
+        ValueError: the result of torch.compile, or settings for a model that has its own.
+    """
+
+    def __init__(self, model_or_pipe: Any, num_steps: int | None = None, **settings: Any) -> None:
+        self._target = model_or_pipe
+        self._models = parts_of(model_or_pipe)
+        self._sites: dict[int, tuple[torch.Tensor, str, int]] = {}  # by id of the skip mask, which is kept alive
+        self._named: Counter[str] = Counter()  # states by name
+        self._before: dict[nn.Module, Any] = {}  # what ran each module
+        self._undo: list[Callable[[], None]] = []
+        for name, model in self._models.items():
+            if hasattr(model, "_orig_mod"):
+                raise ValueError(
+                    f"{name}: expected a model before torch.compile, got its result: attention is measured eagerly; "
+                    "give the model itself, and use it meanwhile"
+                )
+        enabled = any(model in _wirings for model in self._models.values())
+        by_hand = any(
+            isinstance(module, LiteAttention) for model in self._models.values() for module in model.modules()
+        )
+        if settings and (enabled or by_hand):
+            raise ValueError(
+                "settings: expected none for a model that was given to enable() or holds LiteAttention, "
+                f"got {sorted(settings)}"
+            )
+        if not enabled and not by_hand:
+            enable(model_or_pipe, compile=False, num_steps=num_steps, **settings)
+            self._undo.append(lambda: disable(model_or_pipe) and None)
+        for model in self._models.values():
+            self._attach(model)
+
+    # ---- what subclasses say ---------------------------------------------------------------------------------------
+
+    def attend(self, call: CaughtCall) -> Output:
+        """Return the output of a call; as it is here, the call runs as if nobody looked."""
+        return call.run()
+
+    def after_forward(self) -> None:
+        """Is called after each forward of a model, also one that raised."""
+
+    # ---- attaching -------------------------------------------------------------------------------------------------
+
+    def _attach(self, model: nn.Module) -> None:
+        from lite_attention.compile.eager import attach
+        from lite_attention.compile.store import StateStore
+
+        for module in model.modules():  # code compiled earlier would run around the probe
+            self._before[module] = module._compiled_call_impl
+            module._compiled_call_impl = None
+        inner: Any = model._call_impl
+        wiring = _wirings.get(model)
+        if wiring is not None and wiring.store is not None:
+            store = StateStore(replace(wiring.store.settings, threshold=-torch.inf), wiring.session, model)
+            self._undo += [store.clear, attach(model, store)]
+            inner = model._compiled_call_impl
+        model._compiled_call_impl = torch.compiler.disable(_Watched(self, inner).run)
+
+    def start_fresh(self) -> None:
+        """Begin a new generation."""
+        for model in self._models.values():
+            for module in model.modules():
+                if isinstance(module, LiteAttention):
+                    module.reset_skip_state()
+            if model in _wirings:
+                reset(model)
+
+    def detach(self) -> None:
+        """Leave the model as it was; its skip states start fresh."""
+        for module, before in self._before.items():
+            module._compiled_call_impl = before
+        while self._undo:
+            self._undo.pop()()
+        if self._before:
+            self.start_fresh()
+        self._before.clear()
+        self._sites.clear()
+        self._named.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+
+    def _caught(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
+        q, k, _, skip_mask, control, _, initial_mask, *_ = args
+        batch, q_tiles = q.shape[0], ceil_div(q.shape[1], kwargs["tile_m"])
+        does = read_control(control, skip_mask.shape[0], (batch, q.shape[1], k.shape[1]))
+        bits = skip_mask[does.slot, :batch, :, :q_tiles]
+        skipped = skipped_tiles(does, bits, initial_mask, ceil_div(k.shape[1], kwargs["tile_n"]))
+        call = CaughtCall(*self._site_of(skip_mask), does, skipped, op, args, kwargs)
+        return call.run() if does.dense else self.attend(call)
+
+    def _site_of(self, skip_mask: torch.Tensor) -> tuple[str, int]:
+        found = self._sites.get(id(skip_mask))
+        if found is None:
+            name = next((name for name, mask in self._skip_masks() if mask is skip_mask), None)
+            if name is None:
+                raise RuntimeError("attention was called with a skip state that belongs to no module of the model")
+            found = self._sites[id(skip_mask)] = (skip_mask, name, self._named[name])
+            self._named[name] += 1
+        return found[1:]
+
+    def _skip_masks(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from lite_attention.compile.store import records_of
+
+        for part, model in self._models.items():
+            prefix = "" if isinstance(self._target, nn.Module) else f"{part}."
+            for _, record in records_of(model):
+                for state in record.states.values():
+                    yield prefix + record.name(model), state.skip_mask
+            for name, module in model.named_modules():
+                if isinstance(module, LiteAttention) and module.state is not None:
+                    yield prefix + name, module.state.skip_mask
+
+
+class _Watched:
+    """Runs a model with its calls of the op caught."""
+
+    def __init__(self, probe: AttentionProbe, inner: Any) -> None:
+        self.probe, self.inner = probe, inner
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with _Catch(self.probe):
+                return self.inner(*args, **kwargs)
+        finally:
+            self.probe.after_forward()
+
+
+class _Catch(TorchFunctionMode):
+    def __init__(self, probe: AttentionProbe) -> None:
+        super().__init__()
+        self._probe = probe
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _OPS:
+            return self._probe._caught(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+_OPS = tuple(IMPLEMENTATIONS.values())

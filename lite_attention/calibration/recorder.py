@@ -1,0 +1,337 @@
+"""Finding thresholds: how bold each site, branch, step and head may be, from what leaving tiles out really costs.
+
+Calibrating runs generations in which every attention call returns its dense output, and measures at each call what each
+candidate threshold would leave out and what error that makes. Verifying runs them again with the thresholds found, on
+the sparse trajectory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lite_attention.calibration.error_report import Curve, ErrorReport, ErrorRow
+from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output
+from lite_attention.calibration.tile_statistics import METRICS, error_of, error_parts, measure_tiles
+from lite_attention.ops.bitmask import pack_bits, unpack_bits
+
+__all__ = ["THRESHOLDS", "Calibration", "Recorder", "Verification"]
+
+# Candidates, log2 units: finer where the error moves fast.
+THRESHOLDS = (
+    *(-20.0, -17.0, -15.0, -13.0, -12.0, -11.0, -10.0, -9.0, -8.0, -7.25, -6.5, -6.0),
+    *(-5.5, -5.0, -4.5, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0),
+)
+
+_Place = tuple[str, int, int]  # site, slot, step
+_State = tuple[str, int, int]  # site, number of the state among those of that name, slot
+
+
+class _Measurement(AttentionProbe):
+    """Curves of the calls of a model, and their report."""
+
+    def __init__(
+        self, model_or_pipe: Any, metric: str, bound: float | None, num_steps: int | None, settings: dict[str, Any]
+    ) -> None:
+        if metric not in METRICS:
+            raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
+        self.metric, self.bound, self.num_steps = metric, bound, num_steps
+        self.curves: dict[_Place, Curve] = {}
+        super().__init__(model_or_pipe, num_steps, **settings)
+
+    def _check(self, call: CaughtCall, dense: torch.Tensor) -> None:
+        """Check a call, and its dense output [B, Sq, Hq, Dv].
+
+        Raises:
+            FloatingPointError: the output is not finite.
+            ValueError: the step is past the last.
+        """
+        if self.num_steps is not None and call.control.step >= self.num_steps:
+            raise ValueError(
+                f"num_steps: expected at least the steps of a generation, got {self.num_steps}, and this call is "
+                f"{call.where}: begin each generation with lite_attention.reset(model), or give the states num_steps"
+            )
+        if not bool(dense.isfinite().all()):
+            raise FloatingPointError(f"{call.where}: attention gives NaN or infinity")
+
+    def _merged(self, call: CaughtCall, curve: Curve) -> Curve:
+        """Return the curve of a call joined with those of earlier prompts."""
+        known = self.curves.get(_place(call))
+        if known is None:
+            return curve
+        if known.errors.shape != curve.errors.shape:
+            heads = known.errors.shape[1], curve.errors.shape[1]
+            raise ValueError(f"{call.where}: expected {heads[0]} heads, as in an earlier call, got {heads[1]}")
+        return known.merged(curve, worst=self.bound is not None)
+
+    @property
+    def report(self) -> ErrorReport:
+        """What was measured so far."""
+        rows = []
+        for place, curve in self.curves.items():
+            sparsity = curve.left_out[0] / curve.tiles
+            rows.append(ErrorRow(*place, curve.errors[0], sparsity, curve.tiles, self._voted(curve)))
+        return ErrorReport(rows, self.metric, self.bound)
+
+    def _voted(self, curve: Curve) -> torch.Tensor | None:
+        return None
+
+
+def _place(call: CaughtCall) -> _Place:
+    return call.site, call.control.slot, call.control.step
+
+
+class Recorder(_Measurement):
+    """Records curves on the dense trajectory, and lets `choose` decide what each step votes out.
+
+    Args:
+        model_or_pipe: as for `Calibration`, as are those not named here.
+        choose: returns the choice of each head, [heads], for a curve.
+        rule: what tells this `choose` from others, in a saved file.
+        bound: with one, the worst of several generations counts; without, their mean.
+    """
+
+    def __init__(
+        self,
+        model_or_pipe: Any,
+        choose: Callable[[Curve], torch.Tensor],
+        rule: str,
+        bound: float | None = None,
+        *,
+        metric: str = "L1",
+        num_steps: int | None = None,
+        thresholds: Sequence[float] = THRESHOLDS,
+        stride: int = 1,
+        autosave: str | Path | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> None:
+        candidates = torch.tensor(thresholds, dtype=torch.float64)
+        if not 1 <= len(candidates) <= 250 or not bool((candidates.diff() > 0).all()) or not candidates[-1] <= 0:
+            raise ValueError(f"thresholds: expected 1 to 250 ascending numbers of at most 0, got {list(thresholds)}")
+        if stride < 1:
+            raise ValueError(f"stride: expected at least 1, got {stride}")
+        self.thresholds, self.stride, self._choose = tuple(map(float, thresholds)), stride, choose
+        self._options: dict[str, Any] = {"rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride}
+        self._options["thresholds"] = list(self.thresholds)
+        self._autosave = None if autosave is None else Path(autosave)
+        self._calls: Counter[_State] = Counter()
+        self._measured: Counter[_State] = Counter()  # more than the calls, while what came before a resume is repeated
+        self._masks: dict[_State, torch.Tensor] = {}  # words [B, Hq, q_tiles, k_words] after the last one measured
+        self._slots: dict[str, int] = {}  # of a site's states
+        self._bar = tqdm(total=num_steps, desc="calibrating", unit="step") if progress and num_steps else None
+        super().__init__(model_or_pipe, metric, bound, num_steps, settings)
+
+    # ---- measuring -------------------------------------------------------------------------------------------------
+
+    def attend(self, call: CaughtCall) -> Output:
+        """Measure a call, decide, and return its dense output."""
+        dense = call.run_stateless()
+        self._check(call, dense[0])
+        state = (call.site, call.ordinal, call.control.slot)
+        self._show(state, call.control.step)
+        self._calls[state] += 1
+        if self._calls[state] > self._measured[state]:
+            self._measure(call, state)
+        words = self._masks[state]
+        batch, heads, q_tiles, k_tiles = call.skipped.shape
+        if words.shape[:3] != (batch, heads, q_tiles):
+            raise ValueError(
+                f"{call.where}: expected (batch, heads, q_tiles) = {tuple(words.shape[:3])}, as before the interrupt, "
+                f"got {(batch, heads, q_tiles)}: repeat the same generations in the same order"
+            )
+        call.finish(unpack_bits(words.to(call.skipped.device), k_tiles))
+        return dense
+
+    def _measure(self, call: CaughtCall, state: _State) -> None:
+        q, k, v, skip_mask, *_, must_do, key_mask = call.args
+        found = measure_tiles(
+            q, k, v, call.skipped, must_do, key_mask, thresholds=self.thresholds, metric=self.metric,
+            stride=self.stride, **call.kwargs,
+        )  # fmt: skip
+        curve = Curve(error_of(self.metric, found.parts).cpu(), found.left_out.cpu(), float(found.tiles))
+        curve = self._merged(call, curve)
+        choice = self._choose(curve).to(found.choices.device)
+        skipped = call.skipped.clone()
+        skipped[:, :, :: self.stride] |= found.choices <= choice.view(-1, 1, 1)
+        # Together, so that an interrupt leaves all or nothing.
+        self._masks[state], self.curves[_place(call)] = pack_bits(skipped), curve
+        self._slots[call.site] = skip_mask.shape[0]
+        self._measured[state] = self._calls[state]
+
+    def _voted(self, curve: Curve) -> torch.Tensor | None:
+        return curve.errors.gather(0, self._choose(curve).unsqueeze(0))[0]
+
+    def _show(self, state: _State, step: int) -> None:
+        if self._bar is not None and state == next(iter(self._calls), state):
+            if step == 0 and self._bar.n:
+                self._bar.reset()
+            self._bar.update(step + 1 - self._bar.n)
+
+    # ---- results ---------------------------------------------------------------------------------------------------
+
+    def table(self) -> dict[str, torch.Tensor]:
+        """Return thresholds by site, float32 (slots, steps, heads), or (1, steps, heads) if only slot 0 was in use.
+
+        What was not measured, such as steps to come or another branch, has -inf.
+        """
+        values = torch.tensor([-math.inf, *self.thresholds])
+        tables: dict[str, torch.Tensor] = {}
+        for site in dict.fromkeys(place[0] for place in self.curves):
+            choices = {place[1:]: self._choose(curve) for place, curve in self.curves.items() if place[0] == site}
+            slots = self._slots[site] if any(slot > 0 for slot, _ in choices) else 1
+            steps = self.num_steps or 1 + max(step for _, step in choices)
+            tables[site] = torch.full((slots, steps, len(next(iter(choices.values())))), -math.inf)
+            for (slot, step), choice in choices.items():
+                tables[site][slot, step] = values[choice]
+        return tables
+
+    def detach(self) -> None:
+        """Leave the model as it was; its skip states start fresh. Table and report stay."""
+        if self._bar is not None:
+            self._bar.close()
+        super().detach()
+
+    # ---- saving and resuming ---------------------------------------------------------------------------------------
+
+    def after_forward(self) -> None:
+        """Write the autosave file."""
+        if self._autosave is not None and self.curves:
+            self.save(self._autosave)
+
+    def save(self, path: str | Path) -> None:
+        """Write all that was found so far; a file that is there is replaced when the new one is complete."""
+        unfinished = Path(f"{path}.tmp")
+        content = {
+            "options": self._options,
+            "curves": {place: tuple(curve) for place, curve in self.curves.items()},
+            "measured": dict(self._measured),
+            "masks": {state: words.cpu() for state, words in self._masks.items()},
+            "slots": self._slots,
+        }
+        torch.save(content, unfinished)
+        os.replace(unfinished, path)
+
+    def resume(self, path: str | Path) -> None:
+        """Go on from what was saved: repeat the same generations from the first; what was measured costs nothing again.
+
+        Raises:
+            ValueError: generations have run already, or the file was saved with other options.
+            OSError: the file cannot be read.
+        """
+        if self._calls:
+            raise ValueError(
+                f"resume: expected a calibration that has not run yet, got one with {len(self.curves)} steps"
+            )
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        if content["options"] != self._options:
+            raise ValueError(f"{path}: expected a calibration with {self._options}, got {content['options']}")
+        self.curves = {place: Curve(*curve) for place, curve in content["curves"].items()}
+        self._measured, self._masks = Counter(content["measured"]), dict(content["masks"])
+        self._slots = dict(content["slots"])
+
+
+class Calibration(Recorder):
+    """Finds the most aggressive thresholds whose error stays under a bound, while the model generates densely.
+
+    From now until `detach` the model runs eagerly, and each call of its skip-aware attention returns the dense output.
+    At each step a head gets the highest candidate for which the error of the site's output, had all been left out that
+    this and earlier steps vote out, is at most the bound; where what earlier steps voted out is too much by itself, it
+    gets -inf, and the report says so. The criterion is that of arXiv 2511.11062, for every head and against the dense
+    output. Over several generations the worst one counts.
+
+        with Calibration(model, target_error=0.05, num_steps=50) as calibration:
+            generate()
+        thresholds = calibration.table()
+
+    Args:
+        model_or_pipe: an nn.Module, or a diffusers pipeline; given to `enable`, holding `LiteAttention`, or neither.
+        target_error: the bound.
+        metric: of the output of a head: "L1" = sum|sparse - dense| / sum|dense|, "RMSE" = that of Euclidean lengths,
+            "Cossim" = 1 - cosine similarity.
+        num_steps: denoising steps of a generation; None = as many as come.
+        thresholds: candidates, ascending, in log2 units.
+        stride: measure only every so many rows of tiles, evenly spread, which costs so much less.
+        autosave: file that is written after each forward, for `resume`.
+        progress: show a bar with the time left; needs num_steps.
+        settings: as for `enable`, of a model that is not enabled yet.
+
+    Raises:
+        ValueError: an argument out of range.
+        FloatingPointError: while generating: attention gives NaN or infinity; names site, slot and step.
+    """
+
+    def __init__(
+        self,
+        model_or_pipe: Any,
+        *,
+        target_error: float,
+        metric: str = "L1",
+        num_steps: int | None = None,
+        **options: Any,
+    ) -> None:
+        if not target_error >= 0:
+            raise ValueError(f"target_error: expected a number of at least 0, got {target_error}")
+
+        def choose(curve: Curve) -> torch.Tensor:
+            fits = curve.errors <= target_error
+            highest = (fits * torch.arange(len(fits)).unsqueeze(-1)).amax(0)
+            return torch.where(fits[0], highest, 0)
+
+        rule = f"error of each head at most {target_error}"
+        super().__init__(model_or_pipe, choose, rule, target_error, metric=metric, num_steps=num_steps, **options)
+
+
+class Verification(_Measurement):
+    """Runs a model skip-aware with given thresholds, and measures each call against dense attention of the same inputs.
+
+    Args:
+        model_or_pipe: as for `Calibration`.
+        table: by site, (slots or 1, steps or 1, heads or 1).
+        metric: as for `Calibration`.
+        bound: that the report holds the errors against. With one, the worst of several generations counts; without,
+            their mean.
+        num_steps: as for `Calibration`.
+        settings: likewise.
+
+    Raises:
+        ValueError: while generating: a site is not in the table.
+        FloatingPointError: likewise: attention gives NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        model_or_pipe: Any,
+        table: Mapping[str, torch.Tensor],
+        *,
+        metric: str = "L1",
+        bound: float | None = None,
+        num_steps: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self._table = dict(table)
+        super().__init__(model_or_pipe, metric, bound, num_steps, settings)
+
+    def attend(self, call: CaughtCall) -> Output:
+        """Run the op with the table's thresholds."""
+        threshold = self._table.get(call.site)
+        if threshold is None:
+            raise ValueError(f"table: expected thresholds for {call.site}, got them for {sorted(self._table)}")
+        dense, _ = call.run_dense()  # by the kernel that skips, so that its rounding is no error
+        self._check(call, dense)
+        threshold = self._table[call.site] = threshold.to(dense.device)
+        out, lse = call.run(threshold)
+        precise = torch.promote_types(out.dtype, torch.float32)
+        parts = error_parts(self.metric, out.transpose(1, 2).to(precise), dense.transpose(1, 2).to(precise)).sum(1)
+        left_out = call.skipped.sum((0, 2, 3)).double().cpu()
+        tiles = call.skipped[:, 0].numel()
+        curve = Curve(error_of(self.metric, parts).cpu().unsqueeze(0), left_out.unsqueeze(0), tiles)
+        self.curves[_place(call)] = self._merged(call, curve)
+        return out, lse

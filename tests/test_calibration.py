@@ -1,0 +1,613 @@
+"""Calibration: what it measures against the oracle, what it chooses against the op, and what it leaves behind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Qkv, clustered_qkv, too_close
+from diffusers_models import silent_report
+from torch import nn
+from toys import TILE, Attention, Toy, context, tokens
+
+import lite_attention
+from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, tile_statistics
+from lite_attention.calibration.error_report import Curve
+from lite_attention.calibration.search import calibrate
+from lite_attention.calibration.tile_statistics import METRICS, error_of, measure_tiles
+from lite_attention.ops import SkipState
+from lite_attention.ops.bitmask import pack_bits, unpack_bits
+from lite_attention.ops.oracle import skip_attention_oracle
+
+STEPS = 4
+BOUND = 0.05
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# ---- one call ------------------------------------------------------------------------------------------------------
+
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {"seq_q": 96},
+    "uneven": {"seq_q": 90, "seq_k": 139, "batch": 2, "heads": 4, "kv_heads": 2, "value_dim": 12},
+    "key mask": {"seq_q": 70, "seq_k": 101, "batch": 2, "key_mask": True},
+    "must do": {"seq_q": 96, "must_do": 0b10100},
+}
+
+
+def case(name: str, step: int = 0) -> tuple[Qkv, dict[str, torch.Tensor | None]]:
+    """Return q, k, v and the other tensors of a call."""
+    options = dict(CALLS[name])
+    masked, must_do = options.pop("key_mask", False), options.pop("must_do", None)
+    q, k, v = clustered_qkv(3, step=step, gain=1.2, clusters=6, **options)
+    key_mask = None
+    if masked:  # a tile without any key, and one with some
+        key_mask = torch.ones(k.shape[:2], dtype=torch.bool)
+        key_mask[0, 32:48], key_mask[1, 75:] = False, False
+    words = None if must_do is None else torch.tensor([must_do], dtype=torch.int32)
+    return (q, k, v), {"must_do": words, "key_mask": key_mask}
+
+
+def plain_error(metric: str, out: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """Return the error of each head of [B, S, H, D]."""
+    out, dense = (x.transpose(0, 2).flatten(1) for x in (out, dense))
+    if metric == "L1":
+        return (out - dense).abs().sum(1) / dense.abs().sum(1)
+    if metric == "RMSE":
+        return (out - dense).norm(dim=1) / dense.norm(dim=1)
+    return 1 - torch.nn.functional.cosine_similarity(out, dense)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", CALLS)
+def test_statistics_are_those_of_the_oracle(name: str, metric: str) -> None:
+    """Each candidate drops the oracle's tiles, and its error is that of the oracle without them."""
+    tile = {"tile_m": 16, "tile_n": 16}
+    candidates = (-9.0, -4.5, -2.0, -0.5, 0.0)
+    (q, k, v), others = case(name)
+    state = SkipState.for_inputs(q, k, slots=1, threshold=-4.0, **tile)
+    first = skip_attention_oracle(q, k, v, state.skip_mask, state.control, state.threshold, **others, **tile)
+    (q, k, v), _ = case(name, step=1)  # the tiles dropped at another step are left out of all that follows
+    k_tiles = math.ceil(k.shape[1] / 16)
+    generator = torch.Generator().manual_seed(7)  # others too, among them tiles that decide the running maximum
+    before = unpack_bits(first.skip_mask[0], k_tiles)
+    before |= torch.rand(before.shape, generator=generator) < 0.3
+    first.skip_mask[0] = pack_bits(before)
+    found = measure_tiles(q, k, v, before, **others, thresholds=candidates, metric=metric, **tile)
+    errors = error_of(metric, found.parts)
+    assert found.tiles == before[:, 0].numel()
+
+    def oracle(mask: torch.Tensor, threshold: float) -> Any:
+        control = first.control.clone()
+        return skip_attention_oracle(q, k, v, mask, control, torch.full((1, 1, 1), threshold), **others, **tile)
+
+    dense = oracle(torch.zeros_like(first.skip_mask), -math.inf).out
+    computed = found.choices > 0
+    for choice, threshold in enumerate((-math.inf, *candidates)):
+        voted = oracle(first.skip_mask, threshold)
+        clear = voted.margin > too_close(q, k)
+        after = unpack_bits(voted.skip_mask[0], k_tiles)
+        assert torch.equal(((found.choices <= choice) | before)[clear], after[clear])
+        assert bool((clear | ~computed | before).all()), "choose other inputs: a vote is too close to call"
+        out = oracle(voted.skip_mask, -math.inf).out
+        torch.testing.assert_close(errors[choice], plain_error(metric, out, dense), rtol=1e-3, atol=1e-6)
+    assert errors[0].max() > 0  # what was dropped before counts
+    assert bool((errors[-1] != errors[0]).all())
+    assert torch.equal(found.left_out[-1], (found.choices <= len(candidates)).sum((0, 2, 3)).double())
+
+
+def test_a_margin_on_the_threshold_is_dropped() -> None:
+    q, k = torch.rand(1, 16, 1, 1) + 1, torch.ones(1, 64, 1, 1)
+    skipped = torch.zeros(1, 1, 1, 4, dtype=torch.bool)
+    found = measure_tiles(q, k, k, skipped, thresholds=(-1.0, 0.0), tile_m=16, tile_n=16)
+    assert found.choices.flatten().tolist() == [2, 2, 3, 2]  # all are equal; the one on the diagonal comes first
+
+
+def test_chunks_and_strides_measure_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, k, v), others = case("uneven")
+    skipped = torch.zeros(2, 4, 6, 9, dtype=torch.bool)
+    options: dict[str, Any] = {**others, "thresholds": THRESHOLDS, "tile_m": 16, "tile_n": 16}
+    whole = measure_tiles(q, k, v, skipped, **options)
+    every_other = measure_tiles(q, k, v, skipped, stride=2, **options)
+    assert torch.equal(every_other.choices, whole.choices[:, :, ::2])
+    assert every_other.tiles == whole.tiles // 2
+    monkeypatch.setitem(tile_statistics._CHUNK, "cpu", 1)
+    one_by_one = measure_tiles(q, k, v, skipped, **options)
+    assert torch.equal(one_by_one.choices, whole.choices)
+    torch.testing.assert_close(one_by_one.parts, whole.parts)
+    rows = [measure_tiles(q[:, i : i + 16], k, v, skipped[:, :, :1], stride=1, **options) for i in (0,)]
+    assert rows[0].tiles == whole.tiles // 6
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+class ByHand(nn.Module):
+    """Two layers of `LiteAttention`."""
+
+    def __init__(self, steps: int | None = STEPS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Attention(32, 2) for _ in range(2))
+        self.skip = nn.ModuleList(lite_attention.LiteAttention(num_steps=steps) for _ in range(2))
+        for layer, skip in zip(self.layers, self.skip, strict=True):
+            layer.attend = lambda q, k, v, skip=skip: skip(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Sampler:
+    """Generates with a model in two branches; keeps what the model returned."""
+
+    def __init__(self, model: nn.Module, *more: torch.Tensor, seq: int, branches: tuple[str, ...] = ("cond", "uncond")):
+        self.model, self.more, self.seq, self.branches = model, more, seq, branches
+        self.outputs: list[torch.Tensor] = []
+        self.stop_at = -1
+
+    def __call__(self, prompt: int = 0) -> torch.Tensor:
+        x = tokens(STEPS, seq=self.seq, seed=prompt)
+        self.outputs = []
+        for step, (number, name) in itertools.product(range(STEPS), enumerate(self.branches)):
+            if step == self.stop_at and number:
+                raise KeyboardInterrupt
+            given = self.model if self.model in lite_attention.wiring._wirings else None
+            with lite_attention.branch(name, model=given):
+                out = self.model(x + 0.3 * number * tokens(0, seq=self.seq, seed=9), *self.more)
+            self.outputs.append(out)
+            x = 0.9 * x + 0.05 * out
+        return x
+
+
+def swapped() -> tuple[nn.Module, Sampler, dict[str, Any]]:
+    model = Toy(layers=2)
+    return model, Sampler(model, context(), seq=96), {"tile_shape": TILE}
+
+
+def by_hand() -> tuple[nn.Module, Sampler, dict[str, Any]]:
+    model = ByHand()
+    return model, Sampler(model, seq=400), {}
+
+
+@pytest.fixture(params=[swapped, by_hand], ids=lambda make: make.__name__)
+def parts(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Sampler, dict[str, Any]]]:
+    lite_attention.reset()
+    yield request.param()
+    lite_attention.reset()
+
+
+Parts = tuple[nn.Module, Sampler, dict[str, Any]]
+
+
+def dense_outputs(parts: Parts) -> list[torch.Tensor]:
+    model, sampler, settings = parts
+    with recorder.AttentionProbe(model, STEPS, **settings) as probe:
+        probe.attend = lambda call: call.run(torch.full((1, 1, 1), -math.inf))  # type: ignore[method-assign]
+        sampler()
+    return sampler.outputs
+
+
+def test_chooses_the_boldest_threshold_that_the_op_bears_out(parts: Parts) -> None:
+    """The table, found again by trying each candidate with the op on the inputs of the dense trajectory."""
+    model, sampler, settings = parts
+    want = dense_outputs(parts)
+    calls: dict[tuple[str, int], list[tuple[Qkv, int]]] = {}
+
+    class Spied(Calibration):
+        def attend(self, call: Any) -> Any:
+            q, k, v = (x.clone() for x in call.args[:3])
+            calls.setdefault((call.site, call.control.slot), []).append(((q, k, v), call.kwargs["tile_m"]))
+            assert call.control.step == len(calls[call.site, call.control.slot]) - 1
+            return super().attend(call)
+
+    with Spied(model, target_error=BOUND, num_steps=STEPS, **settings) as calibration:
+        sampler()
+        names = {row.name for row in silent_report(model).swapped}
+    for out, dense in zip(sampler.outputs, want, strict=True):
+        torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-4)  # the trajectory is dense
+    table, rows = calibration.table(), {(r.site, r.slot, r.step): r for r in calibration.report.rows}
+    assert table.keys() == names == {site for site, _ in calls}
+    assert len(calls) == 2 * len(names)
+
+    bold = 0
+    for (site, slot), of_state in calls.items():
+        (q, k, _), tile = of_state[0]
+        state = SkipState.for_inputs(q, k, slots=1, num_steps=STEPS, tile_m=tile, tile_n=tile)
+        for step, ((q, k, v), _) in enumerate(of_state):
+            dense = lite_attention.attention(q, k, v)
+
+            def error_without(mask: torch.Tensor, state: SkipState = state, qkv: Qkv = (q, k, v)) -> torch.Tensor:
+                state.skip_mask.copy_(mask)
+                saved = state.control.clone()
+                state.set_threshold(-math.inf)
+                state.set_step(1)  # not fresh
+                out = lite_attention.skip_attention(*qkv, state)
+                state.control.copy_(saved)
+                return plain_error("L1", out, lite_attention.attention(*qkv))
+
+            before, control = state.skip_mask.clone(), state.control.clone()
+            if step == 0:
+                lite_attention.skip_attention(q, k, v, state)  # which writes the sizes
+                control = state.control.clone()
+            accumulated = error_without(before)
+            torch.testing.assert_close(rows[site, slot, step].error.float(), accumulated, rtol=1e-3, atol=1e-5)
+            best = torch.full((q.shape[2],), -math.inf)
+            best_error = accumulated
+            for threshold in THRESHOLDS:
+                state.skip_mask.copy_(before)
+                state.set_step(max(step, 1))
+                state.set_threshold(threshold)
+                lite_attention.skip_attention(q, k, v, state)
+                error = error_without(state.skip_mask.clone())
+                fits = (error <= BOUND) & (accumulated <= BOUND)
+                best, best_error = torch.where(fits, threshold, best), torch.where(fits, error, best_error)
+            assert torch.equal(table[site][slot, step], best), (site, slot, step)
+            torch.testing.assert_close(rows[site, slot, step].voted.float(), best_error, rtol=1e-3, atol=1e-5)
+            bold += int((best > -6).sum())
+            state.skip_mask.copy_(before)
+            state.control.copy_(control)
+            state.set_step(max(step, 1))
+            state.set_threshold(best.view(1, 1, -1))
+            lite_attention.skip_attention(q, k, v, state)
+            kept = state.kept_tiles()[0]
+            if step + 1 < STEPS:
+                sparsity = (~kept).float().mean((0, 2, 3)).double()
+                torch.testing.assert_close(rows[site, slot, step + 1].sparsity, sparsity)
+            assert dense.shape == q.shape
+    assert bold > 4  # the bound is no empty one
+
+
+def test_the_bound_holds_on_the_dense_trajectory_and_the_sparse_one_is_measured(parts: Parts) -> None:
+    model, sampler, settings = parts
+    result = calibrate(
+        model, sampler, target_error=BOUND, num_steps=STEPS, prompts=(0, 1), held_out=(2,), progress=False, **settings
+    )
+    for row in result.calibration.rows:
+        assert row.voted is not None
+        assert bool((row.voted <= torch.maximum(row.error, torch.tensor(BOUND))).all())
+    assert result.calibration["sparsity"] > 0.05
+    assert len(result.verification.rows) == len(result.calibration.rows)
+    assert 0 < result.verification["error"] < 2 * BOUND
+    assert 0 < result.held_out["error"] < 2 * BOUND
+    assert result.held_out["sparsity"] > 0.05
+    assert result.sample_error is not None
+    assert 0 < result.sample_error < BOUND
+    assert result.cost.keys() == {"calibration", "verification"}
+    assert str(result).splitlines()[2].startswith("dense trajectory")
+
+    # The verified trajectory is the one that a user gets.
+    with Verification(model, result.table, num_steps=STEPS, **settings):
+        verified = sampler(2)
+    if settings:
+        lite_attention.enable(model, compile=False, num_steps=STEPS, **settings)
+    lite_attention.set_threshold(model, lambda site: result.table[site])
+    assert torch.equal(sampler(2), verified)
+
+
+def test_steps_that_miss_the_bound_vote_nothing_and_are_reported() -> None:
+    """Inputs that turn round between two steps: what the first voted out is what the second needs."""
+    attend = lite_attention.LiteAttention(num_steps=2, slots=1)
+    q, k, v = clustered_qkv(0, seq_q=256, head_dim=16, gain=2.0)
+    with Calibration(attend, target_error=0.02, num_steps=2) as calibration:
+        attend(q, k, v)
+        attend(q.flip(1), k, v)
+    first, second = calibration.report.rows
+    assert float(first.error.max()) < 1e-5
+    assert float(first.voted.max()) <= 0.02
+    assert float(second.error.min()) > 0.02
+    assert torch.equal(calibration.table()[""][0, 1], torch.full((2,), -math.inf))
+    assert calibration.report["missed"] == 0.5
+    assert calibration.report["worst_error"] == float(second.error.max())
+    assert "50.0%" in str(calibration.report)
+
+
+def test_what_was_voted_out_already_may_not_be_made_up_for() -> None:
+    """Leaving out more may make the error smaller by chance; a head over the bound still votes nothing."""
+    errors = torch.tensor([[0.2, 0.1, 0.0], [0.1, 0.3, 0.1], [0.1, 0.1, 0.4]])
+    with Calibration(ByHand(), target_error=0.15, thresholds=(-2.0, -1.0)) as calibration:
+        assert calibration._choose(Curve(errors, errors, 1.0)).tolist() == [0, 2, 1]
+
+
+def test_the_worst_prompt_decides() -> None:
+    model, sampler, settings = swapped()
+    tables = []
+    for prompts in ((0,), (1,), (0, 1)):
+        with Calibration(model, target_error=BOUND, num_steps=STEPS, **settings) as calibration:
+            for prompt in prompts:
+                lite_attention.reset(model)
+                sampler(prompt)
+        tables.append(calibration.table())
+    for site, both in tables[2].items():
+        lower = torch.minimum(tables[0][site], tables[1][site])
+        assert torch.equal(both[:, 0], lower[:, 0])  # later steps start from another mask
+    assert any(not torch.equal(tables[0][site], tables[2][site]) for site in tables[2])
+
+
+# ---- interrupts ----------------------------------------------------------------------------------------------------
+
+
+def test_resumed_is_as_if_never_interrupted(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sampler, settings = parts
+    options = {"target_error": BOUND, "num_steps": STEPS, **settings}
+    measured = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal measured
+        measured += 1
+        return measure_tiles(*args, **kwargs)
+
+    monkeypatch.setattr(recorder, "measure_tiles", counted)
+
+    def generate(calibration: Calibration) -> None:
+        for prompt in (0, 1):
+            calibration.start_fresh()
+            sampler.stop_at = 2 if stop and prompt else -1
+            sampler(prompt)
+
+    stop = False
+    with Calibration(model, **options) as calibration:
+        generate(calibration)
+    whole, calls = calibration.table(), measured
+    with Calibration(model, **options) as again:
+        generate(again)
+    assert all(torch.equal(again.table()[site], whole[site]) for site in whole)  # the same each time
+
+    stop, file, measured = True, tmp_path / "calibration.pt", 0
+    with pytest.raises(KeyboardInterrupt), Calibration(model, **options, autosave=file) as interrupted:
+        generate(interrupted)
+    assert 0 < measured < calls
+    stop = False
+    with Calibration(model, **options) as resumed:
+        resumed.resume(file)
+        assert resumed.table().keys() == whole.keys()
+        generate(resumed)
+    assert measured == calls
+    assert all(torch.equal(resumed.table()[site], whole[site]) for site in whole)
+    for place, curve in calibration.curves.items():
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+            for a, b in zip(curve, resumed.curves[place], strict=True)
+        )
+
+    with Calibration(model, **{**options, "target_error": 0.1}) as other:
+        with pytest.raises(ValueError, match=r"calibration.pt: expected a calibration with .*0\.1.*, got .*0\.05"):
+            other.resume(file)
+        generate(other)
+        with pytest.raises(ValueError, match="resume: expected a calibration that has not run yet, got"):
+            other.resume(file)
+
+
+def test_nan_stops_with_the_place_named(parts: Parts) -> None:
+    model, sampler, settings = parts
+    layer = next(m for m in model.modules() if isinstance(m, Attention))
+    site = "blocks.0.attn1" if settings else "skip.0"
+    with Calibration(model, target_error=BOUND, num_steps=STEPS, **settings) as calibration:
+        sampler.stop_at = 2
+        with pytest.raises(KeyboardInterrupt):
+            sampler()
+        sampler.stop_at = -1
+        layer.to_v.weight[0, 0] = math.nan
+        name = "uncond"
+        with (
+            pytest.raises(FloatingPointError, match=rf"^{site}, slot 1, step 2: attention gives NaN"),
+            lite_attention.branch(name, model=model if settings else None),
+        ):
+            model(tokens(2, seq=sampler.seq), *sampler.more)
+        assert {place[2] for place in calibration.curves} == {0, 1, 2}
+
+
+# ---- a budget for the whole ----------------------------------------------------------------------------------------
+
+
+class Characters(nn.Module):
+    """Self-attention whose heads differ: how sharp their scores are, and how much their values vary."""
+
+    SHARP = (0.6, 1.5, 3.0, 1.5)
+    VARIED = (1.0, 1.0, 1.0, 0.05)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.out = nn.Linear(64, 64)
+        self.proj = nn.Linear(64, 3 * 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.proj(x).unflatten(-1, (3, 4, 16)).unbind(2)
+        gain, varied = (torch.tensor(of_heads).view(1, 1, 4, 1) for of_heads in (self.SHARP, self.VARIED))
+        q, k, v = ((t).transpose(1, 2) for t in (gain * (q + k), gain * (q + k), 1 + varied * v))
+        return x + 0.1 * self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def characters() -> tuple[nn.Module, Callable[[int], torch.Tensor], dict[str, Any]]:
+    model = Characters()
+
+    def generate(prompt: int) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(100 + prompt)
+        places = torch.linspace(0, 6, 256).unsqueeze(-1) * torch.arange(1, 33) * 0.3
+        x = torch.cat([places.sin(), places.cos()], 1) + 0.4 * torch.randn(1, 256, 64, generator=noise)
+        for _ in range(STEPS):
+            x = 0.9 * x + 0.1 * model(x)
+        return x
+
+    return model, generate, {"tile_shape": TILE, "num_steps": STEPS}
+
+
+def test_budget_beats_one_threshold_for_all_on_held_out_inputs() -> None:
+    model, generate, settings = characters()
+    held_out = (2, 3)
+    result = calibrate(
+        model, generate, target_sparsity=0.4, prompts=(0, 1), held_out=held_out, progress=False, **settings
+    )
+    assert result.calibration["sparsity"] == pytest.approx(0.4, abs=0.02)
+    assert result.held_out["sparsity"] == pytest.approx(0.4, abs=0.05)
+
+    def one_for_all(threshold: float) -> Any:
+        with Verification(model, {"": torch.full((1, 1, 1), threshold)}, **settings) as verification:
+            for prompt in held_out:
+                verification.start_fresh()
+                generate(prompt)
+        return verification.report
+
+    low, high = -12.0, 0.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if one_for_all(middle)["sparsity"] < result.held_out["sparsity"] else (low, middle)
+    uniform = one_for_all(low)  # which skips a little less
+    assert result.held_out["sparsity"] - 0.02 < uniform["sparsity"] <= result.held_out["sparsity"]
+    assert result.held_out["error"] < 0.7 * uniform["error"]
+    again = calibrate(model, generate, target_sparsity=0.4, prompts=(0, 1), progress=False, **settings)
+    assert torch.equal(again.table[""], result.table[""])
+
+
+def test_budget_of_error() -> None:
+    model, generate, settings = characters()
+    result = calibrate(model, generate, target_error=0.03, budget=True, progress=False, **settings)
+    assert result.calibration["error"] == pytest.approx(0.03, rel=0.2)
+    assert result.verification["error"] == pytest.approx(0.03, rel=0.3)
+    bounded = calibrate(model, generate, target_error=0.03, progress=False, **settings)
+    assert result.verification["sparsity"] > bounded.verification["sparsity"]
+
+
+def test_passes_are_resumed_from_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, generate, settings = characters()
+    options = {"target_sparsity": 0.3, "progress": False, "passes": 2, **settings}
+    want = calibrate(model, generate, **options)
+    file = tmp_path / "passes.pt"
+    calibrate(model, generate, **options, autosave=file)
+    assert {path.name for path in tmp_path.iterdir()} >= {"passes.pt", "passes.pt.1"}
+    monkeypatch.setattr(recorder, "measure_tiles", None)  # nothing is measured again
+    assert torch.equal(calibrate(model, generate, **options, autosave=file).table[""], want.table[""])
+
+
+# ---- how it sits on a model ----------------------------------------------------------------------------------------
+
+
+def test_detached_model_is_as_before() -> None:
+    model, sampler, settings = swapped()
+    want = sampler()
+    with Calibration(model, target_error=BOUND, num_steps=STEPS, **settings):
+        sampler()
+    assert torch.equal(sampler(), want)
+    assert model._compiled_call_impl is None
+    assert not model.blocks[0]._forward_hooks
+
+
+def test_model_by_hand_is_measured_uncompiled_and_starts_fresh_each_time() -> None:
+    model = ByHand(steps=None)  # which tell nobody where a generation begins
+    layer = model.skip[0]
+    layer.compile(backend="eager")
+    compiled, sampler = layer._compiled_call_impl, Sampler(model, seq=128)
+    result = calibrate(model, sampler, target_error=BOUND, num_steps=STEPS, prompts=(0, 1), progress=False)
+    assert result.table.keys() == {"skip.0", "skip.1"}
+    assert {row.step for row in result.verification.rows} == set(range(STEPS))
+    assert layer._compiled_call_impl is compiled
+    assert layer.state is not None
+    assert layer.state.step(0) == layer.state.step(1) == 0
+    assert bool(layer.state.kept_tiles().all())
+
+
+@pytest.mark.parametrize("how", [True, False])
+def test_enabled_model_keeps_its_settings_and_is_handed_back(how: bool) -> None:
+    """A compiled model is measured eagerly, at the tiles that it was enabled with, and compiled again afterwards."""
+    torch.compiler.reset()
+    options = {"compile": how, "num_steps": STEPS, "threshold": -4.0, "tile_shape": TILE}
+    options |= {"inner": "eager"} if how else {}
+    model, sampler, settings = swapped()
+    with Calibration(model, target_error=BOUND, num_steps=STEPS, **settings) as plain:
+        sampler()
+    lite_attention.enable(model, **options)
+    want = sampler()
+    sites = [row.name for row in silent_report(model).swapped]
+    with pytest.raises(ValueError, match=r"settings: expected none .* got \['tile_shape'\]"):
+        Calibration(model, target_error=BOUND, **settings)
+    lite_attention.reset(model)
+    with Calibration(model, target_error=BOUND, num_steps=STEPS) as calibration:
+        sampler()
+    assert [*calibration.table()] == sites
+    for site, table in plain.table().items():
+        assert torch.equal(table, calibration.table()[site])
+    torch.testing.assert_close(sampler(), want, rtol=0, atol=1e-6)
+    assert [row.name for row in silent_report(model).swapped] == sites
+
+
+def test_pipeline_names_its_transformer_and_one_branch_makes_one_slot() -> None:
+    class Pipe:
+        def __init__(self, model: nn.Module) -> None:
+            self.components = {"transformer": model}
+
+    model, sampler, settings = swapped()
+    sampler.branches = ("",)
+    with Calibration(Pipe(model), target_error=BOUND, **settings) as calibration:
+        for step in range(2):
+            model(tokens(step), *sampler.more)
+    tables = calibration.table()
+    assert [*tables] == ["transformer.blocks.0.attn1", "transformer.blocks.1.attn1"]
+    assert {table.shape for table in tables.values()} == {(1, 2, 2)}
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    model, sampler, settings = swapped()
+    with Calibration(model, target_error=BOUND, num_steps=STEPS, progress=True, **settings):
+        sampler()
+    assert f"{STEPS}/{STEPS}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_error": -1.0}, "target_error: expected a number of at least 0, got -1.0"),
+        ({"metric": "l1"}, r"metric: expected one of \('L1', 'Cossim', 'RMSE'\), got 'l1'"),
+        ({"thresholds": (-1.0, -2.0)}, r"thresholds: expected 1 to 250 ascending numbers of at most 0, got \[-1.0"),
+        ({"thresholds": (-1.0, 1.0)}, "thresholds: expected 1 to 250 ascending"),
+        ({"stride": 0}, "stride: expected at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_told(options: dict[str, Any], message: str) -> None:
+    model = Toy(layers=1)
+    with pytest.raises(ValueError, match=message):
+        Calibration(model, **{"target_error": 0.1, **options})
+    assert model._compiled_call_impl is None
+
+
+def test_mistakes_of_a_whole_calibration_are_told() -> None:
+    model, sampler, settings = swapped()
+
+    def attempt(generate: Any = sampler, **options: Any) -> None:
+        calibrate(model, generate, **{"num_steps": STEPS, "progress": False, **settings, **options})
+
+    for options, message in (
+        ({}, "target_error, target_sparsity: expected one of them, got None and None"),
+        ({"target_sparsity": 1.0}, "target_sparsity: expected a number from 0 to below 1, got 1.0"),
+        ({"target_error": -1.0}, "target_error: expected"),
+        ({"target_error": 0.1, "prompts": ()}, "prompts: expected at least one, got none"),
+        ({"target_sparsity": 0.1, "passes": 0}, "passes: expected at least 1, got 0"),
+        (
+            {"target_error": 0.1, "generate": lambda _: None},
+            r"generate: expected calls of skip-aware attention, got none",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attempt(**options)
+    endless = ByHand(steps=None)
+    with pytest.raises(
+        ValueError, match=r"num_steps: expected at least the steps .* got 2, .* skip\.0, slot 0, step 2"
+    ):
+        calibrate(endless, Sampler(endless, seq=128), target_error=0.1, num_steps=2, progress=False)
+    with pytest.raises(ValueError, match=r"model_or_pipe: expected a model before torch\.compile, got its result"):
+        calibrate(torch.compile(model), sampler, num_steps=STEPS, target_error=0.1)
+    with (
+        pytest.raises(ValueError, match=r"table: expected thresholds for blocks\.0\.attn1, got them for \['other'\]"),
+        Verification(model, {"other": torch.zeros(1, 1, 1)}, num_steps=STEPS, **settings),
+    ):
+        sampler()

@@ -1,0 +1,461 @@
+"""`LiteAttentionRegistry`: each mode on models of each kind, and files that do not fit."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toys import TILE, Toy, context, tokens
+
+import lite_attention
+from lite_attention import LiteAttention, LiteAttentionRegistry, ThresholdTable
+from lite_attention.inspection import named_states
+from lite_attention.ops import Session, SkipState, default_session
+
+NEVER = float("-inf")
+STEPS = 4
+SITES = ["blocks.0.attn1", "blocks.1.attn1"]
+
+from_model = LiteAttentionRegistry.from_model
+
+
+class ByHand(Toy):
+    """The toy with `LiteAttention` modules in place of the attention that the others have swapped."""
+
+    def __init__(self, num_steps: int | None = STEPS) -> None:
+        super().__init__(layers=2)
+        for block in self.blocks:
+            block.attn1.add_module("lite", LiteAttention(num_steps=num_steps))
+            block.attn1.attend = self._through(block.attn1.lite)
+
+    @staticmethod
+    def _through(lite: LiteAttention) -> Callable[..., torch.Tensor]:
+        return lambda q, k, v: lite(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    vars(default_session).update(vars(Session()))
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    vars(default_session).update(vars(Session()))
+
+
+def _enabled(compile: bool = False, **settings: Any) -> nn.Module:
+    settings = {"inner": "eager", "num_steps": STEPS, "tile_shape": TILE} | settings
+    return lite_attention.enable(Toy(layers=2), compile=compile, **settings)
+
+
+def _run(model: nn.Module, step: int = 0, seq: int = 320) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens(step, seq=seq), context())
+
+
+def _states(model: nn.Module) -> dict[str, SkipState]:
+    return {name.removesuffix(".lite"): state for name, state in named_states(model).items()}
+
+
+def _thresholds(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: state.threshold for name, state in _states(model).items()}
+
+
+def _file(path: Path, thresholds: dict[str, torch.Tensor] | None = None, **about: Any) -> Path:
+    table = (
+        {site: torch.full((1, 1, 1), -1.0 - i) for i, site in enumerate(SITES)} if thresholds is None else thresholds
+    )
+    ThresholdTable(table, **about).save(path)
+    return path
+
+
+KINDS = {"by hand": ByHand, "eager": _enabled, "compiled": lambda: _enabled(compile=True)}
+kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+ran = pytest.mark.parametrize("run_first", [True, False])
+
+
+# ---- const, disable, disabled_steps --------------------------------------------------------------------------------
+
+
+@kinds
+@ran
+def test_const_is_one_threshold_for_all(make: Callable[[], nn.Module], run_first: bool) -> None:
+    model = make()
+    if run_first:
+        _run(model)
+    from_model(model, "const", threshold=-2.5)
+    _run(model)
+    assert list(_states(model)) == SITES
+    assert all((threshold == -2.5).all() for threshold in _thresholds(model).values())
+    from_model(model)
+    assert all((threshold == -10).all() for threshold in _thresholds(model).values())
+
+
+@kinds
+@ran
+def test_disable_is_dense_and_another_mode_skips_again(make: Callable[[], nn.Module], run_first: bool) -> None:
+    model, dense = make(), Toy(layers=2)
+    if run_first:
+        from_model(model, threshold=-2.0)
+        for step in range(2):
+            _run(model, step)
+        assert min(state.sparsity() for state in _states(model).values()) > 0.03
+    from_model(model, "disable")
+    for step in range(3):
+        torch.testing.assert_close(_run(model, step), _run(dense, step), rtol=0, atol=1e-5)
+    from_model(model, threshold=-2.0)
+    lite_attention.reset(model)
+    for step in range(3):
+        out = _run(model, step)
+    assert min(state.sparsity() for state in _states(model).values()) > 0.03
+    assert (out - _run(dense, 2)).abs().max() > 1e-4
+
+
+@kinds
+@pytest.mark.parametrize(("disabled", "steps"), [(2, [0, 1]), ([0, 2], [0, 2]), (0, []), (None, [])])
+def test_disabled_steps_vote_nothing_out(make: Callable[[], nn.Module], disabled: Any, steps: list[int]) -> None:
+    model = make()
+    _run(model)
+    from_model(model, threshold=-2.0, disabled_steps=disabled)
+    want = torch.full((STEPS,), -2.0)
+    want[steps] = NEVER
+    for threshold in _thresholds(model).values():
+        assert torch.equal(threshold, want.view(1, -1, 1).expand_as(threshold))
+
+
+def test_disabled_steps_where_the_number_of_steps_is_not_known() -> None:
+    model = _enabled(num_steps=None)
+    from_model(model, threshold=-2.0, disabled_steps=[1])
+    _run(model)
+    for threshold in _thresholds(model).values():
+        assert threshold[0, :4, 0].tolist() == [-2.0, NEVER, -2.0, -2.0]
+        assert (threshold[:, 2:] == -2.0).all()
+
+
+# ---- load ----------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@ran
+def test_load(make: Callable[[], nn.Module], run_first: bool, tmp_path: Path) -> None:
+    model = make()
+    if run_first:
+        _run(model)
+    suffix = ".lite" if isinstance(model, ByHand) else ""
+    by_head = -torch.arange(1.0, 1 + 2 * STEPS * 2).view(2, STEPS, 2)
+    tables = {SITES[0] + suffix: by_head, SITES[1] + suffix: torch.full((1, 1, 1), NEVER)}
+    registry = from_model(model, "load", filename=_file(tmp_path / "a.toml", tables), disabled_steps=1)
+    _run(model)
+    registry.check()
+    want = by_head.clone()
+    want[:, 0] = NEVER
+    assert torch.equal(_thresholds(model)[SITES[0]], want)
+    assert (_thresholds(model)[SITES[1]] == NEVER).all()
+    assert registry.table is not None
+    assert registry.save_if_calib() is None
+
+
+def test_a_pipeline_has_its_parts_in_the_names(tmp_path: Path) -> None:
+    class Pipe:
+        def __init__(self) -> None:
+            self.components = {"vae": nn.Identity(), "transformer": Toy(layers=2)}
+
+    pipe = lite_attention.enable(Pipe(), compile=False, num_steps=STEPS, tile_shape=TILE)
+    tables = {f"transformer.{site}": torch.full((1, 1, 1), -1.0 - i) for i, site in enumerate(SITES)}
+    path = _file(tmp_path / "a.toml", tables, model_class="Toy")
+    registry = from_model(pipe, "load", filename=path)
+    _run(pipe.components["transformer"])
+    registry.check()
+    assert [float(t.max()) for t in _thresholds(pipe.components["transformer"]).values()] == [-1, -2]
+    from_model(pipe, "load", filename=path)
+
+
+def test_load_reaches_states_that_are_born_later(tmp_path: Path) -> None:
+    model = _enabled()
+    _run(model)
+    from_model(model, "load", filename=_file(tmp_path / "a.toml"))
+    _run(model, seq=160)
+    for i, state in enumerate(_states(model).values()):
+        assert state.capacity[2] == 160
+        assert (state.threshold == -1.0 - i).all()
+
+
+def test_refuses_a_file_that_does_not_fit_and_lists_all_that_differs(tmp_path: Path) -> None:
+    model = _enabled()
+    _run(model)
+    before = {name: threshold.clone() for name, threshold in _thresholds(model).items()}
+    path = _file(
+        tmp_path / "a.toml",
+        {SITES[0]: -torch.rand(3, 7, 5), "blocks.9.attn1": -torch.ones(1, 1, 1)},
+        model_class="WanTransformer3DModel",
+        tile_shapes={SITES[0]: (64, 64)},
+    )
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        from_model(model, "load", filename=path)
+    assert str(error.value).splitlines() == [
+        f"{path} does not fit the model:",
+        "  model class: the file is for WanTransformer3DModel, the model is a Toy",
+        f"  sites not in the file: {SITES[1]}",
+        "  sites not in the model: blocks.9.attn1",
+        f"  tile shape: (64, 64) in the file, (16, 16) in the model: {SITES[0]}",
+        f"  steps: 7 in the file, 4 in the model: {SITES[0]}",
+        f"  slots: 3 in the file, 2 in the model: {SITES[0]}",
+        f"  heads: 5 in the file, 2 in the model: {SITES[0]}",
+    ]
+    after = _thresholds(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_thresholds_that_are_the_same_for_all_steps_still_belong_to_a_number_of_steps(tmp_path: Path) -> None:
+    model = _enabled()
+    _run(model)
+    with pytest.raises(ValueError, match=f"steps: 50 in the file, 4 in the model: {SITES[0]}, {SITES[1]}"):
+        from_model(model, "load", filename=_file(tmp_path / "a.toml", num_steps=50))
+
+
+def test_branches_in_another_order(tmp_path: Path) -> None:
+    model = _enabled()
+    for branch in ("uncond", "cond"):
+        with lite_attention.branch(branch, model=model):
+            _run(model)
+    of_each = {site: torch.tensor([[[-1.0]], [[-2.0]]]) for site in SITES}
+    path = _file(tmp_path / "a.toml", of_each, branches=("cond", "uncond"))
+    with pytest.raises(ValueError, match="order of branches: cond, uncond in the file, uncond, cond in the model"):
+        from_model(model, "load", filename=path)
+    from_model(model, "load", filename=_file(path, of_each, branches=("uncond", "cond")))
+    from_model(model, "load", filename=_file(path, branches=("cond", "uncond")))  # one for both
+
+
+def test_more_steps_than_a_state_has_room_for(tmp_path: Path) -> None:
+    model = ByHand(num_steps=None)
+    tables = {f"{site}.lite": -torch.arange(3.0).view(1, 3, 1) for site in SITES}
+    from_model(model, "load", filename=_file(tmp_path / "a.toml", tables))  # before there are states: made to measure
+    _run(model)
+    assert _thresholds(model)[SITES[0]][0, :, 0].tolist() == [0, -1, -2]
+    model = ByHand(num_steps=None)
+    _run(model)
+    with pytest.raises(ValueError, match=r"steps: 3 in the file, room for 1 in the model \(num_steps\)"):
+        from_model(model, "load", filename=tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_a_model_shows_with_its_first_call_is_told_then(compile: bool, tmp_path: Path) -> None:
+    model = _enabled(compile)
+    from_model(model, "load", filename=_file(tmp_path / "a.toml", {SITES[0]: -torch.ones(1, 1, 1)}))
+    with pytest.raises(ValueError, match=f"a.toml: expected thresholds for {SITES[1]}, a site of the model, got none"):
+        _run(model)
+    model = _enabled(compile)
+    tables = {site: -torch.rand(1, 3, 2) for site in SITES}
+    from_model(model, "load", filename=_file(tmp_path / "b.toml", tables))
+    with pytest.raises(ValueError, match=r"b.toml: expected 4 steps, as the model has, got 3"):
+        _run(model)
+    model = _enabled(compile)
+    tables = {site: -torch.ones(1, 1, 1) for site in [*SITES, "blocks.9.attn1"]}
+    registry = from_model(model, "load", filename=_file(tmp_path / "c.toml", tables))
+    _run(model)
+    with pytest.raises(ValueError, match=r"sites not in the model: blocks.9.attn1"):
+        registry.check()
+
+
+@ran
+def test_not_strict_takes_what_it_can_and_warns_once(run_first: bool, tmp_path: Path) -> None:
+    model = _enabled(num_steps=5)
+    steps = -torch.arange(9.0).view(1, 9, 1)
+    path = _file(tmp_path / "a.toml", {SITES[0]: steps, "blocks.9.attn1": -torch.ones(1, 1, 1)})
+    if run_first:
+        _run(model)
+        with pytest.warns(UserWarning, match="does not fit the model") as warned:
+            from_model(model, "load", filename=path, strict=False)
+        assert len(warned) == 1
+        assert f"sites not in the file: {SITES[1]}" in str(warned[0].message)
+    else:
+        from_model(model, "load", filename=path, strict=False)
+        _run(model)
+    thresholds = _thresholds(model)
+    assert thresholds[SITES[0]][0, :, 0].tolist() == [0, -2, -4, -6, -8]
+    assert (thresholds[SITES[1]] == NEVER).all()
+
+
+def test_not_strict_with_other_heads_and_slots(tmp_path: Path) -> None:
+    model = _enabled()
+    _run(model)
+    alike = torch.tensor([[-1.0] * 3, [-2.0] * 3, [-1.0] * 3, [-1.0] * 3]).expand(3, STEPS, 3).clone()
+    alike[1] = -5
+    unlike = -torch.arange(1.0, 1 + STEPS * 3).view(1, STEPS, 3)
+    path = tmp_path / "a.toml"
+    _file(path, {SITES[0]: alike, SITES[1]: unlike})
+    with pytest.warns(UserWarning, match=f"slots: 3 in the file, 2 in the model: {SITES[0]}"):
+        from_model(model, "load", filename=path, strict=False)
+    assert (_thresholds(model)[SITES[0]] == -5).all()  # the lowest of the slots
+    assert (_thresholds(model)[SITES[1]] == NEVER).all()
+
+
+def test_strict_or_not_a_file_that_fits_warns_of_nothing(tmp_path: Path) -> None:
+    model = _enabled()
+    _run(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_model(model, "load", filename=_file(tmp_path / "a.toml", model_class="Toy"), strict=False)
+
+
+# ---- calib ---------------------------------------------------------------------------------------------------------
+
+
+class FakeCalibration:
+    """Measures nothing: what the registry knows of the real one."""
+
+    made: FakeCalibration
+
+    def __init__(self, model: nn.Module, *, target_error: float, metric: str, num_steps: int | None = None) -> None:
+        self.arguments = (model, target_error, metric, num_steps)
+        self.thresholds: dict[str, torch.Tensor] = {}
+        self.report = {"calibration_error": 0.009, "held_out_error": 0.012, "sparsity": 0.4}
+        self.detached = False
+        FakeCalibration.made = self
+
+    def table(self) -> dict[str, torch.Tensor]:
+        return self.thresholds
+
+    def detach(self) -> None:
+        self.detached = True
+
+
+@pytest.fixture
+def calibration(monkeypatch: pytest.MonkeyPatch) -> type[FakeCalibration]:
+    module = types.ModuleType("lite_attention.calibration")
+    module.Calibration = FakeCalibration  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lite_attention.calibration", module)
+    return FakeCalibration
+
+
+@pytest.mark.usefixtures("calibration")
+def test_calibrates_saves_and_uses_the_thresholds(tmp_path: Path) -> None:
+    model, path = _enabled(), tmp_path / "thresholds.toml"
+    from_model(model, "disable")
+    _run(model)
+    config = {"target_error": 0.02, "metric": "RMSE"}
+    registry = from_model(model, "calib", filename=path, calib_config=config, disabled_steps=[1])
+    made = FakeCalibration.made
+    assert made.arguments == (model, 0.02, "RMSE", STEPS)
+    with pytest.raises(ValueError, match="expected at least one generation before save_if_calib"):
+        registry.save_if_calib()
+    with lite_attention.branch("cond", model=model):
+        _run(model)
+    by_head = -torch.arange(1.0, 1 + STEPS * 2).view(1, STEPS, 2)
+    made.thresholds = {SITES[0]: by_head[:, :2]}
+    with pytest.raises(ValueError, match="calibration: expected a generation of 4 steps, as the model has, got 2"):
+        registry.save_if_calib()
+    made.thresholds = {SITES[0]: by_head, SITES[1]: by_head - 20}
+    assert not made.detached
+    assert registry.save_if_calib() == path
+    assert made.detached
+    assert registry.save_if_calib() is None
+
+    want = by_head.clone()
+    want[:, 1] = NEVER
+    loaded = ThresholdTable.load(path)
+    assert torch.equal(loaded.thresholds[SITES[0]], want)
+    assert (loaded.model_class, loaded.metric, loaded.target_error, loaded.num_steps) == ("Toy", "RMSE", 0.02, STEPS)
+    assert (loaded.dtype, loaded.tokens, loaded.branches) == ("float32", 320, ("cond",))
+    assert loaded.tile_shapes == dict.fromkeys(SITES, TILE)
+    assert loaded.reached == made.report
+    assert loaded.library_version == lite_attention.__version__
+    for site, threshold in _thresholds(model).items():
+        assert torch.equal(threshold, loaded.thresholds[site].expand_as(threshold))
+
+    other = _enabled()
+    assert from_model(other, "calib", filename=path).mode == "load"  # the file is there: used as it is
+    _run(other)
+    assert torch.equal(_thresholds(other)[SITES[0]][0], want[0])
+    assert FakeCalibration.made is made
+
+
+@pytest.mark.usefixtures("calibration")
+def test_overwrites_a_file_only_by_force(tmp_path: Path) -> None:
+    model, path = _enabled(), tmp_path / "a.toml"
+    _run(model)
+    tables = {site: torch.full((1, STEPS, 1), -3.0) for site in SITES}
+    registry = from_model(model, "calib", filename=path)
+    assert FakeCalibration.made.arguments[1:3] == (0.01, "L1")
+    FakeCalibration.made.thresholds = tables
+    _file(path)  # somebody else's, meanwhile
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"filename: expected one that does not exist, or force=True, got .*a.toml"):
+        registry.save_if_calib()
+    assert path.read_text() == before
+    assert not FakeCalibration.made.detached
+    registry.filename = tmp_path / "b.toml"
+    assert registry.save_if_calib() == tmp_path / "b.toml"
+
+    registry = from_model(model, "calib", filename=path, force=True)
+    FakeCalibration.made.thresholds = tables
+    registry.save_if_calib()
+    assert ThresholdTable.load(path).thresholds[SITES[0]].tolist() == [[[-3.0]]]
+
+
+@kinds
+def test_the_real_calibration(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model, dense, path = make(), Toy(layers=2), tmp_path / "a.toml"
+    registry = from_model(model, "calib", filename=path, calib_config={"target_error": 0.05})
+    for step in range(STEPS):
+        torch.testing.assert_close(_run(model, step), _run(dense, step), rtol=0, atol=1e-5)
+    registry.save_if_calib()
+    table = ThresholdTable.load(path)
+    for site, threshold in _thresholds(model).items():
+        saved = table.thresholds[site + ".lite" * isinstance(model, ByHand)]
+        assert torch.equal(threshold[:1], saved.expand(1, STEPS, 2))
+        assert saved.isfinite().any()
+    assert (table.model_class, table.num_steps, table.target_error) == (type(model).__name__, STEPS, 0.05)
+    assert table.reached["error"] <= 0.05
+    for step in range(STEPS):
+        _run(model, step)
+    assert min(state.sparsity() for state in _states(model).values()) > 0.03
+    other = make()
+    from_model(other, "load", filename=path)
+    for step in range(STEPS):
+        _run(other, step)
+    for site, state in _states(other).items():
+        assert torch.equal(state.skip_mask, _states(model)[site].skip_mask)
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("calibration")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "fast"}, "mode: expected one of .* got 'fast'"),
+        ({"mode": "load"}, "filename: expected a path in mode 'load', got None"),
+        ({"mode": "calib"}, "filename: expected a path in mode 'calib', got None"),
+        ({"mode": "calib", "filename": "nowhere/at/all.toml"}, "filename: expected a path in a folder that exists"),
+        ({"mode": "disable", "threshold": -3.0}, "threshold: expected None in mode 'disable', got -3.0"),
+        ({"filename": "a.toml"}, "filename: expected None in mode 'const'"),
+        ({"calib_config": {}}, "calib_config: expected None in mode 'const'"),
+        ({"mode": "calib", "filename": "a.toml", "calib_config": {"metric": "L2"}}, "metric: expected one of .* 'L2'"),
+        ({"mode": "calib", "filename": "a.toml", "calib_config": {"goal": 1}}, "calib_config: expected the keys"),
+        ({"mode": "calib", "filename": "a.toml", "calib_config": {"target_error": -1}}, "target_error: .* at least 0"),
+        ({"mode": "calib", "filename": "a.toml", "model": nn.Linear(2, 2)}, "expected one given to enable"),
+        ({"mode": "calib", "filename": "a.toml", "model": ByHand(num_steps=None)}, "model: expected num_steps in all"),
+        ({"disabled_steps": -1}, "disabled_steps: expected a number of steps or a list, none below 0, got -1"),
+        ({"disabled_steps": [1, -2]}, "disabled_steps: .* none below 0"),
+        ({"disabled_steps": STEPS + 1}, f"disabled_steps: expected steps below {STEPS}, got {STEPS}"),
+        ({"threshold": 1.0}, "threshold: expected at most 0"),
+        ({"model": nn.Linear(2, 2)}, "expected one given to enable"),
+        ({"model": 3}, "expected an nn.Module or a diffusers pipeline"),
+    ],
+)
+def test_refuses(arguments: dict[str, Any], message: str) -> None:
+    model = _enabled()
+    _run(model)
+    with pytest.raises(ValueError, match=message):
+        from_model(**{"model": model} | arguments)
+    assert all((threshold == -10).all() for threshold in _thresholds(model).values())
