@@ -116,7 +116,8 @@ class Provenance:
 
     def _is_origin(self, node: fx.Node) -> bool:
         value = value_of(node)
-        is_input = node.op == "placeholder" and isinstance(value, torch.Tensor)
+        # Tokens are not made of a number: with dynamic shapes dynamo makes inputs of floats, such as an epsilon.
+        is_input = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() > 0
         return self._is_attention(node) or (is_input and not self._is_weight(node))
 
     def _has_origin_outside(self, node: fx.Node, other: set[fx.Node], site: fx.Node) -> bool:

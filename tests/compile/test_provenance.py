@@ -66,6 +66,28 @@ def test_entangled_streams_stay_two(how: str) -> None:
     assert kinds(Entangled(), tokens(0), tokens(0, seed=1), how=how) == [True, True, False, False] * 3
 
 
+class WithNumbers(nn.Module):
+    """Queries and keys are normalised with an epsilon each, as in diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_eps, self.k_eps = 1e-5, 1e-6
+        self.to_q, self.to_k, self.to_v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 32)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
+        q, k = F.rms_norm(q, (32,), eps=self.q_eps), F.rms_norm(k, (32,), eps=self.k_eps)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_numbers_are_no_origin() -> None:
+    """With dynamic=True dynamo hands floats to the graph as tensors without dimensions."""
+    backend = toy_backend("eager")
+    with torch.no_grad():
+        torch.compile(WithNumbers(), backend=backend, dynamic=True)(torch.randn(1, 96, 64))
+    assert {site.reason for site in backend.sites} == {None}
+
+
 def test_entangled_streams_block_by_block() -> None:
     backend = toy_backend("eager")
     model = compile_toy(Entangled(), backend, "blocks")
