@@ -22,10 +22,11 @@ from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.store import Resolved, StateStore
-from lite_attention.compile.swap import STATE_BUFFERS, swap_site
+from lite_attention.compile.swap import swap_site
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
+from lite_attention.ops.state import STATE_BUFFERS
 from lite_attention.ops.tiles import ceil_div
 
 __all__ = ["LiteAttentionBackend", "liteattn_backend"]

@@ -17,8 +17,9 @@ from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS, is_skip_a
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
-from lite_attention.compile.swap import STATE_BUFFERS, swap_site
+from lite_attention.compile.swap import swap_site
 from lite_attention.ops import SkipState
+from lite_attention.ops.state import STATE_BUFFERS
 
 __all__ = ["SkipAwareProgram", "make_skip_aware", "skip_states"]
 

@@ -14,9 +14,7 @@ from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 
-__all__ = ["STATE_BUFFERS", "swap_site"]
-
-STATE_BUFFERS = ("skip_mask", "control", "threshold", "initial_mask")
+__all__ = ["swap_site"]
 
 
 def _emit(graph: fx.Graph, meta_key: str, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

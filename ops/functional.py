@@ -10,7 +10,7 @@ import torch
 
 from lite_attention.ops.ranges import must_do_words, must_skip_mask
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
-from lite_attention.ops.state import SkipState
+from lite_attention.ops.state import STATE_BUFFERS, SkipState
 from lite_attention.ops.validate import check_key_mask
 
 __all__ = ["attention", "skip_attention"]
@@ -85,10 +85,9 @@ def attention(
 
 
 def _state_tensors(state: SkipState) -> list[torch.Tensor | None]:
-    names = ("skip_mask", "control", "threshold", "initial_mask")
     if torch.compiler.is_compiling():
-        return [getattr(state, name) for name in names]
-    return [state._buffers[name] for name in names]  # an attribute of a Module costs 2 us each
+        return [getattr(state, name) for name in STATE_BUFFERS]
+    return [state._buffers[name] for name in STATE_BUFFERS]  # an attribute of a Module costs 2 us each
 
 
 def skip_attention(

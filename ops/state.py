@@ -13,10 +13,12 @@ from lite_attention.ops.bitmask import WORD_BITS, pack_bits, unpack_bits
 from lite_attention.ops.tiles import ceil_div, tile_shape
 from lite_attention.ops.validate import check_threshold
 
-__all__ = ["DEFAULT_SLOTS", "DEFAULT_THRESHOLD", "SkipState"]
+__all__ = ["DEFAULT_SLOTS", "DEFAULT_THRESHOLD", "STATE_BUFFERS", "SkipState"]
 
 DEFAULT_THRESHOLD = -10.0
 DEFAULT_SLOTS = 2  # cond and uncond
+
+STATE_BUFFERS = ("skip_mask", "control", "threshold", "initial_mask")  # as the op takes them; the last may be None
 
 _AXES = ("slot", "batch", "head")
 
@@ -220,10 +222,9 @@ class SkipState(nn.Module):
         word.bitwise_or_(flag) if on else word.bitwise_and_(~flag)
 
     def present_buffers(self) -> list[torch.Tensor]:
-        """Return skip_mask, control, threshold, and initial_mask if there is one."""
-        return [self.skip_mask, self.control, self.threshold] + (
-            [] if self.initial_mask is None else [self.initial_mask]
-        )
+        """Return the buffers in the order of `STATE_BUFFERS`, without an initial mask where there is none."""
+        buffers = (self._buffers[name] for name in STATE_BUFFERS)
+        return [buffer for buffer in buffers if buffer is not None]
 
     # ---- what it learned -------------------------------------------------------------------------------------------
 
