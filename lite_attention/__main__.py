@@ -6,8 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from lite_attention import compile_kernels, demo
-from lite_attention.registry import threshold_file
+from lite_attention import compile_kernels, demo, inspect_thresholds
 
 __all__ = ["main"]
 
@@ -22,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     demo.add_parser(commands)
     compile_kernels.add_parser(commands)
-    threshold_file.add_parser(commands)
+    inspect_thresholds.add_parser(commands)
     args = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:

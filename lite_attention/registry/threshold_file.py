@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -17,7 +16,7 @@ import torch
 from lite_attention.inspection import text_table
 from lite_attention.ops.validate import check_threshold
 
-__all__ = ["ThresholdTable", "add_parser", "main"]
+__all__ = ["ThresholdTable"]
 
 _VERSION = 1
 _DECIMALS = 3  # of thresholds
@@ -291,26 +290,3 @@ def _parse_cuda_project(cls: type[ThresholdTable], content: dict[str, list[dict[
             values.append(value)
         thresholds[site] = torch.tensor(values, dtype=torch.float32).view(1, -1, 1)
     return cls(thresholds)
-
-
-# ---- command line --------------------------------------------------------------------------------------------------
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command `inspect` to what `argparse.ArgumentParser.add_subparsers` returned."""
-    parser = commands.add_parser("inspect", help="print a threshold file, and draw it")
-    parser.add_argument("file", type=Path, help="what a calibration wrote, TOML")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
-    parser.set_defaults(command=main)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Print, and draw, the file that the command line names, and return the exit status."""
-    table = ThresholdTable.load(args.file)
-    print(table)
-    if args.plot is not None:
-        from lite_attention import plot
-
-        plot.thresholds(table, path=args.plot)
-        print(f"picture: {args.plot}")
-    return 0
