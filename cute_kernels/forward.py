@@ -361,9 +361,9 @@ class SkipAttentionForward:
                 done = self.last_of(jobs.iterator + ring * JOB_WORDS + DONE)
                 if done & (call[_DENSE] == 0):
                     row, initial_row = self.rows(skip_mask, initial_mask, call[_SLOT], batch, head, q_tile)
-                    words = cute.ceil_div(cute.ceil_div(seq_k, self.tile_n), 32)
+                    k_tiles = cute.ceil_div(seq_k, self.tile_n)
                     self.walk.write_back(
-                        row, initial_row, must_do, visited[ring, None], kept[ring, None], cute.arch.lane_idx(), words,
+                        row, initial_row, must_do, visited[ring, None], kept[ring, None], cute.arch.lane_idx(), k_tiles,
                         call[_FRESH] != 0,
                     )  # fmt: skip
             ring += 1

@@ -110,6 +110,8 @@ class Mainloop:
                 if const_expr(self.config.skip):
                     if keep:
                         kept[j] = Uint8(1)
+        # Lane 0 releases for all: none may still be busy with the job before, whose place in the ring goes with it.
+        cute.arch.sync_warp()
         q_pipe.consumer_release(q_state)
         if count > 0:
             v_pipe.consumer_wait(state)

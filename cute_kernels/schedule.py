@@ -48,7 +48,7 @@ class Schedule:
         step = control[self.block(slot) + c.STEP]
         limit = threshold[
             cutlass.min(slot, threshold.shape[0] - 1),
-            cutlass.min(step, threshold.shape[1] - 1),
+            cutlass.max(cutlass.min(step, threshold.shape[1] - 1), 0),
             cutlass.min(head, threshold.shape[2] - 1),
         ]
         reach = limit / scale

@@ -35,6 +35,13 @@ class Walk:
         return word
 
     @cute.jit
+    def tiles_of(self, word: Uint32, at: Int32, k_tiles: Int32) -> Uint32:
+        """A word without the bits that are no tiles."""
+        if k_tiles - at * 32 < 32:
+            word = word & ((Uint32(1) << Uint32(k_tiles - at * 32)) - Uint32(1))
+        return word
+
+    @cute.jit
     def find_visited(
         self, row, initial_row, must_do, flags, visited, partial, lane: Int32, k_tiles: Int32, fresh: Boolean,
         dense: Boolean,
@@ -46,8 +53,7 @@ class Walk:
             word = ~self.start_word(row, initial_row, at, fresh, dense)
             if const_expr(must_do is not None):
                 word = word | Uint32(must_do[at])
-            if k_tiles - at * 32 < 32:
-                word = word & ((Uint32(1) << Uint32(k_tiles - at * 32)) - Uint32(1))
+            word = self.tiles_of(word, at, k_tiles)
             if const_expr(flags is not None):
                 word = word & Uint32(flags[0, at])
                 partial[at] = Uint32(flags[1, at])
@@ -112,10 +118,10 @@ class Walk:
         return value
 
     @cute.jit
-    def write_back(self, row, initial_row, must_do, visited, kept, lane: Int32, words: Int32, fresh: Boolean):
+    def write_back(self, row, initial_row, must_do, visited, kept, lane: Int32, k_tiles: Int32, fresh: Boolean):
         """One warp: add what nobody voted to keep to the row, and clear the votes."""
         quads = cute.recast_tensor(kept, Uint32)  # the votes on four tiles, a byte each
-        for at in cutlass.range(lane, words, 32, unroll=1):
+        for at in cutlass.range(lane, cute.ceil_div(k_tiles, 32), 32, unroll=1):
             votes = Uint32(0)
             for i in cutlass.range_constexpr(8):
                 votes = votes | (((quads[at * 8 + i] * Uint32(0x01020408)) >> 24) & Uint32(15)) << (4 * i)
@@ -123,4 +129,5 @@ class Walk:
             out = visited[at] & ~votes
             if const_expr(must_do is not None):
                 out = out & ~Uint32(must_do[at])
-            row[at] = Int32(self.start_word(row, initial_row, at, fresh, Boolean(False)) | out)
+            start = self.start_word(row, initial_row, at, fresh, Boolean(False))
+            row[at] = Int32(self.tiles_of(start, at, k_tiles) | out)

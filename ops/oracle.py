@@ -95,8 +95,10 @@ def skip_attention_oracle(
             for i in range(q_tiles):
                 rows = slice(i * tile_m, min((i + 1) * tile_m, seq_q))  # rows beyond Sq do not exist
                 mask = skip_mask[slot, b, h, i]
+                if not dense:
+                    for j in range(k_tiles, 32 * math.ceil(k_tiles / 32)):  # bits that are no tiles
+                        _set_bit(mask, j, False)
                 if fresh and not dense:  # start from the initial mask, not from the last votes
-                    mask[: math.ceil(k_tiles / 32)] = 0  # also bits beyond k_tiles, votes of a longer call
                     for j in range(k_tiles):
                         start = initial_mask is not None and _bit(
                             initial_mask[b % len(initial_mask), h % initial_mask.shape[1], i], j

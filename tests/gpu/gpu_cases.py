@@ -129,4 +129,6 @@ def _too_close(case: Case, before: SkipState) -> torch.Tensor:
     scale = (case.q.shape[-1] ** -0.5 if case.scale is None else case.scale) * math.log2(math.e)
     largest = case.q.double().norm(dim=-1).max() * case.k.double().norm(dim=-1).max() * scale
     close = oracle.margin < 1e-3 * max(1.0, largest.item() / 64)
+    *_, q_tiles, k_tiles = state.kept_tiles().shape  # may be more than the call has
+    close = torch.nn.functional.pad(close, (0, k_tiles - close.shape[-1], 0, q_tiles - close.shape[-2]))
     return close.cuda().expand(state.slots, *close.shape)

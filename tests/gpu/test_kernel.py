@@ -123,6 +123,14 @@ def test_attention_without_state(dim: int, key_mask: bool) -> None:
     torch.library.opcheck(DENSE, (case.q, case.k, case.v, case.key_mask), {"scale": None})
 
 
+def test_a_state_larger_than_the_call() -> None:
+    case = make_case(seq_q=1200, seq_k=3000, peak=1.0, extras=True)
+    case.q, case.k, case.v = case.q[:, :700], case.k[:, :900], case.v[:, :900]
+    for _ in range(3):
+        check_step(case)
+    assert not (case.state.skip_mask[..., 0] >> 12).any()  # 900 keys are 12 tiles of 80
+
+
 def test_a_row_of_many_tiles() -> None:
     seq_k = 80 * 8000  # more words of the mask than a warp has lanes, many times over
     case = make_case(seq_q=200, seq_k=seq_k, heads=1, kv_heads=1, peak=1.0)

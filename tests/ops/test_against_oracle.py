@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lite_attention.ops import SkipState
 from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.oracle import skip_attention_oracle
 from lite_attention.ops.tiles import ceil_div
 from tests.conftest import assert_step, clustered_qkv, live_sparsity, too_close
 
@@ -211,3 +212,23 @@ def test_without_skipping_it_is_grouped_sdpa(group: int) -> None:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
     )
     torch.testing.assert_close(out, plain.transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_bits_that_are_no_tiles_are_zero(fresh: bool) -> None:
+    """A state made for more keys than a call has, its initial mask and its row set beyond the call's tiles."""
+    q = torch.randn(1, 40, 1, 16)
+    mask = torch.ones(1, 1, 3, 20, dtype=torch.bool)
+    mask[..., 0] = False
+    state = SkipState(
+        batch=1, heads=1, seq_q=40, seq_k=320, tile_m=16, tile_n=16, slots=1, threshold=-4.0, initial_mask=mask
+    )
+    arguments = (q, q, q, state.skip_mask, state.control, state.threshold, state.initial_mask, None, None)
+    if not fresh:
+        torch.ops.lite_attention.skip_attention(*arguments, scale=None, tile_m=16, tile_n=16)
+        state.skip_mask.fill_(0b110_1111_0000_0000_0010)
+    want = skip_attention_oracle(*arguments, scale=None, tile_m=16, tile_n=16)
+    torch.ops.lite_attention.skip_attention(*arguments, scale=None, tile_m=16, tile_n=16)
+    assert torch.equal(state.skip_mask, want.skip_mask)
+    assert not (state.skip_mask >> 3).any()  # 40 keys are three tiles
+    assert (state.skip_mask & 0b010).all()
