@@ -37,12 +37,6 @@ def max_nan(a, b, *, loc=None, ip=None):
 
 
 @cute.jit
-def bits_above(word: Uint32, bit: Int32) -> Int32:
-    """Number of bits set above one."""
-    return Int32(cute.arch.popc((word >> Uint32(bit)) >> Uint32(1)))
-
-
-@cute.jit
 def has_bit(word: Uint32, bit: Int32) -> Int32:
     """1 if a bit is set."""
     return Int32((word >> Uint32(bit)) & Uint32(1))
