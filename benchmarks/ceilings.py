@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-from measure import Call, one_line, where
+from measure import block, one_line, where
 
 SIZES = [(4096, 4096, 4096), (8192, 8192, 8192), (8192, 8192, 16384), (16384, 16384, 16384)]  # M, N, K
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -27,6 +25,7 @@ ROUNDS = 2048  # exponentials of each chain
 BLOCK = 2048  # chains of a program: 16 a thread
 WARPS = 4
 PROGRAMS_AN_SM = 64  # four waves of 16
+IN_A_ROW = 8  # calls without a gap between them
 
 
 @triton.jit
@@ -41,23 +40,6 @@ def exponentials(out, rounds, BLOCK: tl.constexpr):  # type: ignore[no-untyped-d
     tl.store(out + place, x)
 
 
-def sustained(call: Call, seconds: float, in_a_row: int = 8) -> float:
-    """Return the time of a call in ms, among calls launched back to back, over the second half of a block."""
-    call()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 4:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(in_a_row):
-            call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / in_a_row)
-    return statistics.median(times[len(times) // 2 :])
-
-
 def matrix_rates(seconds: float) -> dict[str, float]:
     """Return TFLOP/s by size and layout."""
     rates = {}
@@ -65,7 +47,7 @@ def matrix_rates(seconds: float) -> dict[str, float]:
         a, b, bt = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((m, k), (k, n), (n, k)))
         out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
         for layout, right in (("A B", b), ("A B^T", bt.t())):
-            ms = sustained(lambda a=a, right=right, out=out: torch.matmul(a, right, out=out), seconds)  # type: ignore[misc]
+            ms = block(lambda a=a, right=right, out=out: torch.matmul(a, right, out=out), seconds, IN_A_ROW)  # type: ignore[misc]
             rates[f"{m} x {n} x {k}, {layout}"] = 2 * m * n * k / ms / 1e9
     return rates
 
@@ -74,7 +56,7 @@ def exp_rate(seconds: float) -> float:
     """Return G exp/s."""
     programs = PROGRAMS_AN_SM * torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.empty(programs * BLOCK, device="cuda")
-    ms = sustained(lambda: exponentials[(programs,)](out, ROUNDS, BLOCK=BLOCK, num_warps=WARPS), seconds)
+    ms = block(lambda: exponentials[(programs,)](out, ROUNDS, BLOCK=BLOCK, num_warps=WARPS), seconds, IN_A_ROW)
     return programs * BLOCK * ROUNDS / ms / 1e6
 
 

@@ -16,8 +16,8 @@ import torch
 Call = Callable[[], Any]
 
 
-def block(call: Call, seconds: float) -> float:
-    """Return the median time of a call in ms, over the second half of a block."""
+def block(call: Call, seconds: float, in_a_row: int = 1) -> float:
+    """Return the median time of a call in ms, over the second half of a block; `in_a_row` calls are timed as one."""
     call()
     torch.cuda.synchronize()
     times: list[float] = []
@@ -25,10 +25,11 @@ def block(call: Call, seconds: float) -> float:
     while time.perf_counter() < end or len(times) < 4:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        for _ in range(in_a_row):
+            call()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop))
+        times.append(start.elapsed_time(stop) / in_a_row)
     return statistics.median(times[len(times) // 2 :])
 
 

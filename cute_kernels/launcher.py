@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from lite_attention.cute_kernels.cache import Kernel, get_kernel, has_compiler, library
 from lite_attention.cute_kernels.config import KEY_BITS_PAD, MAX_TILES, KernelConfig
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
-from lite_attention.ops.reference import empty_output
+from lite_attention.ops.reference import LOG2_E, empty_output
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, ceil_div, tile_shape
 from lite_attention.ops.validate import (
     CallSignature,
@@ -26,7 +25,6 @@ from lite_attention.ops.validate import (
 __all__ = ["attention_forward", "skip_attention_forward", "unsupported_reason"]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_LOG2_E = math.log2(math.e)
 _NO_STATE = (None,) * 5
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
@@ -103,7 +101,7 @@ def _plan(
         get_kernel(KernelConfig(_DTYPES[q.dtype], head_dim, tile_m, tile_n, **variant)),
         tuple(_tma_reads(x) for x in (q, k, v)),
         (batch, heads, seq_q),
-        (head_dim**-0.5 if scale is None else scale) * _LOG2_E,
+        (head_dim**-0.5 if scale is None else scale) * LOG2_E,
         tile_n,
         _processors(q.device),
     )

@@ -189,9 +189,9 @@ def set_threshold(model_or_pipe: Any, threshold: NamedThreshold) -> None:
         model = getattr(target, "_orig_mod", target)
         prefix = "" if isinstance(model_or_pipe, nn.Module) else f"{part}."
         of_part = _below(prefix, threshold)
-        wiring = _wirings.get(model)
         found = {store for store, _ in records_of(model)}
-        found |= {wiring.store} if wiring and wiring.store else set()
+        enabled = store_of(model)
+        found |= {enabled} if enabled else set()
         for store in found:
             tables += store.tables(model, of_part)
             stores.append((store, model, of_part))
@@ -224,6 +224,12 @@ def session_of(model: nn.Module | None) -> Session:
     """Return the session that a model's states follow."""
     wiring = _wirings.get(model) if model is not None else None
     return default_session if wiring is None else wiring.session
+
+
+def store_of(model: nn.Module) -> StateStore | None:
+    """Return the states of a model given to `enable`, None for any other."""
+    wiring = _wirings.get(model)
+    return None if wiring is None else wiring.store
 
 
 def parts_of(model_or_pipe: Any) -> dict[str, nn.Module]:

@@ -162,7 +162,7 @@ class Sampler:
         for step, (number, name) in itertools.product(range(STEPS), enumerate(self.branches)):
             if step == self.stop_at and number:
                 raise KeyboardInterrupt
-            given = self.model if self.model in lite_attention.wiring._wirings else None
+            given = self.model if lite_attention.wiring.store_of(self.model) else None
             with lite_attention.branch(name, model=given):
                 out = self.model(x + 0.3 * number * tokens(0, seq=self.seq, seed=9), *self.more)
             self.outputs.append(out)

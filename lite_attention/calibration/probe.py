@@ -18,7 +18,7 @@ from lite_attention.ops.control import FLAG_DENSE, FLAGS
 from lite_attention.ops.reference import Call, read_control, skipped_tiles, write_control
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
-from lite_attention.wiring import _wirings, disable, enable, parts_of, reset
+from lite_attention.wiring import disable, enable, parts_of, reset, store_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,7 +99,7 @@ class AttentionProbe:
                     f"{name}: expected a model before torch.compile, got its result: attention is measured eagerly; "
                     "give the model itself, and use it meanwhile"
                 )
-        enabled = any(model in _wirings for model in self._models.values())
+        enabled = any(store_of(model) for model in self._models.values())
         by_hand = any(
             isinstance(module, LiteAttention) for model in self._models.values() for module in model.modules()
         )
@@ -133,9 +133,9 @@ class AttentionProbe:
             self._before[module] = module._compiled_call_impl
             module._compiled_call_impl = None
         inner: Any = model._call_impl
-        wiring = _wirings.get(model)
-        if wiring is not None and wiring.store is not None:
-            store = StateStore(replace(wiring.store.settings, threshold=-torch.inf), wiring.session, model)
+        own = store_of(model)
+        if own is not None:
+            store = StateStore(replace(own.settings, threshold=-torch.inf), own.session, model)
             self._undo += [store.clear, attach(model, store)]
             inner = model._compiled_call_impl
         model._compiled_call_impl = torch.compiler.disable(_Watched(self, inner).run)
@@ -146,7 +146,7 @@ class AttentionProbe:
             for module in model.modules():
                 if isinstance(module, LiteAttention):
                     module.reset_skip_state()
-            if model in _wirings:
+            if store_of(model):
                 reset(model)
 
     def detach(self) -> None:
