@@ -1,6 +1,6 @@
 """Time of one attention call on a Hopper GPU, as a ratio to FlashAttention-3 dense on the same tensors.
 
-    python benchmarks/attention.py [--only dense sparse uneven voted host] [--peers cudnn flex fa4]
+    python benchmarks/attention.py [--only dense sparse int8 uneven voted host] [--peers cudnn flex fa4]
                                    [--shapes 1,40,32760,128 ...] [--seconds 1.5] [--json FILE] [--plot FILE]
 
 Needs `pip install fa3-fwd`, and `flash-attn-4` for the peer fa4. Each kernel runs in a block of its own, FA3 before and
@@ -10,6 +10,7 @@ kernels of ours that are not in the cache some seconds more to compile.
 
     dense     the peers, our op without a state, and the same with a state whose dense flag is set
     sparse    a planted mask in use, and voting; FlexAttention with the same kind of mask, its tiles being 128 x 128
+    int8      INT8 scores, what it takes to quantise included: dense flag, and a planted mask in use
     uneven    half the heads at 20 %, half at 80 %, against all at 50 %
     voted     a mask voted on clustered inputs
     host      host time of a call: see host.py
@@ -34,12 +35,13 @@ import lite_attention
 from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.control import FLAG_DENSE
+from lite_attention.ops.tiles import tile_shape
 
 SHAPES = ["1,40,32760,128", "1,40,75600,128", "1,12,32760,128", "1,32,11264,128", "2,24,16384,128", "4,16,4096,64"]
 SHAPES += ["2,24,16384,64"]
 SPARSITIES = (0.0, 0.21, 0.42, 0.57, 0.77)
-FLEX_SPARSITIES = (0.42, 0.77)
-GROUPS = ("dense", "sparse", "uneven", "voted", "host")
+SOME_SPARSITIES = (0.42, 0.77)
+GROUPS = ("dense", "sparse", "int8", "uneven", "voted", "host")
 PEERS = {"cudnn": ("cuDNN", peers.cudnn), "flex": ("FlexAttention", peers.flex), "fa4": ("FlashAttention-4", peers.fa4)}
 NO_VOTE = -60.0  # random inputs: nothing is voted out, so the planted mask stays
 
@@ -54,10 +56,11 @@ def runs_of_tiles(share: torch.Tensor, q_tiles: int, k_tiles: int) -> torch.Tens
     return ((tile >= start) & (tile < start + length)).any(-1)
 
 
-def planted(q: torch.Tensor, share: torch.Tensor) -> SkipState:
+def planted(q: torch.Tensor, share: torch.Tensor, quantization: str) -> SkipState:
     """Return a state in use, of which about this share of the tiles of each head is skipped."""
-    state = SkipState.for_inputs(q, q, threshold=NO_VOTE, slots=1)
-    lite_attention.skip_attention(q, q, q, state)  # from now on the step is not fresh
+    state = SkipState.for_inputs(q, q, threshold=NO_VOTE, slots=1, quantization=quantization)
+    # From now on the step is not fresh.
+    lite_attention.skip_attention(q, q, q, state, quantization=quantization)
     _, batch, heads, q_tiles, _ = state.skip_mask.shape
     k_tiles = -(-q.shape[1] // state.tile_n)
     mask = runs_of_tiles(share.expand(heads, 1), q_tiles, k_tiles)
@@ -73,14 +76,30 @@ def accumulated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> SkipState:
     return state
 
 
-def skipping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SkipState) -> Contender:
-    return lambda: lite_attention.skip_attention(q, k, v, state), state.sparsity().item()
+def skipping(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SkipState, quantization: str = "none"
+) -> Contender:
+    skipped = state.sparsity().item()
+    return lambda: lite_attention.skip_attention(q, k, v, state, quantization=quantization), skipped
 
 
-def dense_flag(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
-    state = SkipState.for_inputs(q, k)
+def dense_flag(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, quantization: str = "none") -> Contender:
+    state = SkipState.for_inputs(q, k, quantization=quantization)
     state.set_flag(FLAG_DENSE, True)
-    return lambda: lite_attention.skip_attention(q, k, v, state), 0.0
+    return lambda: lite_attention.skip_attention(q, k, v, state, quantization=quantization), 0.0
+
+
+def quantizing(q: torch.Tensor, k: torch.Tensor) -> Contender:
+    """What `quantization="int8"` does before its kernel."""
+    ops = torch.ops.lite_attention
+    _, tile_n = tile_shape(q.shape[3], q.dtype, q.device, "int8")
+
+    def call() -> None:
+        mean = ops.key_mean(k, None)
+        ops.quantize_query(q, mean, scale=None)
+        ops.quantize_key(k, mean, None, tile_n=tile_n)
+
+    return call, 0.0
 
 
 def stateless(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
@@ -101,8 +120,9 @@ def contenders(
     """Yield (name, what makes it ready)."""
     heads = q.shape[2]
 
-    def planting(share: float | torch.Tensor) -> Contender:
-        return skipping(q, k, v, planted(q, torch.as_tensor(share).reshape(-1, 1)))
+    def planting(share: float | torch.Tensor, quantization: str = "none") -> Contender:
+        state = planted(q, torch.as_tensor(share).reshape(-1, 1), quantization)
+        return skipping(q, k, v, state, quantization)
 
     def flex_planted(share: float) -> Contender:
         return peers.flex(q, k, v, lambda *tiles: runs_of_tiles(torch.full((heads, 1), share), *tiles))
@@ -116,8 +136,13 @@ def contenders(
     if "sparse" in only:
         for share in SPARSITIES:
             yield f"ours, mask in use, {share:.0%}", partial(planting, share)
-        for share in FLEX_SPARSITIES if "flex" in others else ():
+        for share in SOME_SPARSITIES if "flex" in others else ():
             yield f"FlexAttention, mask, {share:.0%}", partial(flex_planted, share)
+    if "int8" in only:
+        yield "ours, INT8, dense flag", partial(dense_flag, q, k, v, "int8")
+        yield "of that, quantising", partial(quantizing, q, k)
+        for share in SOME_SPARSITIES:
+            yield f"ours, INT8, mask in use, {share:.0%}", partial(planting, share, "int8")
     if "uneven" in only:
         shares = torch.where(torch.arange(heads) % 2 == 0, 0.2, 0.8)
         yield "ours, half the heads 20 %, half 80 %", partial(planting, shares)
@@ -197,7 +222,11 @@ def draw(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
     speed.set(xlabel="tokens", ylabel="TFLOP/s", title="Dense attention, bf16, head dim 128", ylim=(0, None))
     speed.legend()
     for shape in dict.fromkeys(r["shape"] for r in rows):
-        found = [(r["skipped"], r["ratio"]) for r in rows if r["shape"] == shape and "in use" in r["name"]]
+        found = [
+            (r["skipped"], r["ratio"])
+            for r in rows
+            if r["shape"] == shape and r["name"].startswith("ours, mask in use")
+        ]
         if found:
             time_axis.plot(*zip(*found, strict=True), "o-", label=f"({shape})")
     time_axis.plot([0, 1], [1, 0], "k:", label="ideal: FA3 x (1 - skipped)")

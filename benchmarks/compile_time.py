@@ -10,7 +10,6 @@ folder of its own: the first one compiles it and writes it there, the second one
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from lite_attention.cute_kernels.ahead import kernel_configs
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import Config
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS
 
 LOOKUPS = 10_000
 
 
-def ready(config: KernelConfig, compiling: bool) -> dict[str, float]:
+def ready(config: Config, compiling: bool) -> dict[str, float]:
     """Return the seconds that a fresh process needs for a kernel; run in one by `fresh_process`."""
     start = time.perf_counter()
     if compiling:
@@ -51,12 +50,12 @@ def ready(config: KernelConfig, compiling: bool) -> dict[str, float]:
     return {"import": imported - start, "first": first - imported, "again": (found - first) / LOOKUPS}
 
 
-def fresh_process(config: KernelConfig, compiling: bool, cache: str) -> dict[str, float]:
+def fresh_process(config: Config, compiling: bool, cache: str) -> dict[str, float]:
     root = Path(__file__).parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "LITE_ATTENTION_CACHE": cache, "PYTHONPATH": path}
     environment.pop("LITE_ATTENTION_KERNELS", None)  # a library of ready-made kernels would be asked first
-    job = json.dumps({"config": dataclasses.asdict(config), "compiling": compiling})
+    job = json.dumps({"kernel": config.name, "compiling": compiling})
     command = [sys.executable, str(Path(__file__).resolve()), "--job", job]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
@@ -88,7 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.job:
         job = json.loads(args.job)
-        print(json.dumps(ready(KernelConfig(**job["config"]), job["compiling"])))
+        configs = {config.name: config for config in kernel_configs()}
+        print(json.dumps(ready(configs[job["kernel"]], job["compiling"])))
         return
 
     where = about()

@@ -164,8 +164,9 @@ class _EagerSwap(TorchFunctionMode):
         else:
             record.last = state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
             out = skip_attention(
-                q, k, v, state, scale=scale, key_mask=key_mask, implementation=self.settings.implementation
-            )
+                q, k, v, state, scale=scale, key_mask=key_mask, quantization=self.settings.quantization,
+                implementation=self.settings.implementation,
+            )  # fmt: skip
         return out.transpose(1, 2)  # type: ignore[no-any-return]
 
     @staticmethod

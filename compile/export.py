@@ -134,7 +134,7 @@ def _add_buffers(program: SkipAwareProgram, found: GraphSite, settings: SkipSett
         _upper_bound(size, f"{name} of {site.name}")
         for name, size in zip(("batch", "seq_q", "seq_k"), (*site.q_shape[:2], site.k_shape[1]), strict=True)
     )
-    state = settings.new_state(site, (batch, seq_q, seq_k), site.device)
+    state = settings.new_state(site, (batch, seq_q, seq_k))
     fake_mode = detect_fake_mode([value_of(found.call.q)])
     assert fake_mode is not None
     owner = ".".join(filter(None, (site.name, _STATE_MODULE)))

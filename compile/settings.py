@@ -10,7 +10,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
-from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.tiles import ceil_div, quantization_of
 from lite_attention.ops.validate import check_threshold
 
 __all__ = ["Site", "SkipSettings", "Threshold"]
@@ -68,6 +68,8 @@ class SkipSettings:
             (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start, or None.
         max_steps: where nobody tells the step or their number, start fresh after so many calls. Without `num_steps` it
             is also the length of the longest schedule of thresholds.
+        use_int8: sites that skip compute scores, and so votes, from INT8 queries and keys. On Hopper those in bfloat16
+            and float16 with head dims 64 and 128, and others stay dense; on the CPU, for comparison, all.
         implementation: None, or "reference" for the CPU algorithm on any device; of the sites that skip.
         dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
             `lite_attention::attention` in place of those that it computes exactly.
@@ -86,6 +88,7 @@ class SkipSettings:
     tile_shape: tuple[int, int] | None = None
     initial_mask: Callable[[Site], torch.Tensor | None] | None = None
     max_steps: int = 200
+    use_int8: bool = False
     implementation: str | None = None
     dense: str = "sdpa"
     allow_positive: bool = field(default=False, repr=False)
@@ -93,6 +96,7 @@ class SkipSettings:
     def __post_init__(self) -> None:
         if not callable(self.threshold):
             check_threshold(self.threshold, allow_positive=self.allow_positive)
+        quantization_of(self.use_int8)
         if self.implementation not in (None, "reference"):
             raise ValueError(f"implementation: expected None or 'reference', got {self.implementation!r}")
         if self.dense not in ("sdpa", "kernel"):
@@ -121,13 +125,19 @@ class SkipSettings:
         rows = self.threshold.shape[-2] if isinstance(self.threshold, torch.Tensor) and self.threshold.dim() > 1 else 1
         return max(rows, self.num_steps or self.max_steps)
 
+    @property
+    def quantization(self) -> str:
+        """What the op computes scores from."""
+        return quantization_of(self.use_int8)
+
     def tile_shape_for(self, site: Site) -> tuple[int, int]:
         """Return (tile_m, tile_n) for a site."""
-        return self.tile_shape or tile_shape(site.q_shape[3], site.dtype, site.device)
+        return self.tile_shape or self._tile_shape_of_table(site)
 
-    def new_state(
-        self, site: Site, sizes: tuple[int, int, int], device: torch.device, threshold: Threshold | None = None
-    ) -> SkipState:
+    def _tile_shape_of_table(self, site: Site) -> tuple[int, int]:
+        return tile_shape(site.q_shape[3], site.dtype, site.device, self.quantization)
+
+    def new_state(self, site: Site, sizes: tuple[int, int, int], threshold: Threshold | None = None) -> SkipState:
         """Return a fresh state for a site at (batch, seq_q, seq_k); a threshold given here goes before the settings'.
 
         Raises:
@@ -154,7 +164,7 @@ class SkipSettings:
         state = SkipState(
             batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=self.slots,
             num_steps=self.table_steps, refresh=self.refresh, initial_mask=mask, allow_positive=self.allow_positive,
-            device=device,
+            device=site.device,
         )  # fmt: skip
         state.set_num_steps(self.num_steps or self.max_steps)
         state.set_threshold(threshold)
@@ -162,7 +172,13 @@ class SkipSettings:
 
     def unsupported_reason(self, site: Site) -> str | None:
         """Return why no implementation can compute a site, None if one can."""
-        return None if self.implementation == "reference" else _no_kernel_reason(site)
+        reason = None if self.implementation == "reference" else _no_kernel_reason(site)
+        if reason is None:
+            try:
+                self._tile_shape_of_table(site)
+            except ValueError as error:  # no such head dim for the quantization
+                reason = str(error)
+        return reason
 
     def fits_dense_kernel(self, site: Site) -> bool:
         """Return whether `lite_attention::attention` is to run a supported call, should it not skip."""

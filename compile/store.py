@@ -20,6 +20,7 @@ from lite_attention.ops import Session, SkipState
 __all__ = ["SiteRecord", "StateStore", "records_of"]
 
 Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
+StateKey = tuple[Sizes, torch.device, tuple[int, int]]  # with tile_m and tile_n
 NamedThreshold = Threshold | Callable[[str], Threshold]  # one for all sites, or by their paths in a model
 
 _stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
@@ -27,11 +28,11 @@ _stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
 
 @dataclass
 class SiteRecord:
-    """One attention site of one layer, with a state for each size it has been called at."""
+    """One attention site of one layer, with a state for each size, device and tile shape it has been called at."""
 
     site: Site
     owners: tuple[weakref.ref[object], ...]
-    states: dict[tuple[Sizes, torch.device], SkipState] = field(default_factory=dict)
+    states: dict[StateKey, SkipState] = field(default_factory=dict)
     last: SkipState | None = None
 
     def name(self, model: nn.Module) -> str:
@@ -121,7 +122,9 @@ class StateStore:
         Raises:
             RuntimeError: it would have to be allocated while a CUDA graph is being captured.
         """
-        state = record.states.get((sizes, device))
+        site = replace(record.site, device=device)
+        key = (sizes, device, self.settings.tile_shape_for(site))
+        state = record.states.get(key)
         if state is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -129,10 +132,11 @@ class StateStore:
                     "allocated, and a CUDA graph is being captured: call the model once before capturing"
                 )
             model = None if self._model is None else self._model()
-            site = record.site if model is None else replace(record.site, name=record.name(model))
-            state = self.settings.new_state(site, sizes, device, self._threshold_of(record))
+            if model is not None:
+                site.name = record.name(model)
+            state = self.settings.new_state(site, sizes, self._threshold_of(record))
             self.session.follow(state)
-            record.states[(sizes, device)] = state
+            record.states[key] = state
         return state
 
     def reset(self, records: Iterable[SiteRecord] | None = None) -> None:

@@ -39,7 +39,7 @@ def swap_site(
         found: the site.
         state: nodes of the state's buffers, in the order of STATE_BUFFERS, None for one that is absent; no state at all
             means the dense op.
-        settings: tile sizes and implementation.
+        settings: tile sizes, quantization and implementation.
         meta_key: where this kind of graph keeps fake values: "example_value" (dynamo) or "val" (export).
     """
     call, aten = found.call, torch.ops.aten
@@ -71,7 +71,10 @@ def swap_site(
         else:
             tile_m, tile_n = settings.tile_shape_for(found.site)
             op, must_do = IMPLEMENTATIONS[settings.implementation], None
-            pair = emit(op, q, k, v, *state, must_do, key_mask, scale=scale, tile_m=tile_m, tile_n=tile_n)
+            pair = emit(
+                op, q, k, v, *state, must_do, key_mask, scale=scale, tile_m=tile_m, tile_n=tile_n,
+                quantization=settings.quantization,
+            )  # fmt: skip
         attended = emit(operator.getitem, pair, 0)
         out = emit(aten.permute.default, attended, list(call.out_permutation))
     call.node.replace_all_uses_with(out)

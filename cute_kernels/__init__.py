@@ -1,8 +1,8 @@
-"""The Hopper kernels, in the CuTe Python DSL: the CUDA side of `lite_attention::skip_attention` and `::attention`.
+"""The Hopper kernels, in the CuTe Python DSL: the CUDA side of the ops in `lite_attention`.
 
-Everything above this folder reaches it through three names: `unsupported_reason`, which the compile pass asks before it
-swaps a site, and `skip_attention_forward` and `attention_forward`, which the ops call. All are imported on first use;
-cutlass is imported when the first kernel is compiled, or never, where kernels compiled ahead of time are found.
+Everything above this folder reaches it through `unsupported_reason`, which the compile pass asks before it swaps a
+site, and one function for each op, which the op calls. All are imported on first use; cutlass is imported when the
+first kernel is compiled, or never, where kernels compiled ahead of time are found.
 
     config.py     what is fixed when a kernel is built, and the registers and shared memory that it needs
     forward.py    host launch and the kernel: the producer warp and the consumer warpgroups
@@ -10,6 +10,7 @@ cutlass is imported when the first kernel is compiled, or never, where kernels c
     walk.py       from a row of the skip mask to the tiles to visit, and the votes back into the mask
     mainloop.py   one q-tile in one consumer warpgroup
     softmax.py    online softmax with votes
+    quantize.py   INT8 queries and keys, and their scales
     device.py     packing, bits, where the elements of an accumulator lie
     build.py      compiles a kernel for sm_90a, with or without a GPU
     cache.py      compiled kernels in memory, on disk, and ahead of time
@@ -22,6 +23,20 @@ from __future__ import annotations
 if __name__ == "cute_kernels":
     raise ImportError("import lite_attention.cute_kernels, not cute_kernels: it must exist once")
 
-from lite_attention.cute_kernels.launcher import attention_forward, skip_attention_forward, unsupported_reason
+from lite_attention.cute_kernels.launcher import (
+    attention_forward,
+    key_mean,
+    quantize_key,
+    quantize_query,
+    skip_attention_forward,
+    unsupported_reason,
+)
 
-__all__ = ["attention_forward", "skip_attention_forward", "unsupported_reason"]
+__all__ = [
+    "attention_forward",
+    "key_mean",
+    "quantize_key",
+    "quantize_query",
+    "skip_attention_forward",
+    "unsupported_reason",
+]

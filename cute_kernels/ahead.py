@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -11,16 +12,17 @@ import tempfile
 from collections.abc import Iterable, Sequence
 
 from lite_attention.cute_kernels.cache import LIBRARY_NAME, publish
-from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, tile_shape
+from lite_attention.cute_kernels.config import KEY_CHUNK, Config, KernelConfig, QuantizeConfig
+from lite_attention.ops.quantize import QUERY_ROWS
+from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, QUANTIZATIONS, tile_shape
 
 __all__ = ["compile_library", "kernel_configs"]
 
 
 def kernel_configs(
     head_dims: Iterable[int] = HOPPER_HEAD_DIMS, dtypes: Iterable[str] = ("bf16", "fp16"), *, all_variants: bool = False
-) -> list[KernelConfig]:
-    """Return the kernels worth having: with and without state, with and without a key mask, or all variants.
+) -> list[Config]:
+    """Return the kernels worth having, or all variants: with and without state, key mask and quantization.
 
     Args:
         head_dims: of the table in `lite_attention.ops.tiles`.
@@ -29,23 +31,31 @@ def kernel_configs(
     """
     flags = (False, True)
     extras = [(i, d) for i in flags for d in flags] if all_variants else [(False, False)]
-    configs = []
-    for head_dim in head_dims:
-        tile_m, tile_n = tile_shape(head_dim, None, "cuda")
-        for dtype in dtypes:
-            for key_mask in flags:
-                configs.append(KernelConfig(dtype, head_dim, tile_m, tile_n, skip=False, key_mask=key_mask))
-                for initial_mask, must_do in extras:
-                    configs.append(
-                        KernelConfig(
-                            dtype, head_dim, tile_m, tile_n, initial_mask=initial_mask, must_do=must_do,
-                            key_mask=key_mask,
-                        )
-                    )  # fmt: skip
+    configs: list[Config] = []
+    for head_dim, dtype, quantization in itertools.product(head_dims, dtypes, QUANTIZATIONS):
+        try:
+            tile_m, tile_n = tile_shape(head_dim, None, "cuda", quantization)
+        except ValueError:  # not for this head dim
+            continue
+        sizes = (dtype, head_dim, tile_m, tile_n)
+        if quantization == "int8":
+            configs.append(QuantizeConfig("quantize_query", dtype, head_dim, QUERY_ROWS))
+        for key_mask in flags:
+            if quantization == "none":
+                configs.append(KernelConfig(*sizes, skip=False, key_mask=key_mask))
+            else:
+                configs.append(QuantizeConfig("key_sums", dtype, head_dim, KEY_CHUNK, key_mask))
+                configs.append(QuantizeConfig("quantize_key", dtype, head_dim, tile_n, key_mask))
+            for initial_mask, must_do in extras:
+                configs.append(
+                    KernelConfig(
+                        *sizes, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask, quantization=quantization
+                    )
+                )
     return configs
 
 
-def compile_library(configs: Sequence[KernelConfig], out: pathlib.Path, *, arch: str = "sm_90a") -> pathlib.Path | None:
+def compile_library(configs: Sequence[Config], out: pathlib.Path, *, arch: str = "sm_90a") -> pathlib.Path | None:
     """Compile kernels into a folder, and link them where a C compiler and a CUDA toolkit are present.
 
     Args:

@@ -1,4 +1,7 @@
-"""Compiling a kernel for sm_90a. Needs the DSL, but neither a GPU nor a driver."""
+"""Compiling a kernel for sm_90a. Needs the DSL, but neither a GPU nor a driver.
+
+Sizes are symbolic: one compile serves every batch, length and number of heads.
+"""
 
 from __future__ import annotations
 
@@ -9,58 +12,86 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
 from lite_attention.cute_kernels.forward import DTYPES, SkipAttentionForward
+from lite_attention.cute_kernels.quantize import KeySums, Quantize
 
 __all__ = ["compile_kernel"]
 
 
-def _arguments(config: KernelConfig) -> list[Any]:
-    """Fake arguments with symbolic sizes: one compile serves every batch, length and number of heads."""
+def _stride(divisor: int = 1) -> Any:
+    return cute.sym_int64(divisibility=divisor)
 
-    def stride(divisor: int = 1) -> Any:
-        return cute.sym_int64(divisibility=divisor)
 
-    def ints(*shape: Any) -> Any:
-        return make_fake_tensor(Int32, shape, (*(stride() for _ in shape[1:]), 1), assumed_align=4)
+def _table(dtype: Any, *shape: Any) -> Any:
+    """A fake tensor of numbers that are read one by one."""
+    strides = (*(_stride() for _ in shape[1:]), 1)
+    return make_fake_tensor(dtype, shape, strides, assumed_align=dtype.width // 8)
 
+
+def _vectors(dtype: Any, *shape: Any) -> Any:
+    """A fake tensor whose rows are read 16 bytes at a time, as TMA wants them."""
+    strides = (*(_stride(128 // dtype.width) for _ in shape[1:]), 1)
+    return make_fake_tensor(dtype, shape, strides, assumed_align=16)
+
+
+def _attention_arguments(config: KernelConfig) -> list[Any]:
     batch, seq_q, seq_k, heads, kv_heads = (cute.sym_int() for _ in range(5))
     dtype: Any = getattr(cutlass, DTYPES[config.dtype])
-
-    def rows(seq: Any, heads: Any) -> Any:  # 16-byte strides, as TMA wants them
-        shape, strides = (batch, seq, heads, config.head_dim), (stride(8), stride(8), stride(8), 1)
-        return make_fake_tensor(dtype, shape, strides, assumed_align=16)
-
-    lse = make_fake_tensor(Float32, (batch, heads, seq_q), (stride(), stride(), 1), assumed_align=4)
+    qk_dtype = cutlass.Int8 if config.int8 else dtype
     state: list[Any] = [None] * 5
     if config.skip:
-        skip_mask = ints(*(cute.sym_int() for _ in range(5)))
-        control = ints(cute.sym_int())
-        table = tuple(cute.sym_int() for _ in range(3))
-        threshold = make_fake_tensor(Float32, table, (stride(), stride(), stride()), assumed_align=4)
-        initial_mask = ints(*(cute.sym_int() for _ in range(4))) if config.initial_mask else None
-        must_do = ints(cute.sym_int()) if config.must_do else None
+        skip_mask = _table(Int32, *(cute.sym_int() for _ in range(5)))
+        control = _table(Int32, cute.sym_int())
+        sizes = tuple(cute.sym_int() for _ in range(3))
+        threshold = make_fake_tensor(Float32, sizes, (_stride(), _stride(), _stride()), assumed_align=4)
+        initial_mask = _table(Int32, *(cute.sym_int() for _ in range(4))) if config.initial_mask else None
+        must_do = _table(Int32, cute.sym_int()) if config.must_do else None
         state = [skip_mask, control, threshold, initial_mask, must_do]
     keys: list[Any] = [None, None]
     if config.key_mask:
-        keys = [ints(batch, 2, cute.sym_int()), ints(batch, cute.sym_int())]
+        keys = [_table(Int32, batch, 2, cute.sym_int()), _table(Int32, batch, cute.sym_int())]
+    scales: list[Any] = [None] * 3
+    if config.int8:
+        scales = [_table(Float32, batch, heads, cute.sym_int()), _table(Float32, batch, kv_heads, cute.sym_int())]
+        scales.append(_table(Float32, batch, heads, seq_q))
     return [
-        rows(seq_q, heads), rows(seq_k, kv_heads), rows(seq_k, kv_heads), rows(seq_q, heads), lse, *state, *keys,
-        Float32(1.0), Int32(1),
+        _vectors(qk_dtype, batch, seq_q, heads, config.head_dim),
+        _vectors(qk_dtype, batch, seq_k, kv_heads, config.head_dim),
+        _vectors(dtype, batch, seq_k, kv_heads, config.head_dim),
+        _vectors(dtype, batch, seq_q, heads, config.head_dim),
+        _table(Float32, batch, heads, seq_q), *state, *keys, *scales, Float32(1.0), Int32(1),
     ]  # fmt: skip
 
 
-def compile_kernel(config: KernelConfig, *, options: str = "") -> Any:
+def _quantize_arguments(config: QuantizeConfig) -> list[Any]:
+    batch, seq, heads, groups = (cute.sym_int() for _ in range(4))
+    x = _vectors(getattr(cutlass, DTYPES[config.dtype]), batch, seq, heads, config.head_dim)
+    key_mask = _table(cutlass.Uint8, cute.sym_int(), seq) if config.key_mask else None
+    if config.op == "key_sums":
+        return [x, key_mask, _table(Float32, batch, heads, groups, config.head_dim)]
+    mean = _vectors(Float32, batch, cute.sym_int(), config.head_dim)
+    values = _vectors(cutlass.Int8, batch, seq, heads, config.head_dim)
+    lse_shift = _table(Float32, batch, heads, seq) if config.op == "quantize_query" else None
+    return [x, mean, key_mask, values, _table(Float32, batch, heads, groups), lse_shift, Float32(1.0)]
+
+
+def compile_kernel(config: Config, *, options: str = "") -> Any:
     """Compile one kernel, and return what can be called with tensors or exported.
 
     Args:
         config: what to build.
         options: more options of the DSL's compiler.
     """
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)  # torch's current stream at the time of a call
+    kernel: Any
+    if isinstance(config, KernelConfig):
+        kernel, arguments = SkipAttentionForward(config), _attention_arguments(config)
+    else:
+        kernel = KeySums(config) if config.op == "key_sums" else Quantize(config)
+        arguments = _quantize_arguments(config)
     return cute.compile(
-        SkipAttentionForward(config),
-        *_arguments(config),
-        stream,
+        kernel,
+        *arguments,
+        make_fake_stream(use_tvm_ffi_env_stream=True),  # torch's current stream at the time of a call
         options=f"--gpu-arch sm_90a --enable-tvm-ffi {options}".strip(),
     )

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import Config
 
 __all__ = ["LIBRARY_NAME", "Kernel", "cache_folder", "get_kernel", "has_compiler", "library", "publish"]
 
@@ -33,7 +33,7 @@ _LIBRARY_VARIABLE = "LITE_ATTENTION_KERNELS"
 _CACHE_VARIABLE = "LITE_ATTENTION_CACHE"
 LIBRARY_NAME = "lite_attention_kernels.so"
 
-_kernels: dict[KernelConfig, Kernel] = {}
+_kernels: dict[Config, Kernel] = {}
 _lock = threading.Lock()
 
 
@@ -64,7 +64,7 @@ def library() -> Any | None:
     return tvm_ffi.load_module(str(path))
 
 
-def get_kernel(config: KernelConfig) -> Kernel:
+def get_kernel(config: Config) -> Kernel:
     """Return a kernel, compiled if it must be.
 
     Raises:
@@ -78,7 +78,7 @@ def get_kernel(config: KernelConfig) -> Kernel:
     return kernel
 
 
-def _find(config: KernelConfig) -> Kernel:
+def _find(config: Config) -> Kernel:
     ahead = library()
     if ahead is not None and ahead.implements_function(config.name):
         kernel: Kernel = ahead[config.name]
@@ -89,7 +89,7 @@ def _find(config: KernelConfig) -> Kernel:
         return cached if cached is not None else _compile(path, config)
 
 
-def _load(path: pathlib.Path, config: KernelConfig) -> Kernel | None:
+def _load(path: pathlib.Path, config: Config) -> Kernel | None:
     if not path.is_file():
         return None
     from cutlass.cute.runtime import load_module
@@ -102,7 +102,7 @@ def _load(path: pathlib.Path, config: KernelConfig) -> Kernel | None:
     return kernel
 
 
-def _compile(path: pathlib.Path, config: KernelConfig) -> Kernel:
+def _compile(path: pathlib.Path, config: Config) -> Kernel:
     from lite_attention.cute_kernels.build import compile_kernel
 
     start = time.perf_counter()
@@ -113,7 +113,7 @@ def _compile(path: pathlib.Path, config: KernelConfig) -> Kernel:
     return compiled
 
 
-def publish(kernel: Any, path: pathlib.Path, config: KernelConfig) -> None:
+def publish(kernel: Any, path: pathlib.Path, config: Config) -> None:
     """Write a compiled kernel's object file, so that others see the whole of it or nothing."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
@@ -133,7 +133,8 @@ def _fingerprint() -> str:
     digest = hashlib.sha256(b"sm_90a")
     for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update((pathlib.Path(__file__).parent.parent / "ops" / "control.py").read_bytes())
+    for name in ("control.py", "quantize.py"):
+        digest.update((pathlib.Path(__file__).parent.parent / "ops" / name).read_bytes())
     for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
         digest.update(f"{package}=={importlib.metadata.version(package)}".encode())
     return digest.hexdigest()[:16]

@@ -36,6 +36,21 @@ def max_nan(a, b, *, loc=None, ip=None):
     return Float32(_assembly(T.f32(), operands, "max.NaN.f32 $0, $1, $2;", "=f,f,f"))
 
 
+@dsl_user_op
+def round_to_int8(a, b, c, d, *, loc=None, ip=None):
+    """Four float32, to the nearest integers from -127 to 127, in one register, the first lowest; NaN is 0."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c, d)]
+    rounds = "".join(f"cvt.rni.s32.f32 r{i}, ${i + 1}; max.s32 r{i}, r{i}, -127; " for i in range(4))
+    packs = "cvt.pack.sat.s8.s32.b32 r2, r3, r2, 0; cvt.pack.sat.s8.s32.b32 $0, r1, r0, r2;"
+    return Int32(_assembly(T.i32(), operands, f"{{ .reg .s32 r0, r1, r2, r3; {rounds}{packs} }}", "=r,f,f,f,f"))
+
+
+@dsl_user_op
+def as_float(bits, *, loc=None, ip=None):
+    """The float32 whose bits these are."""
+    return Float32(llvm.bitcast(T.f32(), Int32(bits).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
 @cute.jit
 def has_bit(word: Uint32, bit: Int32) -> Int32:
     """1 if a bit is set."""

@@ -32,6 +32,7 @@ from lite_attention.cute_kernels.schedule import (
 )
 from lite_attention.cute_kernels.walk import Walk
 from lite_attention.ops import control as c
+from lite_attention.ops.quantize import QUERY_ROWS
 
 DTYPES = {"bf16": "BFloat16", "fp16": "Float16"}
 _SLOT, _FRESH, _DENSE = range(3)  # of what shared memory holds about the call
@@ -43,6 +44,7 @@ class SkipAttentionForward:
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
         self.dtype = getattr(cutlass, DTYPES[config.dtype])
+        self.qk_dtype, self.score_dtype = (cutlass.Int8, Int32) if config.int8 else (self.dtype, Float32)
         self.tile_m, self.tile_n, self.head_dim = config.tile_m, config.tile_n, config.head_dim
         self.stages, self.groups = config.stages, config.groups
         self.schedule = Schedule(config)
@@ -64,33 +66,30 @@ class SkipAttentionForward:
         must_do,
         tile_flags,
         key_bits,
+        q_scales,
+        k_scales,
+        lse_shift,
         scale: Float32,
         processors: Int32,
         stream: cuda.CUstream,
     ):
-        """Lay out and launch. The scale is in log2 units; processors are the GPU's multiprocessors."""
-        smem, rmem = warpgroup.OperandSource.SMEM, warpgroup.OperandSource.RMEM
-        major_k, major_mn = OperandMajorMode.K, OperandMajorMode.MN
-        qk_op = warpgroup.MmaF16BF16Op(self.dtype, Float32, (64, self.tile_n, 16), smem, major_k, major_k)
-        pv_op = warpgroup.MmaF16BF16Op(self.dtype, Float32, (64, self.head_dim, 16), rmem, major_k, major_mn)
-        qk_mma = cute.make_tiled_mma(cute.make_mma_atom(qk_op), (self.groups, 1, 1))
-        pv_mma = cute.make_tiled_mma(cute.make_mma_atom(pv_op), (self.groups, 1, 1))
+        """Lay out and launch. The scale is in log2 units, unused in INT8; processors are the GPU's multiprocessors."""
+        qk_mma = cute.make_tiled_mma(cute.make_mma_atom(self.qk_op()), (self.groups, 1, 1))
+        pv_mma = cute.make_tiled_mma(cute.make_mma_atom(self.pv_op()), (self.groups, 1, 1))
         # (B, S, H, D) as torch has it, to (S, D, H, B) as TMA tiles it.
         q, k, v, out = [cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, v, out)]
-        atom = warpgroup.make_smem_layout_atom(
-            hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.head_dim), self.dtype
-        )
-        q_layout = cute.tile_to_shape(atom, (self.tile_m, self.head_dim), (0, 1))
-        kv_layout = cute.tile_to_shape(atom, (self.tile_n, self.head_dim, self.stages), (0, 1, 2))
+        q_layout = self.layout(self.qk_dtype, self.tile_m)
+        k_layout, v_layout = (self.layout(dtype, self.tile_n, self.stages) for dtype in (self.qk_dtype, self.dtype))
+        one_k, one_v = (cute.select(layout, mode=[0, 1]) for layout in (k_layout, v_layout))
         load = cpasync.CopyBulkTensorTileG2SOp()
-        one = cute.select(kv_layout, mode=[0, 1])
         q_tma = cpasync.make_tiled_tma_atom(load, q, q_layout, (self.tile_m, self.head_dim))
-        k_tma = cpasync.make_tiled_tma_atom(load, k, one, (self.tile_n, self.head_dim))
-        v_tma = cpasync.make_tiled_tma_atom(load, v, one, (self.tile_n, self.head_dim))
-        self.q_bytes, self.kv_bytes = cute.size_in_bytes(self.dtype, q_layout), cute.size_in_bytes(self.dtype, one)
-        q_buffer, kv_buffer = (
-            cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
-            for layout in (q_layout, kv_layout)
+        k_tma = cpasync.make_tiled_tma_atom(load, k, one_k, (self.tile_n, self.head_dim))
+        v_tma = cpasync.make_tiled_tma_atom(load, v, one_v, (self.tile_n, self.head_dim))
+        self.q_bytes, self.k_bytes = (cute.size_in_bytes(self.qk_dtype, layout) for layout in (q_layout, one_k))
+        self.v_bytes = cute.size_in_bytes(self.dtype, one_v)
+        q_buffer, k_buffer, v_buffer = (
+            cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], 1024]
+            for dtype, layout in ((self.qk_dtype, q_layout), (self.qk_dtype, k_layout), (self.dtype, v_layout))
         )
 
         @cute.struct
@@ -105,9 +104,10 @@ class SkipAttentionForward:
             visited: cute.struct.MemRange[Uint32, RING * MAX_WORDS]
             kept: cute.struct.Align[cute.struct.MemRange[Uint8, RING * MAX_TILES], 16]
             partial: cute.struct.MemRange[Uint32, MAX_WORDS if self.config.key_mask else 1]
+            k_scales: cute.struct.MemRange[Float32, self.stages]
             q: q_buffer
-            k: kv_buffer
-            v: kv_buffer
+            k: k_buffer
+            v: v_buffer
 
         self.storage = Storage
         jobs = cute.ceil_div(q.shape[0], self.tile_m) * q.shape[2] * q.shape[3]
@@ -129,9 +129,13 @@ class SkipAttentionForward:
             must_do,
             tile_flags,
             key_bits,
+            q_scales,
+            k_scales,
+            lse_shift,
             scale,
             q_layout,
-            kv_layout,
+            k_layout,
+            v_layout,
         ).launch(
             grid=[cutlass.min(jobs, processors), 1, 1],
             block=[self.config.threads, 1, 1],
@@ -159,27 +163,32 @@ class SkipAttentionForward:
         must_do,
         tile_flags,
         key_bits,
+        q_scales,
+        k_scales,
+        lse_shift,
         scale: Float32,
         q_layout: cute.ComposedLayout,
-        kv_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout,
+        v_layout: cute.ComposedLayout,
     ):
         """Set up shared memory, read what the call is, and split into roles."""
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = cutlass.memory.SmemAllocator().allocate(self.storage)
         sq = storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
-        sk = storage.k.get_tensor(kv_layout.outer, swizzle=kv_layout.inner)
-        sv = storage.v.get_tensor(kv_layout.outer, swizzle=kv_layout.inner)
+        sk = storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
+        sv = storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner)
         call = storage.call.get_tensor(cute.make_layout(4))
         jobs = storage.jobs.get_tensor(cute.make_layout((RING, JOB_WORDS), stride=(JOB_WORDS, 1)))
         reach = storage.reach.get_tensor(cute.make_layout(RING))
         entries = storage.entries.get_tensor(cute.make_layout(self.stages))
+        tile_scales = storage.k_scales.get_tensor(cute.make_layout(self.stages))
         visited = storage.visited.get_tensor(cute.make_layout((RING, MAX_WORDS), stride=(MAX_WORDS, 1)))
         kept = storage.kept.get_tensor(cute.make_layout((RING, MAX_TILES), stride=(MAX_TILES, 1)))
         partial = storage.partial.get_tensor(cute.make_layout(MAX_WORDS if self.config.key_mask else 1))
         q_pipe = self.pipe(1, self.q_bytes, storage.q_bars)
-        k_pipe = self.pipe(self.stages, self.kv_bytes, storage.k_bars)
-        v_pipe = self.pipe(self.stages, self.kv_bytes, storage.v_bars)
+        k_pipe = self.pipe(self.stages, self.k_bytes, storage.k_bars)
+        v_pipe = self.pipe(self.stages, self.v_bytes, storage.v_bars)
         cute.arch.mbarrier_init_fence()
 
         if const_expr(self.config.skip):
@@ -204,14 +213,41 @@ class SkipAttentionForward:
             if warp == 0:
                 self.produce(
                     q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv, q_pipe, k_pipe, v_pipe, skip_mask, control,
-                    threshold, initial_mask, must_do, tile_flags, call, jobs, reach, entries, visited, partial, scale,
+                    threshold, initial_mask, must_do, tile_flags, k_scales, call, jobs, reach, entries, tile_scales,
+                    visited, partial, scale,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             self.consume(
-                qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, skip_mask, control, initial_mask,
-                must_do, key_bits, call, jobs, reach, entries, visited, kept, scale, gq.shape[0], gk.shape[0],
+                qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
+                initial_mask, must_do, key_bits, q_scales, call, jobs, reach, entries, tile_scales, visited, kept,
+                scale, gq.shape[0], gk.shape[0],
             )  # fmt: skip
+
+    def qk_op(self):
+        """One product of queries and keys, 32 bytes of a row at a time."""
+        major = OperandMajorMode.K
+        if self.config.int8:
+            shape = (64, self.tile_n, 32)
+            return warpgroup.MmaI8Op(
+                cutlass.Int8, cutlass.Int8, Int32, shape, warpgroup.OperandSource.SMEM, major, major
+            )
+        shape = (64, self.tile_n, 16)
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, warpgroup.OperandSource.SMEM, major, major)
+
+    def pv_op(self):
+        """One product of weights and values, 16 keys at a time."""
+        major_k, major_mn = OperandMajorMode.K, OperandMajorMode.MN
+        shape = (64, self.head_dim, 16)
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, warpgroup.OperandSource.RMEM, major_k, major_mn)
+
+    def layout(self, dtype, *shape: int):
+        """Layout of rows in shared memory, (rows, head_dim) or (rows, head_dim, stages), swizzled."""
+        kind = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, self.head_dim)
+        rows, *stages = shape
+        return cute.tile_to_shape(
+            warpgroup.make_smem_layout_atom(kind, dtype), (rows, self.head_dim, *stages), tuple(range(2 + len(stages)))
+        )
 
     def pipe(self, stages: int, size: int, barriers):
         """A ring that TMA fills and every consumer warp releases."""
@@ -237,7 +273,8 @@ class SkipAttentionForward:
     @cute.jit
     def produce(
         self, q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv, q_pipe, k_pipe, v_pipe, skip_mask, control, threshold,
-        initial_mask, must_do, tile_flags, call, jobs, reach, entries, visited, partial, scale: Float32,
+        initial_mask, must_do, tile_flags, k_scales, call, jobs, reach, entries, tile_scales, visited, partial,
+        scale: Float32,
     ):  # fmt: skip
         """The producer warp: list the tiles of each job, announce it, and load Q and the tiles of K and V."""
         lane = cute.arch.lane_idx()
@@ -284,9 +321,13 @@ class SkipAttentionForward:
                     bit = 31 - Int32(cute.arch.clz(word))
                     word = word & ~(Uint32(1) << Uint32(bit))
                     j, stage = at * 32 + bit, state.index
+                    if const_expr(self.config.int8):
+                        tile_scale = k_scales[batch, kv_head, j]  # on its way while the ring is full
                     k_pipe.sync_object_empty.wait(stage, state.phase)
                     if lane == 0:
                         entries[stage] = self.walk.entry(partial, j, seq_k)
+                        if const_expr(self.config.int8):
+                            tile_scales[stage] = tile_scale
                     cute.arch.sync_warp()
                     k_pipe.sync_object_full.arrive(stage, None)
                     k_bar, v_bar = k_pipe.producer_get_barrier(state), v_pipe.producer_get_barrier(state)
@@ -317,8 +358,9 @@ class SkipAttentionForward:
 
     @cute.jit
     def consume(
-        self, qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, skip_mask, control, initial_mask, must_do,
-        key_bits, call, jobs, reach, entries, visited, kept, scale: Float32, seq_q: Int32, seq_k: Int32,
+        self, qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
+        initial_mask, must_do, key_bits, q_scales, call, jobs, reach, entries, tile_scales, visited, kept,
+        scale: Float32, seq_q: Int32, seq_k: Int32,
     ):  # fmt: skip
         """A consumer warpgroup: its rows of each job, and its part of writing the votes back."""
         thread, _, _ = cute.arch.thread_idx()
@@ -330,7 +372,7 @@ class SkipAttentionForward:
         rq = qk_mma.make_fragment_A(qk_part.partition_A(sq))
         rk = qk_mma.make_fragment_B(qk_part.partition_B(sk))
         rv = pv_mma.make_fragment_B(pv_part.partition_B(sv_transposed))
-        x = cute.make_rmem_tensor(qk_mma.partition_shape_C((self.tile_m, self.tile_n)), Float32)
+        scores = cute.make_rmem_tensor(qk_mma.partition_shape_C((self.tile_m, self.tile_n)), self.score_dtype)
         weights_layout = cute.make_layout(((2, 2, 2), 1, self.tile_n // 16), stride=((1, 2, 4), 0, 8))
         p = cute.make_rmem_tensor(weights_layout, self.dtype)
         out = cute.make_rmem_tensor(pv_mma.partition_shape_C((self.tile_m, self.head_dim)), Float32)
@@ -349,14 +391,19 @@ class SkipAttentionForward:
             limit = Float32(0.0)
             if const_expr(self.config.skip):
                 limit = reach[ring]
+            if const_expr(self.config.int8):
+                rows = cutlass.min(first_row // QUERY_ROWS, q_scales.shape[2] - 1)
+                scale = q_scales[jobs[ring, BATCH], jobs[ring, HEAD], rows]
             state = self.mainloop.attend(
-                qk_mma, pv_mma, rq, rk, rv, x, p, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state, state,
-                entries, kept[ring, None], count, group, key_bits, jobs[ring, BATCH], seq_k, scale, limit,
+                qk_mma, pv_mma, rq, rk, rv, scores, p, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state, state,
+                entries, tile_scales, kept[ring, None], count, group, key_bits, jobs[ring, BATCH], seq_k, scale, limit,
                 first_row < seq_q, first_row + 8 < seq_q,
             )  # fmt: skip
             q_state.advance()
             q_tile, head, batch = jobs[ring, Q_TILE], jobs[ring, HEAD], jobs[ring, BATCH]
-            self.mainloop.store(gout, lse, out, shift, total, q_tile * self.tile_m + own_row, seq_q, head, batch)
+            self.mainloop.store(
+                gout, lse, lse_shift, out, shift, total, q_tile * self.tile_m + own_row, seq_q, head, batch
+            )
             if const_expr(self.config.skip):
                 done = self.last_of(jobs.iterator + ring * JOB_WORDS + DONE)
                 if done & (call[_DENSE] == 0):

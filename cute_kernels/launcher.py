@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from lite_attention.cute_kernels.cache import Kernel, get_kernel, has_compiler, library
-from lite_attention.cute_kernels.config import KEY_BITS_PAD, MAX_TILES, KernelConfig
+from lite_attention.cute_kernels.config import KEY_BITS_PAD, KEY_CHUNK, MAX_TILES, KernelConfig, QuantizeConfig
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
+from lite_attention.ops.quantize import QUERY_ROWS
 from lite_attention.ops.reference import LOG2_E, empty_output
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, ceil_div, tile_shape
 from lite_attention.ops.validate import (
@@ -18,14 +19,25 @@ from lite_attention.ops.validate import (
     call_signature,
     check_call,
     check_dense_call,
+    check_keys,
+    check_quantize_key,
+    check_queries,
     split_signature,
     tensor_signatures,
 )
 
-__all__ = ["attention_forward", "skip_attention_forward", "unsupported_reason"]
+__all__ = [
+    "attention_forward",
+    "key_mean",
+    "quantize_key",
+    "quantize_query",
+    "skip_attention_forward",
+    "unsupported_reason",
+]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_STATE = (None,) * 5
+_NO_SCALES = (None,) * 3
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
@@ -52,10 +64,28 @@ def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device
     return None
 
 
-def _tma_reads(x: TensorSignature) -> bool:
-    """Return whether TMA can read it as it lies, if its address is one of 16 bytes."""
-    *outer, inner = x.stride
+def _check_supported(op: str, head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    reason = unsupported_reason(head_dim, value_dim, dtype, device)
+    if reason is not None:
+        raise RuntimeError(f"lite_attention::{op}: {reason}")
+
+
+def _reads(strides: tuple[int, ...]) -> bool:
+    """Return whether kernels can read a tensor as it lies, 16 bytes at a time, if its address is one of 16 bytes."""
+    *outer, inner = strides
     return inner == 1 and all(stride > 0 and stride % 8 == 0 for stride in outer)  # 8 elements of 2 bytes
+
+
+def _readable(x: torch.Tensor, reads: bool) -> torch.Tensor:
+    return x if reads and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _run(kernel: Kernel, device: torch.device, *arguments: object) -> None:
+    if device.index == torch.cuda.current_device():
+        kernel(*arguments)
+    else:
+        with torch.cuda.device(device):
+            kernel(*arguments)
 
 
 def _key_tables(key_mask: torch.Tensor, batch: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,44 +110,50 @@ class _Plan(NamedTuple):
     kernel: Kernel
     readable: tuple[bool, ...]  # q, k, v: as they lie
     lse_shape: tuple[int, int, int]
-    factor: float  # of the scores, into log2 units
+    scale: float
     tile_n: int
+    quantization: str
     processors: int
 
 
 def _plan(
-    op: str, q: TensorSignature, k: TensorSignature, v: TensorSignature, scale: float | None, **variant: bool
+    op: str,
+    q: TensorSignature,
+    k: TensorSignature,
+    v: TensorSignature,
+    scale: float | None,
+    quantization: str = "none",
+    **variant: bool,
 ) -> _Plan:
     batch, seq_q, heads, head_dim = q.shape
-    reason = unsupported_reason(head_dim, v.shape[3], q.dtype, q.device)
-    if reason is not None:
-        raise RuntimeError(f"lite_attention::{op}: {reason}")
-    tile_m, tile_n = tile_shape(head_dim, q.dtype, q.device)
+    _check_supported(op, head_dim, v.shape[3], q.dtype, q.device)
+    tile_m, tile_n = tile_shape(head_dim, q.dtype, q.device, quantization)
     if ceil_div(k.shape[1], tile_n) > MAX_TILES:
         raise ValueError(f"seq_len of k: expected at most {MAX_TILES * tile_n}, got {k.shape[1]}")
     if batch * heads * ceil_div(seq_q, tile_m) > _MAX_JOBS:
         raise ValueError(f"q: expected at most {_MAX_JOBS} tiles of {tile_m} rows in all, got {tuple(q.shape)}")
     return _Plan(
-        get_kernel(KernelConfig(_DTYPES[q.dtype], head_dim, tile_m, tile_n, **variant)),
-        tuple(_tma_reads(x) for x in (q, k, v)),
+        get_kernel(KernelConfig(_DTYPES[q.dtype], head_dim, tile_m, tile_n, quantization=quantization, **variant)),
+        tuple(_reads(x.stride) for x in (q, k, v)),
         (batch, heads, seq_q),
-        (head_dim**-0.5 if scale is None else scale) * LOG2_E,
+        head_dim**-0.5 if scale is None else scale,
         tile_n,
+        quantization,
         _processors(q.device),
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _skip_plan(call: CallSignature) -> _Plan:
+def _skip_plan(call: CallSignature, quantization: str) -> _Plan:
     """Check a call and plan it; a call like one before costs a look-up."""
     check_call(call)
     (q, k, v, *_), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = split_signature(call)
-    expected = tile_shape(q.shape[3], q.dtype, q.device)
+    expected = tile_shape(q.shape[3], q.dtype, q.device, quantization)
     if (tile_m, tile_n) != expected:
         raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
     return _plan(
-        "skip_attention", q, k, v, scale, skip=True, initial_mask=initial_mask is not None, must_do=must_do is not None,
-        key_mask=key_mask is not None,
+        "skip_attention", q, k, v, scale, quantization, skip=True, initial_mask=initial_mask is not None,
+        must_do=must_do is not None, key_mask=key_mask is not None,
     )  # fmt: skip
 
 
@@ -141,16 +177,17 @@ def _launch(
     flags, key_bits = (None, None) if key_mask is None else _key_tables(key_mask, q.shape[0], plan.tile_n)
     out = empty_output(q, v)
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
-    readable = (
-        x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-        for x, fits in zip((q, k, v), plan.readable, strict=True)
-    )
-    arguments = (*readable, out, lse, *state, flags, key_bits, plan.factor, plan.processors)
-    if q.device.index == torch.cuda.current_device():
-        plan.kernel(*arguments)
-    else:
-        with torch.cuda.device(q.device):
-            plan.kernel(*arguments)
+    q, k, v = (_readable(x, reads) for x, reads in zip((q, k, v), plan.readable, strict=True))
+    scales: tuple[torch.Tensor | None, ...] = _NO_SCALES
+    if plan.quantization == "int8":
+        mean = _key_mean(k, key_mask)
+        q, q_scales, lse_shift = _quantize_query(q, mean, plan.scale)
+        k, k_scales = _quantize_key(k, mean, key_mask, plan.tile_n)
+        scales = (q_scales, k_scales, lse_shift)
+    _run(
+        plan.kernel, out.device, q, k, v, out, lse, *state, flags, key_bits, *scales, plan.scale * LOG2_E,
+        plan.processors,
+    )  # fmt: skip
     return out, lse
 
 
@@ -168,6 +205,7 @@ def skip_attention_forward(
     scale: float | None,
     tile_m: int,
     tile_n: int,
+    quantization: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel for `lite_attention::skip_attention` on torch's current stream.
 
@@ -176,7 +214,7 @@ def skip_attention_forward(
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
     state = (skip_mask, control, threshold, initial_mask, must_do)
-    plan = _skip_plan(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n))
+    plan = _skip_plan(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n), quantization)
     return _launch(plan, q, k, v, state, key_mask)
 
 
@@ -191,3 +229,95 @@ def attention_forward(
     """
     plan = _dense_plan((*tensor_signatures((q, k, v, key_mask)), scale))
     return _launch(plan, q, k, v, _NO_STATE, key_mask)
+
+
+# ---- INT8 queries and keys -----------------------------------------------------------------------------------------
+
+
+def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Launch the kernel for `lite_attention::key_mean` on torch's current stream.
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
+    """
+    check_keys(k, key_mask)
+    _check_quantizable("key_mean", k)
+    return _key_mean(_readable(k, _reads(k.stride())), key_mask)
+
+
+def quantize_query(
+    q: torch.Tensor, mean: torch.Tensor, *, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the kernel for `lite_attention::quantize_query` on torch's current stream.
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
+    """
+    check_queries(q, mean, scale)
+    _check_quantizable("quantize_query", q)
+    q, mean = (_readable(x, _reads(x.stride())) for x in (q, mean))
+    return _quantize_query(q, mean, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def quantize_key(
+    k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, *, tile_n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel for `lite_attention::quantize_key` on torch's current stream.
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
+    """
+    check_quantize_key(k, mean, key_mask, tile_n)
+    expected = _check_quantizable("quantize_key", k)
+    if tile_n != expected:
+        raise ValueError(f"tile_n: expected {expected} on {k.device}, got {tile_n}")
+    k, mean = (_readable(x, _reads(x.stride())) for x in (k, mean))
+    return _quantize_key(k, mean, key_mask, tile_n)
+
+
+def _check_quantizable(op: str, x: torch.Tensor) -> int:
+    """Return the keys of a tile, if there are kernels for queries or keys like these."""
+    _check_supported(op, x.shape[3], x.shape[3], x.dtype, x.device)
+    return tile_shape(x.shape[3], x.dtype, x.device, "int8")[1]
+
+
+def _quantizer(op: str, x: torch.Tensor, rows: int, key_mask: torch.Tensor | None = None) -> Kernel:
+    return get_kernel(QuantizeConfig(op, _DTYPES[x.dtype], x.shape[3], rows, key_mask is not None))
+
+
+def _bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+
+
+def _key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    batch, seq, heads, head_dim = k.shape
+    sums = k.new_empty((batch, heads, ceil_div(seq, KEY_CHUNK), head_dim), dtype=torch.float32)
+    _run(_quantizer("key_sums", k, KEY_CHUNK, key_mask), k.device, k, _bytes(key_mask), sums)
+    count = seq if key_mask is None else key_mask.sum(1).clamp_(min=1)[:, None, None]
+    return sums.sum(2).div_(count)
+
+
+def _quantize_query(
+    q: torch.Tensor, mean: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, seq, heads, _ = q.shape
+    values = q.new_empty(q.shape, dtype=torch.int8)
+    scales = q.new_empty((batch, heads, ceil_div(seq, QUERY_ROWS)), dtype=torch.float32)
+    lse_shift = q.new_empty((batch, heads, seq), dtype=torch.float32)
+    kernel = _quantizer("quantize_query", q, QUERY_ROWS)
+    _run(kernel, q.device, q, mean, None, values, scales, lse_shift, scale)
+    return values, scales, lse_shift
+
+
+def _quantize_key(
+    k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, tile_n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, seq, heads, _ = k.shape
+    values = k.new_empty(k.shape, dtype=torch.int8)
+    scales = k.new_empty((batch, heads, ceil_div(seq, tile_n)), dtype=torch.float32)
+    kernel = _quantizer("quantize_key", k, tile_n, key_mask)
+    _run(kernel, k.device, k, mean, _bytes(key_mask), values, scales, None, 1.0)
+    return values, scales

@@ -14,11 +14,12 @@ from cutlass import Boolean, Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.device import element, pack_bf16, pack_fp16, quad_sum
+from lite_attention.cute_kernels.device import element, max_nan, pack_bf16, pack_fp16, quad_sum
 from lite_attention.cute_kernels.softmax import OnlineSoftmax
 from lite_attention.cute_kernels.walk import TILE_BITS
 
 _LN2 = math.log(2)
+_LEAST_UNIT = 2.0**-100  # not 0: an excluded key's -inf would become NaN
 _PACKS = {"bf16": pack_bf16, "fp16": pack_fp16}
 
 
@@ -36,7 +37,7 @@ class Mainloop:
         atom = cute.make_mma_atom(mma.op)
         warpgroup.fence()
         for kk in cutlass.range_constexpr(cute.size(rq, mode=[2])):
-            atom.set(warpgroup.Field.ACCUMULATE, kk != 0)
+            atom.set(warpgroup.Field.ACCUMULATE, self.config.int8 or kk != 0)
             cute.gemm(atom, scores, rq[None, None, kk], rk[None, None, kk, stage], scores)
         warpgroup.commit_group()
 
@@ -51,6 +52,14 @@ class Mainloop:
         warpgroup.commit_group()
 
     @cute.jit
+    def unit(self, scale: Float32, tile_scales, stage) -> Float32:
+        """What scores of a tile are multiplied by, to be in log2 units."""
+        unit = scale
+        if const_expr(self.config.int8):
+            unit = max_nan(scale * tile_scales[stage], _LEAST_UNIT)
+        return unit
+
+    @cute.jit
     def wait_turn(self, group):
         """Wait until the warpgroup before has issued its products."""
         cute.arch.barrier(barrier_id=2 + group, number_of_threads=256)
@@ -62,11 +71,12 @@ class Mainloop:
 
     @cute.jit
     def attend(
-        self, qk_mma, pv_mma, rq, rk, rv, x, p, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state, state, entries,
-        kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32, reach: Float32,
-        votes_0: Boolean, votes_1: Boolean,
+        self, qk_mma, pv_mma, rq, rk, rv, scores, p, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state, state,
+        entries, tile_scales, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32,
+        reach: Float32, votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
+        x = cute.recast_tensor(scores, Float32)
         pairs = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
         factor = cute.make_rmem_tensor(2, Float32)
         out.fill(0.0)
@@ -74,26 +84,29 @@ class Mainloop:
         shift.fill(-1e30)
         factor.fill(1.0)
         total.fill(0.0)
+        self.softmax.clear(x)
         if count > 0:
             k_pipe.consumer_wait(state)
             entry = cute.arch.make_warp_uniform(entries[state.index])
+            unit = self.unit(scale, tile_scales, state.index)
             j = entry & TILE_BITS
             if const_expr(self.config.skip):
                 kept[j] = Uint8(1)  # the first tile always is
-            self.issue_qk(qk_mma, x, rq, rk, state.index)
+            self.issue_qk(qk_mma, scores, rq, rk, state.index)
             warpgroup.wait_group(0)
             k_pipe.consumer_release(state)
             if entry > TILE_BITS:
                 self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-            self.softmax.step(x, top, shift, total, factor, scale, reach, votes_0, votes_1)
+            self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
             self.softmax.convert(x, pairs)
             for _ in cutlass.range(1, count, unroll=1):
                 before = state.clone()
                 state.advance()
                 k_pipe.consumer_wait(state)
                 entry = cute.arch.make_warp_uniform(entries[state.index])
+                unit = self.unit(scale, tile_scales, state.index)
                 self.wait_turn(group)
-                self.issue_qk(qk_mma, x, rq, rk, state.index)  # scores of this tile
+                self.issue_qk(qk_mma, scores, rq, rk, state.index)  # scores of this tile
                 v_pipe.consumer_wait(before)
                 self.issue_pv(pv_mma, out, p, rv, before.index)  # values of the tile before
                 self.pass_turn(group)
@@ -102,7 +115,7 @@ class Mainloop:
                 j = entry & TILE_BITS
                 if entry > TILE_BITS:
                     self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-                moved, keep = self.softmax.step(x, top, shift, total, factor, scale, reach, votes_0, votes_1)
+                moved, keep = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
                 self.softmax.convert(x, pairs)
@@ -122,7 +135,9 @@ class Mainloop:
         return state
 
     @cute.jit
-    def store(self, gout, lse, out, shift, total, first_row: Int32, seq_q: Int32, head: Int32, batch: Int32):
+    def store(
+        self, gout, lse, lse_shift, out, shift, total, first_row: Int32, seq_q: Int32, head: Int32, batch: Int32
+    ):  # fmt: skip
         """Divide by the sums, and write the output and the log-sum-exp."""
         lane = cute.arch.lane_idx()
         for half in cutlass.range_constexpr(2):
@@ -134,6 +149,8 @@ class Mainloop:
             if row < seq_q:
                 if lane % 4 == 0:
                     value = (shift[half] + cute.math.log2(row_sum, fastmath=True)) * _LN2
+                    if const_expr(lse_shift is not None):
+                        value += lse_shift[batch, head, row]
                     if row_sum == 0.0:
                         value = -Float32.inf
                     lse[batch, head, row] = value

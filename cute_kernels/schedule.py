@@ -44,14 +44,14 @@ class Schedule:
 
     @cute.jit
     def reach(self, threshold, control, slot: Int32, head: Int32, scale: Float32) -> Float32:
-        """The threshold of a head at this step, in units of unscaled scores; NaN where nothing may be skipped."""
+        """The threshold of a head at this step, in units of row maxima; NaN where nothing may be skipped."""
         step = control[self.block(slot) + c.STEP]
         limit = threshold[
             cutlass.min(slot, threshold.shape[0] - 1),
             cutlass.max(cutlass.min(step, threshold.shape[1] - 1), 0),
             cutlass.min(head, threshold.shape[2] - 1),
         ]
-        reach = limit / scale
+        reach = limit if const_expr(self.config.int8) else limit / scale
         if limit == -Float32.inf:
             reach = Float32.nan  # compares false
         return reach

@@ -9,14 +9,20 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
 from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.device import column, element, max_nan, quad_max
+from lite_attention.cute_kernels.device import as_float, column, element, max_nan, quad_max
 
 RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and the sums are rescaled
+# INT8 scores are summed up on top of this float's bits. A sum moves the mantissa only, so the bits are then those of
+# ZERO + sum, exactly, and no integer is converted.
+ZERO = 12582912.0
 
 
 class OnlineSoftmax:
     """State of two rows a thread, in rmem tensors of two: top (maximum so far), shift (what is subtracted, log2 units,
     at most RESCALE_ABOVE below the top), total (sum of this thread's weights), factor (what the output is scaled by).
+
+    A score times `unit` is in log2 units. The unit of INT8 scores differs from tile to tile, so their maxima and the
+    reach are in log2 units; those of other scores are not scaled.
     """
 
     def __init__(self, config: KernelConfig, pack: Callable[..., Int32]) -> None:
@@ -24,6 +30,7 @@ class OnlineSoftmax:
         self.output_columns = config.head_dim // 4
         self.pack = pack
         self.vote = config.skip
+        self.int8 = config.int8
 
     @cute.jit
     def exclude(self, x, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):
@@ -48,7 +55,7 @@ class OnlineSoftmax:
                     x[element(1, i)] = -Float32.inf
 
     @cute.jit
-    def step(self, x, top, shift, total, factor, scale: Float32, reach: Float32, votes_0: Boolean, votes_1: Boolean):
+    def step(self, x, top, shift, total, factor, unit: Float32, reach: Float32, votes_0: Boolean, votes_1: Boolean):
         """Replace scores by weights, in place.
 
         The common path has no shuffle: only when some thread of the warp sees a new maximum is the row's agreed on.
@@ -56,7 +63,7 @@ class OnlineSoftmax:
         Returns:
             Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile.
         """
-        high_0, high_1 = self.row_high(x, 0), self.row_high(x, 1)
+        high_0, high_1 = self.row_high(x, 0, unit), self.row_high(x, 1, unit)
         keep = Boolean(True)
         if cutlass.const_expr(self.vote):
             # Negated, so that a NaN keeps. `reach` is NaN where nothing may be skipped.
@@ -66,7 +73,7 @@ class OnlineSoftmax:
             grown = Boolean(False)
             for half in cutlass.range_constexpr(2):
                 top[half] = max_nan(top[half], quad_max(high_0 if half == 0 else high_1))
-                scaled = top[half] * scale
+                scaled = top[half] if cutlass.const_expr(self.int8) else top[half] * unit
                 over = scaled - shift[half] > RESCALE_ABOVE
                 grown = grown | over
                 fresh = scaled if over else shift[half]
@@ -75,19 +82,28 @@ class OnlineSoftmax:
                 shift[half] = fresh
             moved = cute.arch.vote_any_sync(grown)
         for half in cutlass.range_constexpr(2):
+            offset = shift[half]
+            if cutlass.const_expr(self.int8):  # rounds to less than one step of the sums
+                offset = shift[half] + ZERO * unit
             a, b = total[half], Float32(0.0)
             for i in cutlass.range_constexpr(0, self.columns, 2):
                 e, f = element(half, i), element(half, i + 1)
-                x[e] = cute.math.exp2(x[e] * scale - shift[half], fastmath=True)
-                x[f] = cute.math.exp2(x[f] * scale - shift[half], fastmath=True)
+                x[e] = cute.math.exp2(x[e] * unit - offset, fastmath=True)
+                x[f] = cute.math.exp2(x[f] * unit - offset, fastmath=True)
                 a, b = a + x[e], b + x[f]
             total[half] = a + b
         return moved, keep
 
     @cute.jit
-    def row_high(self, x, half: cutlass.Constexpr):
-        """Maximum over this thread's columns of one row, in two independent chains."""
-        a, b = x[element(half, 0)], x[element(half, 1)]
+    def row_high(self, x, half: cutlass.Constexpr, unit: Float32):
+        """Maximum over this thread's columns of one row."""
+        if cutlass.const_expr(self.int8):
+            bits = cute.recast_tensor(x, Int32)  # ordered as the floats are, but there are maxima of three integers
+            high = bits[element(half, 0)]
+            for i in cutlass.range_constexpr(1, self.columns):
+                high = cutlass.max(high, bits[element(half, i)])
+            return (as_float(high) - ZERO) * unit
+        a, b = x[element(half, 0)], x[element(half, 1)]  # two independent chains
         for i in cutlass.range_constexpr(2, self.columns, 2):
             a, b = max_nan(a, x[element(half, i)]), max_nan(b, x[element(half, i + 1)])
         return max_nan(a, b)
@@ -97,6 +113,13 @@ class OnlineSoftmax:
         """Weights to 16 bits, two in a register: the order of the accumulator is that of the next operand."""
         for e in cutlass.range_constexpr(self.columns):
             pairs[e] = self.pack(x[2 * e], x[2 * e + 1])
+        self.clear(x)
+
+    @cute.jit
+    def clear(self, x):
+        """Make ready for the next scores: a float product overwrites, an integer product adds."""
+        if cutlass.const_expr(self.int8):
+            x.fill(ZERO)
 
     @cute.jit
     def rescale(self, out, factor, moved: Boolean):

@@ -18,6 +18,7 @@ from lite_attention.ops import (
     tile_shape,
 )
 from lite_attention.ops.control import FLAG_DENSE
+from lite_attention.ops.tiles import quantization_of
 from lite_attention.ops.validate import check_inputs, check_threshold
 
 __all__ = ["LiteAttention"]
@@ -35,7 +36,8 @@ class LiteAttention(nn.Module):
         enable_skipping: False computes everything and learns nothing, until `enable_skip_optimization(True)`.
         threshold: log2 units, at most 0; more negative skips less. A number, or a tensor that broadcasts to
             (slots, steps, heads).
-        use_int8: not available yet.
+        use_int8: compute scores, and so votes, from INT8 queries and keys. On Hopper bfloat16 and float16, head dims 64
+            and 128; on the CPU, for comparison, all that runs without it.
         num_steps: denoising steps of a generation, after which the next call starts fresh. None: call
             `reset_skip_state` between generations.
         slots: branches (cond, uncond, ...) that have a memory of their own; see `lite_attention.branch`.
@@ -65,9 +67,8 @@ class LiteAttention(nn.Module):
         implementation: str | None = None,
     ) -> None:
         super().__init__()
-        if use_int8:
-            raise NotImplementedError("use_int8: expected False, got True; INT8 scores are not built yet")
         self.skipping_enabled = enable_skipping
+        self.quantization = quantization_of(use_int8)
         self.implementation = implementation
         self._options: dict[str, Any] = {
             "threshold": threshold, "num_steps": num_steps, "slots": slots, "refresh": refresh,
@@ -99,12 +100,15 @@ class LiteAttention(nn.Module):
             batch: batch size, at most.
             seq_len: query tokens, at most.
             heads: query heads, exactly.
-            head_dim: width of a head; with dtype and device it decides the tile sizes.
+            head_dim: width of a head; with dtype, device and `use_int8` it decides the tile sizes.
             kv_seq_len: key tokens, at most; None = as many as queries.
             dtype: dtype of the query.
             device: device of the query.
+
+        Raises:
+            ValueError: a size or an option out of range, or `use_int8` with a head dim that the device does not have.
         """
-        tile_m, tile_n = tile_shape(head_dim, dtype, device)
+        tile_m, tile_n = tile_shape(head_dim, dtype, device, self.quantization)
         self._adopt(
             SkipState(
                 batch=batch, heads=heads, seq_q=seq_len, seq_k=seq_len if kv_seq_len is None else kv_seq_len,
@@ -169,6 +173,7 @@ class LiteAttention(nn.Module):
             must_skip=must_skip_list,
             key_lengths=key_lengths,
             key_mask=key_mask,
+            quantization=self.quantization,
             implementation=self.implementation,
         )
 
@@ -181,7 +186,8 @@ class LiteAttention(nn.Module):
             return False  # tiles of another length are other tiles
         return (
             sizes[0] <= batch and sizes[1] <= seq_q and sizes[2] <= seq_k and query.shape[2] == heads
-            and (state.tile_m, state.tile_n) == tile_shape(query.shape[3], query.dtype, query.device)
+            and (state.tile_m, state.tile_n)
+            == tile_shape(query.shape[3], query.dtype, query.device, self.quantization)
             and state.control.device == query.device
         )  # fmt: skip
 
@@ -256,4 +262,5 @@ class LiteAttention(nn.Module):
     def extra_repr(self) -> str:
         """Return the options that matter most."""
         threshold, num_steps = self._options["threshold"], self._options["num_steps"]
-        return f"enable_skipping={self.skipping_enabled}, threshold={threshold}, num_steps={num_steps}"
+        shown = f"enable_skipping={self.skipping_enabled}, threshold={threshold}, num_steps={num_steps}"
+        return shown if self.quantization == "none" else f"{shown}, quantization={self.quantization}"

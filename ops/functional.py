@@ -102,6 +102,7 @@ def skip_attention(
     must_skip: Sequence[int] | None = None,
     key_lengths: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    quantization: str = "none",
     implementation: str | None = None,
 ) -> Any:
     """Attention that leaves out the tiles which its state says do not matter, and updates the state.
@@ -122,6 +123,9 @@ def skip_attention(
         must_skip: token ranges that take no part, exact to the token; wins over must_do.
         key_lengths: int (batch,), keys from this index on take no part.
         key_mask: bool (batch or 1, seq_k), True = the key takes part.
+        quantization: "none", or "int8": scores, and so votes, from INT8 queries and keys, see
+            `lite_attention.ops.quantize`. On Hopper bfloat16 and float16, head dims 64 and 128; on the CPU, for
+            comparison, all.
         implementation: None = the one for the device; "reference" = the CPU algorithm on any device.
 
     Returns:
@@ -139,6 +143,7 @@ def skip_attention(
     words = None if must_do is None else _cached(_must_do_words, must_do, seq_k, state.tile_n, q.device)
     allowed = _joined_key_mask(q, seq_k, key_mask, key_lengths, must_skip)
     out, lse = IMPLEMENTATIONS[implementation](
-        q, k, v, *_state_tensors(state), words, allowed, scale=scale, tile_m=state.tile_m, tile_n=state.tile_n
-    )
+        q, k, v, *_state_tensors(state), words, allowed, scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,
+        quantization=quantization,
+    )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -26,7 +26,8 @@ from lite_attention.ops.control import (
     STEP,
     slot_word,
 )
-from lite_attention.ops.tiles import ceil_div, visit_order
+from lite_attention.ops.quantize import dequantized
+from lite_attention.ops.tiles import ceil_div, check_quantization, visit_order
 from lite_attention.ops.validate import call_signature, check_call
 
 __all__ = [
@@ -170,10 +171,12 @@ def skip_attention_reference(
     scale: float | None,
     tile_m: int,
     tile_n: int,
+    quantization: str = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `lite_attention::skip_attention` on any device; see `lite_attention.ops.schema` for the contract."""
     tensors = (q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask)
     check_call(call_signature(tensors, scale, tile_m, tile_n))
+    check_quantization(quantization)
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads = k.shape[1], k.shape[2]
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
@@ -185,6 +188,9 @@ def skip_attention_reference(
     to_log2 = (head_dim**-0.5 if scale is None else scale) * LOG2_E
     out = empty_output(q, v)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=device)
+    lse_shift = None
+    if quantization == "int8":
+        (q, k, lse_shift), to_log2 = dequantized(q, k, key_mask, scale=scale, tile_n=tile_n), 1.0
 
     bits = skip_mask[call.slot, :batch, :, :q_tiles]
     skipped = skipped_tiles(call, bits, initial_mask, k_tiles)
@@ -233,6 +239,8 @@ def skip_attention_reference(
                     voted.append(_votes(row.tile_max, limits[h]))
             out[b, :, h] = weighted / total.where(total != 0, 1).unsqueeze(-1)
             lse[b, h] = (row_max + total.log2()) / LOG2_E
+    if lse_shift is not None:
+        lse += lse_shift.where(lse != -math.inf, 0)  # a row without a key has nothing to put back, not even a NaN
     if voted:
         keeps = always.expand_as(visited).gather(-1, order)[in_order]
         out_of_it = torch.zeros_like(in_order).masked_scatter(in_order, torch.cat(voted) & ~keeps)

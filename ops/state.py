@@ -114,9 +114,9 @@ class SkipState(nn.Module):
         self.set_threshold(threshold)
 
     @classmethod
-    def for_inputs(cls, q: torch.Tensor, k: torch.Tensor, **options: Any) -> SkipState:
+    def for_inputs(cls, q: torch.Tensor, k: torch.Tensor, *, quantization: str = "none", **options: Any) -> SkipState:
         """Return a state sized for q [B, Sq, Hq, D] and k [B, Sk, Hkv, D], with the tile sizes of the table."""
-        tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device)
+        tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device, quantization)
         sizes = {"batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
         return cls(**{**sizes, "tile_m": tile_m, "tile_n": tile_n, "device": q.device, **options})
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["HOPPER_HEAD_DIMS", "ceil_div", "diagonal_tile", "tile_shape", "visit_order"]
+__all__ = [
+    "HOPPER_HEAD_DIMS",
+    "QUANTIZATIONS",
+    "ceil_div",
+    "check_quantization",
+    "diagonal_tile",
+    "quantization_of",
+    "tile_shape",
+    "visit_order",
+]
 
-# (tile_m, tile_n) by head dim on Hopper. 192 x 80 and 192 x 128 measured best of many at 128 and 64; the
-# others are the widest tiles that compile without spills, see docs/performance.md.
-_HOPPER_TILE_SHAPES = {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)}
+# (tile_m, tile_n) on Hopper by quantization and head dim. 192 x 80 and 192 x 128 measured best of many at 128 and 64;
+# the others are the widest tiles that compile without spills, see docs/performance.md.
+_HOPPER_TILE_SHAPES = {
+    "none": {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)},
+    "int8": {64: (192, 128), 128: (192, 80)},
+}
 _TILE_SHAPE = (64, 64)  # elsewhere
 
-HOPPER_HEAD_DIMS = tuple(_HOPPER_TILE_SHAPES)
+QUANTIZATIONS = tuple(_HOPPER_TILE_SHAPES)  # what scores are computed from
+HOPPER_HEAD_DIMS = tuple(_HOPPER_TILE_SHAPES["none"])
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -19,17 +32,49 @@ def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
-def tile_shape(head_dim: int, dtype: torch.dtype | None, device: torch.device | str) -> tuple[int, int]:
+def check_quantization(quantization: str) -> None:
+    """Check the name of a quantization.
+
+    Raises:
+        ValueError: it is none of `QUANTIZATIONS`.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization: expected {' or '.join(map(repr, QUANTIZATIONS))}, got {quantization!r}")
+
+
+def quantization_of(use_int8: bool) -> str:
+    """Return the quantization that users' switch stands for.
+
+    Raises:
+        ValueError: neither True nor False.
+    """
+    if not isinstance(use_int8, bool):
+        raise ValueError(f"use_int8: expected True or False, got {use_int8!r}")
+    return "int8" if use_int8 else "none"
+
+
+def tile_shape(
+    head_dim: int, dtype: torch.dtype | None, device: torch.device | str, quantization: str = "none"
+) -> tuple[int, int]:
     """Return (tile_m, tile_n): query rows and keys of one tile of the skip mask.
 
     Args:
         head_dim: width of a query or key vector.
-        dtype: dtype of the query; part of the key of the table, since INT8 and FP8 kernels tile otherwise.
+        dtype: dtype of the query; no table depends on it yet.
         device: where the attention runs.
+        quantization: what scores are computed from: "none" (q and k as they are) or "int8".
+
+    Raises:
+        ValueError: no such quantization, or not for this head dim on this device.
     """
-    if torch.device(device).type == "cuda":
-        return _HOPPER_TILE_SHAPES.get(head_dim, _TILE_SHAPE)
-    return _TILE_SHAPE
+    check_quantization(quantization)
+    if torch.device(device).type != "cuda":
+        return _TILE_SHAPE
+    shapes = _HOPPER_TILE_SHAPES[quantization]
+    if quantization != "none" and head_dim not in shapes:
+        head_dims = " and ".join(map(str, shapes))
+        raise ValueError(f"quantization: expected head dims {head_dims} for {quantization!r}, got {head_dim}")
+    return shapes.get(head_dim, _TILE_SHAPE)
 
 
 def diagonal_tile(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> int:

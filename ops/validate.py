@@ -20,6 +20,9 @@ __all__ = [
     "check_dense_call",
     "check_inputs",
     "check_key_mask",
+    "check_keys",
+    "check_quantize_key",
+    "check_queries",
     "check_threshold",
     "split_signature",
     "tensor_signatures",
@@ -33,6 +36,14 @@ def _require(condition: bool, argument: str, expected: str, got: object) -> None
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
+def _check_rank(name: str, x: torch.Tensor | TensorSignature) -> None:
+    _require(len(x.shape) == 4, name, "(batch, seq_len, heads, head_dim)", f"{len(x.shape)} dimensions")
+
+
+def _check_dtype(name: str, x: torch.Tensor | TensorSignature) -> None:
+    _require(x.dtype in _DTYPES, f"dtype of {name}", "float16, bfloat16, float32 or float64", x.dtype)
+
+
 def check_inputs(
     q: torch.Tensor | TensorSignature, k: torch.Tensor | TensorSignature, v: torch.Tensor | TensorSignature
 ) -> None:
@@ -42,10 +53,10 @@ def check_inputs(
         ValueError: naming the argument at fault.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _require(len(t.shape) == 4, name, "(batch, seq_len, heads, head_dim)", f"{len(t.shape)} dimensions")
+        _check_rank(name, t)
         _require(t.dtype == q.dtype, f"dtype of {name}", f"that of q, {q.dtype}", t.dtype)
         _require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
-    _require(q.dtype in _DTYPES, "dtype of q", "float16, bfloat16, float32 or float64", q.dtype)
+    _check_dtype("q", q)
     batch, seq_q, heads, head_dim = q.shape
     _, seq_k, kv_heads, _ = k.shape
     _require(k.shape[0] == batch, "batch of k", f"that of q, {batch}", k.shape[0])
@@ -87,6 +98,10 @@ def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) ->
     )
 
 
+def _check_scale(scale: float | None) -> None:
+    _require(scale is None or scale > 0, "scale", "a number above 0", scale)
+
+
 def check_key_mask(key_mask: torch.Tensor | TensorSignature, q: torch.Tensor | TensorSignature, seq_k: int) -> None:
     """Check that a key mask is bool, on the device of q, and (batch or 1, seq_k).
 
@@ -113,9 +128,62 @@ def check_dense_call(
         ValueError: naming the argument at fault, what was expected and what came.
     """
     check_inputs(q, k, v)
-    _require(scale is None or scale > 0, "scale", "a number above 0", scale)
+    _check_scale(scale)
     if key_mask is not None:
         check_key_mask(key_mask, q, k.shape[1])
+
+
+def check_keys(k: torch.Tensor, key_mask: torch.Tensor | None) -> None:
+    """Check a call of `lite_attention::key_mean`; the arguments are those of the op.
+
+    Raises:
+        ValueError: naming the argument at fault, what was expected and what came.
+    """
+    _check_one("k", k)
+    if key_mask is not None:
+        check_key_mask(key_mask, k, k.shape[1])
+
+
+def check_queries(q: torch.Tensor, mean: torch.Tensor, scale: float | None) -> None:
+    """Check a call of `lite_attention::quantize_query`; the arguments are those of the op.
+
+    Raises:
+        ValueError: naming the argument at fault, what was expected and what came.
+    """
+    _check_one("q", q)
+    _check_mean(mean, "q", q)
+    heads, kv_heads = q.shape[2], mean.shape[1]
+    _require(kv_heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of mean, {kv_heads}", heads)
+    _check_scale(scale)
+
+
+def check_quantize_key(k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, tile_n: int) -> None:
+    """Check a call of `lite_attention::quantize_key`; the arguments are those of the op.
+
+    Raises:
+        ValueError: naming the argument at fault, what was expected and what came.
+    """
+    check_keys(k, key_mask)
+    _check_mean(mean, "k", k)
+    _require(mean.shape[1] == k.shape[2], "heads of mean", f"those of k, {k.shape[2]}", mean.shape[1])
+    _require(tile_n >= 1, "tile_n", "at least 1", tile_n)
+
+
+def _check_one(name: str, x: torch.Tensor) -> None:
+    """Check queries or keys alone."""
+    _check_rank(name, x)
+    _check_dtype(name, x)
+    for axis, size in zip(("batch", "seq_len", "heads", "head_dim"), x.shape, strict=True):
+        _require(size >= 1, f"{axis} of {name}", "at least 1", size)
+
+
+def _check_mean(mean: torch.Tensor, name: str, x: torch.Tensor) -> None:
+    """Check the mean of the keys beside the queries or keys of that name."""
+    _require(len(mean.shape) == 3, "mean", "(batch, kv_heads, head_dim)", f"{len(mean.shape)} dimensions")
+    _require(mean.dtype == torch.float32, "dtype of mean", "torch.float32", mean.dtype)
+    _require(mean.device == x.device, "device of mean", f"that of {name}, {x.device}", mean.device)
+    _require(mean.shape[0] == x.shape[0], "batch of mean", f"that of {name}, {x.shape[0]}", mean.shape[0])
+    _require(mean.shape[2] == x.shape[3], "head_dim of mean", f"that of {name}, {x.shape[3]}", mean.shape[2])
 
 
 class TensorSignature(NamedTuple):

@@ -67,18 +67,29 @@ def assert_step(
     scale: float | None = None,
     must_do: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    quantization: str = "none",
 ) -> tuple[torch.Tensor, OracleResult]:
-    """Run the op from the state as it is; hold all that it returns and leaves behind against the oracle."""
-    tensors = (q, k, v, state.skip_mask, state.control, state.threshold, state.initial_mask, must_do, key_mask)
-    options = {"scale": scale, "tile_m": state.tile_m, "tile_n": state.tile_n}
-    slot = state.slot
-    want = skip_attention_oracle(*tensors, **options)
-    out, lse = torch.ops.lite_attention.skip_attention(*tensors, **options)
+    """Run the op from the state as it is; hold all that it returns and leaves behind against the oracle.
 
-    tol = _TOLERANCE[q.dtype]
+    With "int8", the oracle attends with what the quantised values stand for.
+    """
+    others = (v, state.skip_mask, state.control, state.threshold, state.initial_mask, must_do, key_mask)
+    tiles = {"tile_m": state.tile_m, "tile_n": state.tile_n}
+    slot, dtype, lse_shift = state.slot, q.dtype, None
+    given, given_scale = (q, k), scale
+    if quantization == "int8":
+        (q, k, lse_shift), scale = dequantized(q, k, key_mask, scale, state.tile_n), math.log(2)
+    want = skip_attention_oracle(q, k, *others, scale=scale, **tiles)
+    if lse_shift is not None:
+        want.lse.add_(lse_shift.where(want.lse != -math.inf, 0))
+    out, lse = torch.ops.lite_attention.skip_attention(
+        *given, *others, scale=given_scale, quantization=quantization, **tiles
+    )
+
+    tol = _TOLERANCE[dtype] if quantization == "none" else max(_TOLERANCE[dtype], _TOLERANCE[torch.float32])
     reach = max(1.0, float(v.double().abs().max()))
     torch.testing.assert_close(out.double(), want.out, rtol=tol, atol=tol * reach, equal_nan=True)
-    lse_tol = 1e-6 if q.dtype == torch.float64 else 1e-4  # stored in float32 either way
+    lse_tol = 1e-6 if dtype == torch.float64 and lse_shift is None else 1e-4  # stored in float32 either way
     torch.testing.assert_close(lse.double(), want.lse, rtol=lse_tol, atol=lse_tol, equal_nan=True)
     assert torch.equal(state.control, want.control)
 
@@ -89,6 +100,21 @@ def assert_step(
     differs[slot, :batch, :, :q_tiles, :k_tiles] &= want.margin >= too_close(q, k, scale)
     assert not differs.any(), differs.nonzero().tolist()
     return out, want
+
+
+def dequantized(
+    q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, scale: float | None, tile_n: int
+) -> Qkv:
+    """Return q and k in float64 as the quantising ops leave them, their product in log2 units, and lse_shift."""
+    ops = torch.ops.lite_attention
+    mean = ops.key_mean(k, key_mask)
+    q_values, q_scales, lse_shift = ops.quantize_query(q, mean, scale=scale)
+    k_values, k_scales = ops.quantize_key(k, mean, key_mask, tile_n=tile_n)
+    seen = []
+    for values, scales, rows in ((q_values, q_scales, 16), (k_values, k_scales, tile_n)):
+        by_row = torch.stack([scales[:, :, i // rows] for i in range(values.shape[1])], 1)
+        seen.append(values.double() * by_row.double().unsqueeze(-1))
+    return seen[0], seen[1], lse_shift.double()
 
 
 def too_close(q: torch.Tensor, k: torch.Tensor, scale: float | None = None) -> float:

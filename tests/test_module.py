@@ -236,6 +236,7 @@ def test_inference_mode_and_no_grad_mix() -> None:
         ({"refresh": 0}, "refresh: expected at least 1, got 0"),
         ({"threshold": 1.0}, r"threshold: expected at most 0 .*got 1\.0"),
         ({"threshold": math.nan}, "threshold: expected numbers, got NaN"),
+        ({"use_int8": "int8_fp8"}, "use_int8: expected True or False, got 'int8_fp8'"),
     ],
     ids=str,
 )
@@ -244,9 +245,53 @@ def test_wrong_options_are_told_at_once(options: dict[str, Any], message: str) -
         LiteAttention(**options)
 
 
-def test_int8_is_not_there_yet() -> None:
-    with pytest.raises(NotImplementedError, match="use_int8: expected False, got True"):
-        LiteAttention(use_int8=True)
+def test_int8_equals_the_functional_form_over_steps() -> None:
+    module, plain = LiteAttention(threshold=-3.0, use_int8=True), LiteAttention(threshold=-3.0)
+    assert "quantization=int8" in repr(module)
+    assert "quantization" not in repr(plain)
+    state = SkipState.for_inputs(*_inputs()[:2], quantization="int8", threshold=-3.0)
+    options = {"key_mask": torch.arange(SEQ).unsqueeze(0) < SEQ - 20}
+    for step in range(3):
+        out, lse = module(*_inputs(step), return_softmax_lse=True, **options)
+        want = skip_attention(*_inputs(step), state, quantization="int8", return_lse=True, **options)
+        assert torch.equal(out, want[0])
+        assert torch.equal(lse, want[1])
+        _assert_same_state(_state_of(module), state)
+        assert not torch.equal(plain(*_inputs(step), **options), out)
+    assert 0.1 < module.sparsity() < 0.9
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(*_inputs(3)), module(*_inputs(3)))
+
+
+def test_int8_has_tiles_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device, quantization: str) -> tuple[int, int]:
+        return (32, 16) if quantization == "int8" else (64, 64)
+
+    monkeypatch.setattr("lite_attention.module.tile_shape", tiles_of)
+    for use_int8, tiles in ((True, (32, 16)), (False, (64, 64))):
+        module = LiteAttention(use_int8=use_int8)
+        for step in range(2):
+            module(*_inputs(step))
+        state = _state_of(module)
+        assert (state.tile_m, state.tile_n) == tiles
+        assert state.step() == 2  # the second call found it
+
+
+def test_int8_has_head_dims_of_its_own_on_hopper() -> None:
+    module = LiteAttention(use_int8=True)
+    with pytest.raises(ValueError, match="quantization: expected head dims 64 and 128 for 'int8', got 96"):
+        module.allocate(1, SEQ, HEADS, 96, dtype=torch.bfloat16, device="cuda")
+    assert module.state is None
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_int8_compiles(backend: str) -> None:
+    module, eager = (LiteAttention(threshold=-3.0, use_int8=True).allocate(1, SEQ, HEADS, DIM) for _ in range(2))
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for step in range(3):
+        assert torch.equal(compiled(*_inputs(step)), eager(*_inputs(step)))
+    _assert_same_state(module, eager)
+    assert 0.1 < module.sparsity() < 0.9
 
 
 def test_it_can_be_built_on_the_meta_device() -> None:

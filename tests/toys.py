@@ -95,9 +95,12 @@ def context(batch: int = 1, seq: int = 24, dim: int = 32) -> torch.Tensor:
 class Reference:
     """A model with explicit states: one per attention other than `attn2`, branch and size; `reset` drops them."""
 
-    def __init__(self, model: nn.Module, threshold: float | torch.Tensor = THRESHOLD) -> None:
+    def __init__(
+        self, model: nn.Module, threshold: float | torch.Tensor = THRESHOLD, quantization: str = "none"
+    ) -> None:
         self.model = copy.deepcopy(model)
         self.threshold = threshold
+        self.quantization = quantization
         self.states: dict[tuple[str, str, int, int], SkipState] = {}  # path, branch, batch, seq
         self.branch = ""
         for path, module in self.model.named_modules():
@@ -116,7 +119,9 @@ class Reference:
                     tile_n=TILE[1], slots=1, threshold=self.threshold,
                 )  # fmt: skip
             key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
-            return lite_attention.skip_attention(q, k, v, self.states[key], key_mask=key_mask).transpose(1, 2)
+            return lite_attention.skip_attention(
+                q, k, v, self.states[key], key_mask=key_mask, quantization=self.quantization
+            ).transpose(1, 2)
 
         return attend
 
@@ -170,8 +175,8 @@ def assert_same_states(backend: LiteAttentionBackend, model: nn.Module, referenc
     slots = backend.store.session.branches
     assert records.keys() == {path for path, *_ in reference.states}
     for path, record in records.items():
-        sizes = {sizes[:2] for sizes, _ in record.states}
+        sizes = {sizes[:2] for sizes, *_ in record.states}
         assert sizes == {(batch, seq) for at, _, batch, seq in reference.states if at == path}
     for (path, branch, batch, seq), expected in reference.states.items():
-        (state,) = (s for (sizes, _), s in records[path].states.items() if sizes[:2] == (batch, seq))
+        (state,) = (s for (sizes, *_), s in records[path].states.items() if sizes[:2] == (batch, seq))
         assert torch.equal(state.kept_tiles()[slots.get(branch, 0)], expected.kept_tiles()[0]), (path, branch)

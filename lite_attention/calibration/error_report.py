@@ -16,7 +16,8 @@ __all__ = ["Curve", "ErrorReport", "ErrorRow"]
 class Curve(NamedTuple):
     """What each choice costs at one (site, slot, step), over the prompts so far.
 
-    Choice 0 leaves out what earlier steps voted out, choice i also what the i-th candidate threshold would.
+    Choice 0 leaves out what was left out at the step before, choice i also what that one voted out at the i-th
+    candidate threshold.
     """
 
     errors: torch.Tensor  # float64 [choices, heads], of the output: the worst prompt's, or the mean
@@ -39,10 +40,9 @@ class ErrorRow:
     site: str
     slot: int
     step: int
-    error: torch.Tensor  # [heads], of the call's output, with what earlier steps voted out
+    error: torch.Tensor  # [heads], of the call's output
     sparsity: torch.Tensor  # [heads], share of the call's tiles left out, 0 to 1
     tiles: float
-    voted: torch.Tensor | None = None  # [heads], error if what this step votes out had been left out too
 
 
 @dataclass

@@ -37,7 +37,7 @@ class CaughtCall(NamedTuple):
     skipped: torch.Tensor  # bool [B, Hq, q_tiles, k_tiles], by the votes of earlier steps
     op: Any
     args: tuple[Any, ...]  # q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask
-    kwargs: dict[str, Any]  # scale, tile_m, tile_n
+    kwargs: dict[str, Any]  # scale, tile_m, tile_n, quantization
 
     @property
     def where(self) -> str:
@@ -56,9 +56,9 @@ class CaughtCall(NamedTuple):
         return self.op(*self.args[:4], control, *self.args[5:], **self.kwargs)  # type: ignore[no-any-return]
 
     def run_stateless(self) -> Output:
-        """Compute dense attention with the dense op, which is faster where it has a kernel."""
+        """Compute dense attention with the dense op, which is faster where it computes the same."""
         q, k, v, *_, key_mask = self.args
-        if self.op is not IMPLEMENTATIONS[None]:
+        if self.op is not IMPLEMENTATIONS[None] or self.kwargs.get("quantization", "none") != "none":
             return self.run_dense()
         return ATTENTION(q, k, v, key_mask, scale=self.kwargs["scale"])  # type: ignore[no-any-return]
 

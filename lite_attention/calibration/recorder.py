@@ -1,8 +1,9 @@
 """Finding thresholds: how bold each site, branch, step and head may be, from what leaving tiles out really costs.
 
-Calibrating runs generations in which every attention call returns its dense output, and measures at each call what each
-candidate threshold would leave out and what error that makes. Verifying runs them again with the thresholds found, on
-the sparse trajectory.
+Calibrating runs generations in which every attention call returns its dense output, and measures at each call what
+error it would have at each candidate threshold of the step before: votes take effect one step later, on other queries
+and keys than they were cast on. Verifying runs the generations again with the thresholds found, on the sparse
+trajectory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ THRESHOLDS = (
     *(-5.5, -5.0, -4.5, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0),
 )
 
-_Place = tuple[str, int, int]  # site, slot, step
+Place = tuple[str, int, int]  # site, slot, step
+Choose = Callable[[Place, Curve], torch.Tensor]  # returns the choice of each head, [heads]
+ROWS = 10  # of tiles that are measured at a call, unless a stride is given: some hundred to a thousand queries
+HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
+
 _State = tuple[str, int, int]  # site, number of the state among those of that name, slot
 
 
@@ -43,7 +48,7 @@ class _Measurement(AttentionProbe):
         if metric not in METRICS:
             raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
         self.metric, self.bound, self.num_steps = metric, bound, num_steps
-        self.curves: dict[_Place, Curve] = {}
+        self.curves: dict[Place, Curve] = {}
         super().__init__(model_or_pipe, num_steps, **settings)
 
     def _check(self, call: CaughtCall, dense: torch.Tensor) -> None:
@@ -63,7 +68,7 @@ class _Measurement(AttentionProbe):
 
     def _merged(self, call: CaughtCall, curve: Curve) -> Curve:
         """Return the curve of a call joined with those of earlier prompts."""
-        known = self.curves.get(_place(call))
+        known = self.curves.get(place_of(call))
         if known is None:
             return curve
         if known.errors.shape != curve.errors.shape:
@@ -76,15 +81,17 @@ class _Measurement(AttentionProbe):
         """What was measured so far."""
         rows = []
         for place, curve in self.curves.items():
-            sparsity = curve.left_out[0] / curve.tiles
-            rows.append(ErrorRow(*place, curve.errors[0], sparsity, curve.tiles, self._voted(curve)))
+            choice = self._choice(place, curve).unsqueeze(0)
+            error, left_out = (of_choices.gather(0, choice)[0] for of_choices in (curve.errors, curve.left_out))
+            rows.append(ErrorRow(*place, error, left_out / curve.tiles, curve.tiles))
         return ErrorReport(rows, self.metric, self.bound)
 
-    def _voted(self, curve: Curve) -> torch.Tensor | None:
-        return None
+    def _choice(self, place: Place, curve: Curve) -> torch.Tensor:
+        """Return the choice of each head, [heads]."""
+        return torch.zeros(curve.errors.shape[1], dtype=torch.int64)
 
 
-def _place(call: CaughtCall) -> _Place:
+def place_of(call: CaughtCall) -> Place:
     return call.site, call.control.slot, call.control.step
 
 
@@ -93,7 +100,7 @@ class Recorder(_Measurement):
 
     Args:
         model_or_pipe: as for `Calibration`, as are those not named here.
-        choose: returns the choice of each head, [heads], for a curve.
+        choose: what each head leaves out at a place.
         rule: what tells this `choose` from others, in a saved file.
         bound: with one, the worst of several generations counts; without, their mean.
     """
@@ -101,14 +108,14 @@ class Recorder(_Measurement):
     def __init__(
         self,
         model_or_pipe: Any,
-        choose: Callable[[Curve], torch.Tensor],
+        choose: Choose,
         rule: str,
         bound: float | None = None,
         *,
         metric: str = "L1",
         num_steps: int | None = None,
         thresholds: Sequence[float] = THRESHOLDS,
-        stride: int = 1,
+        stride: int | None = None,
         autosave: str | Path | None = None,
         progress: bool = False,
         **settings: Any,
@@ -116,7 +123,7 @@ class Recorder(_Measurement):
         candidates = torch.tensor(thresholds, dtype=torch.float64)
         if not 1 <= len(candidates) <= 250 or not bool((candidates.diff() > 0).all()) or not candidates[-1] <= 0:
             raise ValueError(f"thresholds: expected 1 to 250 ascending numbers of at most 0, got {list(thresholds)}")
-        if stride < 1:
+        if stride is not None and stride < 1:
             raise ValueError(f"stride: expected at least 1, got {stride}")
         self.thresholds, self.stride, self._choose = tuple(map(float, thresholds)), stride, choose
         self._options: dict[str, Any] = {"rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride}
@@ -124,7 +131,8 @@ class Recorder(_Measurement):
         self._autosave = None if autosave is None else Path(autosave)
         self._calls: Counter[_State] = Counter()
         self._measured: Counter[_State] = Counter()  # more than the calls, while what came before a resume is repeated
-        self._masks: dict[_State, torch.Tensor] = {}  # words [B, Hq, q_tiles, k_words] after the last one measured
+        self._masks: dict[_State, torch.Tensor] = {}  # words [B, Hq, q_tiles, k_words] of the last one measured
+        self._votes: dict[_State, torch.Tensor] = {}  # that it cast
         self._slots: dict[str, int] = {}  # of a site's states
         self._bar = tqdm(total=num_steps, desc="calibrating", unit="step") if progress and num_steps else None
         super().__init__(model_or_pipe, metric, bound, num_steps, settings)
@@ -152,22 +160,29 @@ class Recorder(_Measurement):
 
     def _measure(self, call: CaughtCall, state: _State) -> None:
         q, k, v, skip_mask, *_, must_do, key_mask = call.args
+        stride = self.stride or max(1, call.skipped.shape[2] // ROWS)
+        voted = None if call.control.fresh else self._votes.get(state)
+        voted = None if voted is None else voted.to(q.device)
         found = measure_tiles(
-            q, k, v, call.skipped, must_do, key_mask, thresholds=self.thresholds, metric=self.metric,
-            stride=self.stride, **call.kwargs,
+            q, k, v, call.skipped, voted, must_do, key_mask, thresholds=self.thresholds, metric=self.metric,
+            stride=stride, **call.kwargs,
         )  # fmt: skip
         curve = Curve(error_of(self.metric, found.parts).cpu(), found.left_out.cpu(), float(found.tiles))
         curve = self._merged(call, curve)
-        choice = self._choose(curve).to(found.choices.device)
         skipped = call.skipped.clone()
-        skipped[:, :, :: self.stride] |= found.choices <= choice.view(-1, 1, 1)
+        if voted is not None:
+            choice = self._choice(place_of(call), curve).to(voted.device)
+            skipped[:, :, ::stride] |= voted <= choice.view(-1, 1, 1)
+        votes = found.votes(skipped)
         # Together, so that an interrupt leaves all or nothing.
-        self._masks[state], self.curves[_place(call)] = pack_bits(skipped), curve
+        self._masks[state], self._votes[state], self.curves[place_of(call)] = pack_bits(skipped), votes, curve
         self._slots[call.site] = skip_mask.shape[0]
         self._measured[state] = self._calls[state]
 
-    def _voted(self, curve: Curve) -> torch.Tensor | None:
-        return curve.errors.gather(0, self._choose(curve).unsqueeze(0))[0]
+    def _choice(self, place: Place, curve: Curve) -> torch.Tensor:
+        choice = self._choose(place, curve)
+        # No bolder than it takes: where nothing was voted out, any candidate does the same.
+        return (curve.left_out >= curve.left_out.gather(0, choice.unsqueeze(0))).int().argmax(0)
 
     def _show(self, state: _State, step: int) -> None:
         if self._bar is not None and state == next(iter(self._calls), state):
@@ -180,17 +195,18 @@ class Recorder(_Measurement):
     def table(self) -> dict[str, torch.Tensor]:
         """Return thresholds by site, float32 (slots, steps, heads), or (1, steps, heads) if only slot 0 was in use.
 
-        What was not measured, such as steps to come or another branch, has -inf.
+        What was not measured has -inf: the last step, of which the votes take no effect, or another branch.
         """
         values = torch.tensor([-math.inf, *self.thresholds])
         tables: dict[str, torch.Tensor] = {}
         for site in dict.fromkeys(place[0] for place in self.curves):
-            choices = {place[1:]: self._choose(curve) for place, curve in self.curves.items() if place[0] == site}
+            choices = {p[1:]: self._choice(p, curve) for p, curve in self.curves.items() if p[0] == site}
             slots = self._slots[site] if any(slot > 0 for slot, _ in choices) else 1
             steps = self.num_steps or 1 + max(step for _, step in choices)
             tables[site] = torch.full((slots, steps, len(next(iter(choices.values())))), -math.inf)
             for (slot, step), choice in choices.items():
-                tables[site][slot, step] = values[choice]
+                if step:
+                    tables[site][slot, step - 1] = values[choice]
         return tables
 
     def detach(self) -> None:
@@ -214,6 +230,7 @@ class Recorder(_Measurement):
             "curves": {place: tuple(curve) for place, curve in self.curves.items()},
             "measured": dict(self._measured),
             "masks": {state: words.cpu() for state, words in self._masks.items()},
+            "votes": {state: votes.cpu() for state, votes in self._votes.items()},
             "slots": self._slots,
         }
         torch.save(content, unfinished)
@@ -235,6 +252,7 @@ class Recorder(_Measurement):
             raise ValueError(f"{path}: expected a calibration with {self._options}, got {content['options']}")
         self.curves = {place: Curve(*curve) for place, curve in content["curves"].items()}
         self._measured, self._masks = Counter(content["measured"]), dict(content["masks"])
+        self._votes = dict(content["votes"])
         self._slots = dict(content["slots"])
 
 
@@ -242,10 +260,11 @@ class Calibration(Recorder):
     """Finds the most aggressive thresholds whose error stays under a bound, while the model generates densely.
 
     From now until `detach` the model runs eagerly, and each call of its skip-aware attention returns the dense output.
-    At each step a head gets the highest candidate for which the error of the site's output, had all been left out that
-    this and earlier steps vote out, is at most the bound; where what earlier steps voted out is too much by itself, it
-    gets -inf, and the report says so. The criterion is that of arXiv 2511.11062, for every head and against the dense
-    output. Over several generations the worst one counts.
+    At each step a head gets the highest candidate for which the error of the site's output at the next step is at most
+    its limit, with everything left out that was voted out until then; where that is too much by itself, it gets -inf.
+    What was voted out stays out while the attention moves on, so the limit lies below the bound: by default by a share
+    for the drift that is to be expected, see `limits_after`. The criterion is that of arXiv 2511.11062, for every head
+    and against the dense output. Over several generations the worst one counts.
 
         with Calibration(model, target_error=0.05, num_steps=50) as calibration:
             generate()
@@ -254,11 +273,13 @@ class Calibration(Recorder):
     Args:
         model_or_pipe: an nn.Module, or a diffusers pipeline; given to `enable`, holding `LiteAttention`, or neither.
         target_error: the bound.
+        limits: for each (site, slot), [heads]; None = `HEADROOM` of the bound.
         metric: of the output of a head: "L1" = sum|sparse - dense| / sum|dense|, "RMSE" = that of Euclidean lengths,
             "Cossim" = 1 - cosine similarity.
         num_steps: denoising steps of a generation; None = as many as come.
         thresholds: candidates, ascending, in log2 units.
-        stride: measure only every so many rows of tiles, evenly spread, which costs so much less.
+        stride: measure only every so many rows of tiles, evenly spread, which costs so much less; None = so that about
+            `ROWS` are measured.
         autosave: file that is written after each forward, for `resume`.
         progress: show a bar with the time left; needs num_steps.
         settings: as for `enable`, of a model that is not enabled yet.
@@ -273,20 +294,35 @@ class Calibration(Recorder):
         model_or_pipe: Any,
         *,
         target_error: float,
+        limits: Mapping[tuple[str, int], torch.Tensor] | None = None,
         metric: str = "L1",
         num_steps: int | None = None,
         **options: Any,
     ) -> None:
         if not target_error >= 0:
             raise ValueError(f"target_error: expected a number of at least 0, got {target_error}")
+        self._limits = dict(limits or {})
 
-        def choose(curve: Curve) -> torch.Tensor:
-            fits = curve.errors <= target_error
+        def choose(place: Place, curve: Curve) -> torch.Tensor:
+            fits = curve.errors <= self._limits.get(place[:2], HEADROOM * target_error)
             highest = (fits * torch.arange(len(fits)).unsqueeze(-1)).amax(0)
             return torch.where(fits[0], highest, 0)
 
-        rule = f"error of each head at most {target_error}"
+        rule = f"error of each head at most {target_error}" + (", with limits" if limits else "")
         super().__init__(model_or_pipe, choose, rule, target_error, metric=metric, num_steps=num_steps, **options)
+
+    def limits_after(self) -> dict[tuple[str, int], torch.Tensor]:
+        """Return limits for a second calibration: they bring the largest error of a head to `HEADROOM` of the bound."""
+        peaks: dict[tuple[str, int], torch.Tensor] = {}
+        for row in self.report.rows:
+            place = row.site, row.slot
+            peaks[place] = torch.maximum(peaks.get(place, row.error), row.error)
+        bound = self.bound or 0.0
+        aim = HEADROOM * bound
+        return {
+            place: (self._limits.get(place, aim) * aim / peak.clamp(min=1e-12)).clamp(max=bound)
+            for place, peak in peaks.items()
+        }
 
 
 class Verification(_Measurement):
@@ -333,5 +369,5 @@ class Verification(_Measurement):
         left_out = call.skipped.sum((0, 2, 3)).double().cpu()
         tiles = call.skipped[:, 0].numel()
         curve = Curve(error_of(self.metric, parts).cpu().unsqueeze(0), left_out.unsqueeze(0), tiles)
-        self.curves[_place(call)] = self._merged(call, curve)
+        self.curves[place_of(call)] = self._merged(call, curve)
         return out, lse

@@ -9,16 +9,24 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lite_attention.calibration.error_report import Curve, ErrorReport
 from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output
-from lite_attention.calibration.recorder import THRESHOLDS, Calibration, Recorder, Verification
+from lite_attention.calibration.recorder import (
+    THRESHOLDS,
+    Calibration,
+    Place,
+    Recorder,
+    Verification,
+)
 from lite_attention.inspection import text_table
 
 __all__ = ["CalibrationResult", "calibrate"]
+
+_Kind = TypeVar("_Kind", bound=Recorder)
 
 _log = logging.getLogger("lite_attention")
 
@@ -32,7 +40,7 @@ class CalibrationResult:
     verification: ErrorReport  # on the sparse trajectory, calibration prompts
     held_out: ErrorReport  # on the sparse trajectory, held-out prompts; empty without any
     sample_error: float | None  # sum|sparse - dense| / sum|dense| of what `generate` returned, the mean of the prompts
-    cost: dict[str, float] = field(default_factory=dict)  # wall time of all runs, in dense generations
+    cost: dict[str, float] = field(default_factory=dict)  # wall time for a prompt, in dense generations
 
     def __str__(self) -> str:
         """Return the figures of the whole."""
@@ -54,16 +62,17 @@ def calibrate(
     metric: str = "L1",
     prompts: Iterable[int] = (0,),
     held_out: Iterable[int] = (),
-    passes: int = 3,
+    passes: int = 1,
     thresholds: Sequence[float] = THRESHOLDS,
-    stride: int = 1,
+    stride: int | None = None,
     autosave: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> CalibrationResult:
     """Find thresholds for a model, and measure on the sparse trajectory what they do.
 
-    With `target_error` alone it is a bound for every site, branch, step and head, see `Calibration`. With
+    With `target_error` alone it is a bound for every site, branch, step and head, see `Calibration`; a second pass
+    lowers the limits of those heads whose error grew above it after their tiles had been voted out. With
     `target_sparsity`, or `budget`, the target is one of the whole, and is spread so that the last tile left out costs
     the same error everywhere: the candidate of least error - price * tiles left out is taken. The price is found by
     bisection on the curves of a first pass. Further passes follow the tiles voted out from step to step, and correct
@@ -80,9 +89,9 @@ def calibrate(
         metric: "L1", "Cossim" or "RMSE", see `Calibration`.
         prompts: numbers that `generate` is called with.
         held_out: further ones, which only verify.
-        passes: at most so many after the first, where a target of the whole is sought.
+        passes: at most so many after the first.
         thresholds: candidates, ascending, in log2 units.
-        stride: measure only every so many rows of tiles.
+        stride: measure only every so many rows of tiles, see `Calibration`.
         autosave: file to write after each forward and to resume from if it is there; later passes add ".1", ".2", ....
         progress: show a bar with the time left of each generation.
         settings: as for `enable`, of a model that is not enabled yet.
@@ -96,7 +105,7 @@ def calibrate(
     common = {"metric": metric, "num_steps": num_steps, **settings}
     runs = _Runs(generate)
 
-    def record(kind: Callable[..., Recorder], number: int = 0, **rule: Any) -> Recorder:
+    def record(kind: Callable[..., _Kind], number: int = 0, **rule: Any) -> _Kind:
         """Run one pass, or what is left of it after an interrupt."""
         file = None if autosave is None else Path(f"{autosave}.{number}" if number else autosave)
         options = {"thresholds": thresholds, "stride": stride, "autosave": file, "progress": progress, **common}
@@ -113,16 +122,19 @@ def calibrate(
         return recorder
 
     def record_at(price: float, number: int) -> Recorder:
-        def choose(curve: Curve) -> torch.Tensor:
+        def choose(_: Place, curve: Curve) -> torch.Tensor:
             return (curve.errors - price * curve.left_out).argmin(0)
 
         return record(Recorder, number, choose=choose, rule=f"error - {price} * tiles left out")
 
+    found: Recorder
     if target_error is not None and not budget:
-        found = record(Calibration, target_error=target_error)
+        found = _bounded(
+            lambda limits, number: record(Calibration, number, target_error=target_error, limits=limits), passes
+        )
     else:
         name, target = ("error", target_error) if target_sparsity is None else ("sparsity", target_sparsity)
-        found = _spread(record_at, name, float(target or 0), passes, num_steps)
+        found = _spread(record_at, name, float(target or 0), passes)
     table = found.table()
     calibrated = runs.samples["calibration"]
     with _Dense(model_or_pipe, num_steps, **settings) as dense:
@@ -132,7 +144,7 @@ def calibrate(
         with Verification(model_or_pipe, table, bound=found.bound, **common) as verification:
             runs(verification, kind, numbers)
         reports[kind] = verification.report
-    cost = {name: runs.seconds[name] / runs.seconds["dense"] for name in ("calibration", "verification")}
+    cost = {name: runs.seconds[name] / len(prompts) / runs.seconds["dense"] for name in ("calibration", "verification")}
     sample_error = _sample_error(runs.samples["verification"], calibrated)
     return CalibrationResult(table, found.report, reports["verification"], reports["held out"], sample_error, cost)
 
@@ -177,16 +189,24 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _spread(
-    record_at: Callable[[float, int], Recorder], name: str, target: float, passes: int, num_steps: int
-) -> Recorder:
+def _bounded(
+    record_with: Callable[[dict[tuple[str, int], torch.Tensor] | None, int], Calibration], passes: int
+) -> Calibration:
+    """Return the pass with the fewest misses of the bound, and of those the one that leaves out most."""
+    tried = [record_with(None, 0)]
+    for number in range(1, passes + 1):
+        if not tried[-1].report["missed"]:
+            break
+        tried.append(record_with(tried[-1].limits_after(), number))
+    return min(tried, key=lambda found: (found.report["missed"], -found.report["sparsity"]))
+
+
+def _spread(record_at: Callable[[float, int], Recorder], name: str, target: float, passes: int) -> Recorder:
     """Return the pass whose "error" or "sparsity" came nearest to a target of the whole."""
-    curves = record_at(0.0, 0).curves
-    # What the last step votes out is never left out.
-    curves = {place: curve for place, curve in curves.items() if place[2] < num_steps - 1 or num_steps == 1}
+    curves = [*record_at(0.0, 0).curves.values()]
     aim, tried = target, []
     for number in range(1, passes + 1):
-        price = _price_for([*curves.values()], name, aim)
+        price = _price_for(curves, name, aim)
         recorder = record_at(price, number)
         reached = recorder.report[name]
         _log.info("calibrate: pass %d, price %.3g a tile: %s %.4f of %.4f", number, price, name, reached, target)

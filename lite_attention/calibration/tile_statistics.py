@@ -1,18 +1,21 @@
 """What leaving out tiles costs: for one attention call, the error at every candidate threshold, in one pass.
 
-The sets of tiles that growing thresholds leave out are nested. So each tile belongs to one class, the first threshold
+The sets of tiles that growing thresholds vote out are nested. So each tile belongs to one class, the first threshold
 that drops it; the tiles' partial outputs are summed over classes, and every candidate's output is one of the sums.
+A vote takes effect at the next call: so classes are of the votes of one call, and errors of the next one's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from lite_attention.ops.bitmask import unpack_bits
+from lite_attention.ops.quantize import dequantized
 from lite_attention.ops.reference import LOG2_E
 from lite_attention.ops.tiles import ceil_div, visit_order
 
@@ -56,12 +59,14 @@ def error_of(metric: str, parts: torch.Tensor) -> torch.Tensor:
 
 
 class TileStatistics(NamedTuple):
-    """One call, measured. Choice 0 leaves out what was left out before, choice i also what thresholds[i - 1] drops."""
+    """One call, measured. Choice 0 leaves out what was skipped, choice i also what thresholds[i - 1] had voted out."""
 
-    choices: torch.Tensor  # uint8 [B, Hq, rows of tiles, k_tiles]: the first choice that leaves out a tile
     parts: torch.Tensor  # float64 [3, choices, Hq], see `error_parts`
     left_out: torch.Tensor  # float64 [choices, Hq], tiles
     tiles: int  # of one head
+    # From what the call skips, bool [B, Hq, q_tiles, k_tiles], to its votes, uint8 [B, Hq, rows of tiles, k_tiles]: the
+    # first choice of the next call that leaves out a tile.
+    votes: Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
@@ -70,6 +75,7 @@ def measure_tiles(
     k: torch.Tensor,
     v: torch.Tensor,
     skipped: torch.Tensor,
+    voted: torch.Tensor | None = None,
     must_do: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     *,
@@ -78,9 +84,10 @@ def measure_tiles(
     scale: float | None = None,
     tile_m: int,
     tile_n: int,
+    quantization: str = "none",
     stride: int = 1,
 ) -> TileStatistics:
-    """Return what each threshold would leave out from now on, and its error against the dense output.
+    """Return the error against the dense output of each threshold of the call before, and what this one votes.
 
     Scores, votes and outputs are those of `lite_attention::skip_attention`, in float32 or better; what was skipped
     before casts no vote and is left out of every choice. The error is that of attention over the tiles left.
@@ -90,7 +97,8 @@ def measure_tiles(
         q: [B, Sq, Hq, D].
         k: [B, Sk, Hkv, D].
         v: [B, Sk, Hkv, Dv].
-        skipped: bool [B, Hq, q_tiles, k_tiles], left out by earlier steps.
+        skipped: bool [B, Hq, q_tiles, k_tiles], left out whatever the choice.
+        voted: votes of the call before; None = there was none.
         must_do: int32 [k_words], tiles that are always visited.
         key_mask: bool [B or 1, Sk], True = the key takes part.
         thresholds: ascending, in log2 units.
@@ -98,6 +106,7 @@ def measure_tiles(
         scale: factor of the scores; None = D ** -0.5.
         tile_m: query rows of a tile.
         tile_n: keys of a tile.
+        quantization: as for the op; the dense output is that of the quantized scores too.
         stride: only every so many rows of tiles are measured; rows do not depend on each other.
     """
     batch, seq_q, heads, head_dim = q.shape
@@ -105,6 +114,8 @@ def measure_tiles(
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
     device, dtype = q.device, torch.promote_types(q.dtype, torch.float32)
     to_log2 = (head_dim**-0.5 if scale is None else scale) * LOG2_E
+    if quantization == "int8":
+        (q, k, _), to_log2 = dequantized(q, k, key_mask, scale=scale, tile_n=tile_n), 1.0
     rows = torch.arange(0, q_tiles, stride, device=device)
     order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in rows.tolist()], device=device)
     grid = torch.tensor(thresholds, dtype=dtype, device=device)
@@ -118,7 +129,7 @@ def measure_tiles(
         must = unpack_bits(must_do, k_tiles)
     is_row = torch.arange(q_tiles * tile_m, device=device).view(q_tiles, tile_m) < seq_q
 
-    choices = torch.empty(batch, heads, len(rows), k_tiles, dtype=torch.uint8, device=device)
+    peaks = torch.empty(batch, heads, len(rows), tile_m, k_tiles, dtype=dtype, device=device)
     parts = torch.zeros(3, never, heads, dtype=torch.float64, device=device)
     left_out = torch.zeros(never, heads, dtype=torch.float64, device=device)
     places = torch.arange(len(rows), device=device).split(max(1, _CHUNK[device.type] // (tile_m * tile_n * k_tiles)))
@@ -134,13 +145,12 @@ def measure_tiles(
                 count, rows_exist = len(some), is_row[some].unsqueeze(-1)  # [count, tile_m, 1]
                 scores = (queries[some].flatten(0, 1) @ keys.T).view(count, tile_m, k_tiles, tile_n)
                 scores.masked_fill_(excluded[b], -torch.inf)
-                tile_max = scores.amax(-1)
+                tile_max = peaks[b, h, place] = scores.amax(-1)
                 before = skipped[b, h, some] & ~must & some_allowed[b]
-                visited = some_allowed[b] & ~before
-                margin = _margins(tile_max, visited, rows_exist, order[place])
-                choice = torch.where(visited & ~must, torch.bucketize(margin, grid) + 1, never)
-                choice = choice.masked_fill(before, 0)
-                choices[b, h, place] = choice.to(torch.uint8)
+                choice = torch.full(before.shape, never, device=device)
+                if voted is not None:
+                    choice = torch.where(some_allowed[b] & ~must, voted[b, h, place].long(), never)
+                choice.masked_fill_(before, 0)
 
                 weights = scores.sub_(tile_max.amax(-1)[..., None, None].clamp(min=torch.finfo(dtype).min)).exp2_()
                 weights.mul_(rows_exist.unsqueeze(-1))
@@ -152,7 +162,18 @@ def measure_tiles(
                 total = summed.to(dtype) @ weights.sum(-1).transpose(1, 2)
                 out = weighted.view(*total.shape, value_dim) / total.where(total != 0, 1).unsqueeze(-1)
                 parts[:, :, h] += error_parts(metric, out[:, 1:], out[:, :1]).sum(1)
-    return TileStatistics(choices, parts, left_out, batch * len(rows) * k_tiles)
+
+    def votes(skipped: torch.Tensor) -> torch.Tensor:
+        cast = torch.empty(batch, heads, len(rows), k_tiles, dtype=torch.uint8, device=device)
+        for b, h in itertools.product(range(batch), range(heads)):
+            before = skipped[b, h, rows] & ~must & some_allowed[b]
+            visited = some_allowed[b] & ~before
+            margin = _margins(peaks[b, h], visited, is_row[rows].unsqueeze(-1), order)
+            vote = torch.where(visited & ~must, torch.bucketize(margin, grid) + 1, never)
+            cast[b, h] = vote.masked_fill(before, 0).to(torch.uint8)
+        return cast
+
+    return TileStatistics(parts, left_out, batch * len(rows) * k_tiles, votes)
 
 
 def _margins(

@@ -67,7 +67,7 @@ permute_default_1 = aten.permute.default(f32[1, 2, 96, 16], [0, 2, 1, 3])
 permute_default_2 = aten.permute.default(f32[1, 2, 96, 16], [0, 2, 1, 3])
 skip_attention_default = lite_attention.skip_attention.default(permute_default, permute_default_1,
     permute_default_2, skip_mask_0, control_0, threshold_0, None, None, None, scale=None, tile_m=16,
-    tile_n=16)
+    tile_n=16, quantization=none)
 permute_default_3 = aten.permute.default(skip_attention_default[0], [0, 2, 1, 3])""",
         )
 
@@ -88,7 +88,7 @@ select_int = aten.select.int(b8[1, 1, 1, 96], 1, 0)
 select_int_1 = aten.select.int(select_int, 1, 0)
 skip_attention_reference_default = lite_attention.skip_attention_reference.default(permute_default,
     permute_default_1, permute_default_2, skip_mask_0, control_0, threshold_0, initial_mask_0, None,
-    select_int_1, scale=None, tile_m=16, tile_n=16)
+    select_int_1, scale=None, tile_m=16, tile_n=16, quantization=none)
 permute_default_3 = aten.permute.default(skip_attention_reference_default[0], [0, 2, 1, 3])""",
         )
 
@@ -128,6 +128,7 @@ to_dtype_1 = aten.to.dtype(bf16[1, 96, 2, 16], torch.float32)
 permute_default_1 = aten.permute.default(to_dtype_1, [0, 1, 2, 3])
 permute_default_2 = aten.permute.default(f32[1, 96, 2, 16], [0, 1, 2, 3])
 skip_attention_default = lite_attention.skip_attention.default(permute_default, permute_default_1,
-    permute_default_2, skip_mask_0, control_0, threshold_0, None, None, None, scale=0.5, tile_m=16, tile_n=16)
+    permute_default_2, skip_mask_0, control_0, threshold_0, None, None, None, scale=0.5, tile_m=16, tile_n=16,
+    quantization=none)
 permute_default_3 = aten.permute.default(skip_attention_default[0], [0, 1, 2, 3])""",
         )

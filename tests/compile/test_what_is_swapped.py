@@ -295,6 +295,7 @@ def test_set_threshold_reaches_all_states_in_place() -> None:
         ({"min_tiles": -1}, "min_tiles: expected at least 1, got -1"),
         ({"implementation": "fast"}, "implementation: expected None or 'reference', got 'fast'"),
         ({"dense": "flash"}, "dense: expected 'sdpa' or 'kernel', got 'flash'"),
+        ({"use_int8": 1}, "use_int8: expected True or False, got 1"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
+from lite_attention.cute_kernels import launcher
 from lite_attention.ops import SkipState, tile_shape
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
+from lite_attention.ops.quantize import QUERY_ROWS
 
 KERNEL = torch.ops.lite_attention.skip_attention.default
 DENSE = torch.ops.lite_attention.attention.default
 REFERENCE = torch.ops.lite_attention.skip_attention_reference.default
+KEY_MEAN = torch.ops.lite_attention.key_mean.default
+QUANTIZE_QUERY = torch.ops.lite_attention.quantize_query.default
+QUANTIZE_KEY = torch.ops.lite_attention.quantize_key.default
+
+
+@contextlib.contextmanager
+def processors(count: int) -> Iterator[None]:
+    """Launch as on a GPU of so few multiprocessors that each CTA computes many q-tiles."""
+    with mock.patch.object(launcher, "_processors", return_value=count):
+        launcher._skip_plan.cache_clear()
+        launcher._dense_plan.cache_clear()
+        yield
+    launcher._skip_plan.cache_clear()
+    launcher._dense_plan.cache_clear()
 
 
 @dataclass
@@ -29,13 +49,36 @@ class Case:
     must_do: torch.Tensor | None = None
     key_mask: torch.Tensor | None = None
     scale: float | None = None
+    quantization: str = "none"
 
     def call(self, op: Any, state: SkipState, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = (self.q, self.k, self.v) if dtype is None else (t.to(dtype) for t in (self.q, self.k, self.v))
         return op(
             q, k, v, state.skip_mask, state.control, state.threshold, state.initial_mask, self.must_do, self.key_mask,
-            scale=self.scale, tile_m=state.tile_m, tile_n=state.tile_n,
+            scale=self.scale, tile_m=state.tile_m, tile_n=state.tile_n, quantization=self.quantization,
         )  # fmt: skip
+
+    def dequantized(self) -> tuple[Case, torch.Tensor]:
+        """Return the case that the kernel computes from INT8 q and k, exact in float64, and what its LSE lacks."""
+        mean = KEY_MEAN(self.k, self.key_mask)
+        q, q_scales, lse_shift = QUANTIZE_QUERY(self.q, mean, scale=self.scale)
+        k, k_scales = QUANTIZE_KEY(self.k, mean, self.key_mask, tile_n=self.state.tile_n)
+        q, k = each_row(q_scales, q, QUERY_ROWS) * q, each_row(k_scales, k, self.state.tile_n) * k
+        case = dataclasses.replace(self, q=q, k=k, v=self.v.double(), scale=math.log(2), quantization="none")
+        return case, lse_shift
+
+    def reference(self, state: SkipState, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the CPU algorithm; where q and k are quantised, on what the CUDA ops make of them."""
+        if self.quantization == "none":
+            return self.call(REFERENCE, state, dtype)
+        case, lse_shift = self.dequantized()
+        out, lse = case.call(REFERENCE, state, dtype)
+        return out, lse + lse_shift.where(~lse.isneginf(), 0)
+
+
+def each_row(scales: torch.Tensor, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the scales [B, H, groups] of so many rows each as float64 [B, S, H, 1], for x [B, S, H, D]."""
+    return scales.double().repeat_interleave(rows, 2)[..., : x.shape[1]].transpose(1, 2).unsqueeze(-1)
 
 
 def clustered(
@@ -62,6 +105,7 @@ def make_case(
     head_major: bool = False,
     extras: bool = False,
     key_mask: bool = False,
+    quantization: str = "none",
     **state_options: Any,
 ) -> Case:
     """Return a case; `extras` adds an initial mask and must_do tiles, `head_major` lays q, k, v out as [B, H, S, D]."""
@@ -73,7 +117,7 @@ def make_case(
     q, k, v = (t.to(dtype) for t in (q, k, v))
     if head_major:
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
-    tile_m, tile_n = tile_shape(dim, dtype, "cuda")
+    tile_m, tile_n = tile_shape(dim, dtype, "cuda", quantization)
     q_tiles, k_tiles = math.ceil(seq_q / tile_m), math.ceil(seq_k / tile_n)
 
     def random_bits(*shape: int) -> torch.Tensor:
@@ -81,8 +125,8 @@ def make_case(
 
     if extras:
         state_options["initial_mask"] = random_bits(1, heads, q_tiles, k_tiles)
-    state = SkipState.for_inputs(q, k, threshold=threshold, **state_options)
-    case = Case(q, k, v, state)
+    state = SkipState.for_inputs(q, k, threshold=threshold, quantization=quantization, **state_options)
+    case = Case(q, k, v, state, quantization=quantization)
     if extras:
         case.must_do = pack_bits(random_bits(k_tiles))
     if key_mask:
@@ -98,10 +142,10 @@ def check_step(case: Case) -> float:
     other = copy.deepcopy(case.state)
     before = copy.deepcopy(case.state)
     out, lse = case.call(KERNEL, case.state)
-    want, want_lse = case.call(REFERENCE, other, torch.float64)
+    want, want_lse = case.reference(other)
     # FlashAttention's budget: twice the error of the same attention in the inputs' dtype, and one rounding.
     rounding = (want.to(out.dtype).double() - want).abs().max().item()
-    low, _ = case.call(REFERENCE, copy.deepcopy(before))
+    low = case.reference(copy.deepcopy(before), torch.float32)[0].to(out.dtype)
     budget = 2 * (low.double() - want).abs().max().item() + rounding
     # Weights are rounded to the dtype before the second product, which the reference in float32 does not do.
     budget += torch.finfo(out.dtype).eps * case.v.double().abs().max().item()
@@ -119,6 +163,7 @@ def check_step(case: Case) -> float:
 
 def _too_close(case: Case, before: SkipState) -> torch.Tensor:
     """Return bool [slots, B, Hq, q_tiles, k_tiles]: votes within rounding of the threshold, by the oracle."""
+    case = case if case.quantization == "none" else case.dequantized()[0]
     state = before.cpu()
     oracle = skip_attention_oracle(
         case.q.double().cpu(), case.k.double().cpu(), case.v.double().cpu(), state.skip_mask, state.control,

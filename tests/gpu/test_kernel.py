@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
 import threading
-from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
-from gpu_cases import DENSE, KERNEL, REFERENCE, Case, check_step, make_case
+from gpu_cases import DENSE, KERNEL, Case, check_step, make_case, processors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lite_attention
-from lite_attention.cute_kernels import launcher
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
 
 
-@contextlib.contextmanager
-def processors(count: int) -> Iterator[None]:
-    """Launch as on a GPU of so few multiprocessors that each CTA computes many q-tiles."""
-    with mock.patch.object(launcher, "_processors", return_value=count):
-        launcher._skip_plan.cache_clear()
-        launcher._dense_plan.cache_clear()
-        yield
-    launcher._skip_plan.cache_clear()
-    launcher._dense_plan.cache_clear()
+VARIANTS = [
+    *((dim, torch.bfloat16, "none") for dim in (64, 96, 128, 192, 256)), (128, torch.float16, "none"),
+    *((dim, dtype, "int8") for dim in (64, 128) for dtype in (torch.bfloat16, torch.float16)),
+]  # fmt: skip
 
 
 def near_multiples(tile: int, most: int) -> st.SearchStrategy[int]:
@@ -43,9 +34,7 @@ def near_multiples(tile: int, most: int) -> st.SearchStrategy[int]:
 @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(data=st.data())
 def test_any_call_matches_the_reference(data: st.DataObject) -> None:
-    dim, dtype = data.draw(
-        st.sampled_from([*((d, torch.bfloat16) for d in (64, 96, 128, 192, 256)), (128, torch.float16)])
-    )
+    dim, dtype, quantization = data.draw(st.sampled_from(VARIANTS))
     kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
     case = make_case(
         batch=data.draw(st.integers(1, 3)),
@@ -61,6 +50,7 @@ def test_any_call_matches_the_reference(data: st.DataObject) -> None:
         head_major=data.draw(st.booleans()),
         extras=dtype == torch.bfloat16 and dim in (64, 128) and data.draw(st.booleans()),
         key_mask=data.draw(st.booleans()),
+        quantization=quantization,
         num_steps=data.draw(st.sampled_from([None, 2])),
         refresh=data.draw(st.sampled_from([None, 2])),
     )
@@ -74,10 +64,14 @@ def test_any_call_matches_the_reference(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(1000, 3000), (3001, 2879), (1921, 4001)])
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize(("dim", "dtype", "quantization"), VARIANTS)
 @pytest.mark.parametrize("ctas", [3, 132])
-def test_half_of_the_tiles_dropped(dim: int, seq_q: int, seq_k: int, ctas: int) -> None:
-    case = make_case(seq_q=seq_q, seq_k=seq_k, dim=dim, peak=1.2, threshold=-3.0)
+def test_half_of_the_tiles_dropped(
+    dim: int, dtype: torch.dtype, quantization: str, seq_q: int, seq_k: int, ctas: int
+) -> None:
+    case = make_case(
+        seq_q=seq_q, seq_k=seq_k, dim=dim, dtype=dtype, quantization=quantization, peak=1.2, threshold=-3.0
+    )
     shares = []
     for _ in range(4):
         with processors(ctas):
@@ -87,8 +81,9 @@ def test_half_of_the_tiles_dropped(dim: int, seq_q: int, seq_k: int, ctas: int) 
     assert shares == sorted(shares)
 
 
-def test_minus_infinity_is_dense_bit_for_bit() -> None:
-    case = make_case(seq_q=1500, seq_k=1700, threshold=-math.inf)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_minus_infinity_is_dense_bit_for_bit(quantization: str) -> None:
+    case = make_case(seq_q=1500, seq_k=1700, threshold=-math.inf, quantization=quantization)
     out, lse = case.call(KERNEL, case.state)
     case.state.set_flag(FLAG_DENSE, True)
     before = case.state.control.clone()
@@ -100,9 +95,10 @@ def test_minus_infinity_is_dense_bit_for_bit() -> None:
     q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
     sdpa = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2)
     torch.testing.assert_close(out.double(), sdpa, atol=2e-2, rtol=0)
-    stateless, stateless_lse = DENSE(case.q, case.k, case.v, None, scale=None)
-    assert torch.equal(out, stateless)
-    assert torch.equal(lse, stateless_lse)
+    if quantization == "none":
+        stateless, stateless_lse = DENSE(case.q, case.k, case.v, None, scale=None)
+        assert torch.equal(out, stateless)
+        assert torch.equal(lse, stateless_lse)
 
 
 @pytest.mark.parametrize("key_mask", [False, True])
@@ -123,8 +119,9 @@ def test_attention_without_state(dim: int, key_mask: bool) -> None:
     torch.library.opcheck(DENSE, (case.q, case.k, case.v, case.key_mask), {"scale": None})
 
 
-def test_a_state_larger_than_the_call() -> None:
-    case = make_case(seq_q=1200, seq_k=3000, peak=1.0, extras=True)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_state_larger_than_the_call(quantization: str) -> None:
+    case = make_case(seq_q=1200, seq_k=3000, peak=1.0, extras=True, quantization=quantization)
     case.q, case.k, case.v = case.q[:, :700], case.k[:, :900], case.v[:, :900]
     for _ in range(3):
         check_step(case)
@@ -141,8 +138,9 @@ def test_a_row_of_many_tiles() -> None:
         check_step(case)
 
 
-def test_repeats_are_bit_equal_under_load() -> None:
-    case = make_case(seq_q=2000, seq_k=3000, heads=8, kv_heads=8, peak=1.0)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_repeats_are_bit_equal_under_load(quantization: str) -> None:
+    case = make_case(seq_q=2000, seq_k=3000, heads=8, kv_heads=8, peak=1.0, quantization=quantization)
     case.call(KERNEL, case.state)
     start = copy.deepcopy(case.state)
     want, want_lse = case.call(KERNEL, case.state)
@@ -158,8 +156,9 @@ def test_repeats_are_bit_equal_under_load() -> None:
         assert same, f"repeat {i}"
 
 
-def test_graph_replay_equals_eager() -> None:
-    case = make_case(seq_q=900, seq_k=1100, peak=0.6, num_steps=20)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_graph_replay_equals_eager(quantization: str) -> None:
+    case = make_case(seq_q=900, seq_k=1100, peak=0.6, num_steps=20, quantization=quantization)
     eager = copy.deepcopy(case.state)
     case.call(KERNEL, case.state)  # compiles outside of the capture
     case.state.reset()
@@ -180,15 +179,16 @@ def test_graph_replay_equals_eager() -> None:
     assert eager.step() == 10  # 50 steps wrapped round after 20
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("key_mask", [False, True])
 @pytest.mark.parametrize("head_major", [False, True])
-def test_opcheck(key_mask: bool, head_major: bool) -> None:
-    case = make_case(seq_q=200, seq_k=333, key_mask=key_mask, head_major=head_major)
+def test_opcheck(quantization: str, key_mask: bool, head_major: bool) -> None:
+    case = make_case(seq_q=200, seq_k=333, key_mask=key_mask, head_major=head_major, quantization=quantization)
     state = case.state
     torch.library.opcheck(
         KERNEL,
         (case.q, case.k, case.v, state.skip_mask, state.control, state.threshold, None, None, case.key_mask),
-        {"scale": None, "tile_m": state.tile_m, "tile_n": state.tile_n},
+        {"scale": None, "tile_m": state.tile_m, "tile_n": state.tile_n, "quantization": quantization},
     )
 
 
@@ -218,13 +218,14 @@ def test_streams_and_threads() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["q", "k"])
-def test_nan_and_infinity(bad: float, where: str) -> None:
-    case = make_case(seq_q=500, seq_k=700, peak=1.0)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_nan_and_infinity(bad: float, where: str, quantization: str) -> None:
+    case = make_case(seq_q=500, seq_k=700, peak=1.0, quantization=quantization)
     getattr(case, where)[0, 333, 1, 5] = bad
     other = copy.deepcopy(case.state)
     for _ in range(2):
         out, lse = case.call(KERNEL, case.state)
-        want, want_lse = case.call(REFERENCE, other, torch.float64)
+        want, want_lse = case.reference(other)
         assert torch.equal(out.isnan(), want.isnan())
         torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=0, equal_nan=True)
         torch.testing.assert_close(lse.double(), want_lse.double(), atol=1e-3, rtol=1e-3, equal_nan=True)
@@ -249,11 +250,12 @@ def test_state_lies_between_canaries() -> None:
 
 
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(140_000, 80), (64, 140_000)])
-def test_offsets_beyond_32_bits(seq_q: int, seq_k: int) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_offsets_beyond_32_bits(quantization: str, seq_q: int, seq_k: int) -> None:
     heads = 128  # 140,000 x 128 x 128 elements are more than 2^31
     q, k, v = (torch.randn(1, s, heads, 128, device="cuda", dtype=torch.bfloat16) for s in (seq_q, seq_k, seq_k))
-    state = SkipState.for_inputs(q, k, threshold=-math.inf)
-    out = lite_attention.skip_attention(q, k, v, state)
+    state = SkipState.for_inputs(q, k, threshold=-math.inf, quantization=quantization)
+    out = lite_attention.skip_attention(q, k, v, state, quantization=quantization)
     for head in (0, heads - 1):
         picked = (slice(None), slice(-64, None), slice(head, head + 1))
         small = Case(q[picked].contiguous(), k[:, :, head : head + 1], v[:, :, head : head + 1], state)
@@ -262,12 +264,15 @@ def test_offsets_beyond_32_bits(seq_q: int, seq_k: int) -> None:
         torch.testing.assert_close(out[0, -64:, head].double(), want, atol=2e-2, rtol=0)
 
 
-def test_what_tma_cannot_read_is_copied() -> None:
-    case = make_case(seq_q=300, seq_k=400)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_what_tma_cannot_read_is_copied(quantization: str) -> None:
+    case = make_case(seq_q=300, seq_k=400, quantization=quantization)
     want, _ = case.call(KERNEL, copy.deepcopy(case.state))
-    wide = torch.zeros(1, 300, 2, 129, device="cuda", dtype=torch.bfloat16)
-    wide[..., 1:] = case.q
-    case.q = wide[..., 1:]  # odd strides, odd address
+    for name in ("q", "k"):
+        x = getattr(case, name)
+        wide = torch.zeros(*x.shape[:-1], 129, device="cuda", dtype=torch.bfloat16)
+        wide[..., 1:] = x
+        setattr(case, name, wide[..., 1:])  # odd strides, odd address
     out, _ = case.call(KERNEL, case.state)
     assert torch.equal(out, want)
 

@@ -19,12 +19,17 @@ import pytest
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from lite_attention.cute_kernels.ahead import kernel_configs
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
 
 pytestmark = pytest.mark.xdist_group("kernels")  # compiled once, not once a worker
 
-CONFIGS = [c for c in kernel_configs(dtypes=("bf16",)) if c.skip or not c.key_mask or c.head_dim == 128]
-CONFIGS += [c for c in kernel_configs((64, 128), ("fp16",), all_variants=True) if c.initial_mask and c.must_do]
+BF16 = kernel_configs(dtypes=("bf16",))
+FP16 = kernel_configs((64, 128), ("fp16",), all_variants=True)
+CONFIGS = [c for c in BF16 if isinstance(c, KernelConfig) and (c.skip or not c.key_mask or c.head_dim == 128)]
+CONFIGS += [c for c in FP16 if isinstance(c, KernelConfig) and c.initial_mask and c.must_do]
+QUANTIZERS = [c for c in BF16 + FP16 if isinstance(c, QuantizeConfig)]
+
+Builds = tuple[pathlib.Path, dict[str, str]]
 
 COMPILE = """
 import pathlib, sys
@@ -39,11 +44,11 @@ for name in sys.argv[2:]:
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, str]]:
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     """Compile all in one process; return the folder of cubins, and what ptxas said of each."""
     folder = tmp_path_factory.mktemp("kernels")
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, folder, *(config.name for config in CONFIGS)],
+        [sys.executable, "-c", COMPILE, folder, *(config.name for config in CONFIGS + QUANTIZERS)],
         env={**os.environ, "CUTE_DSL_COMPILER_OPT": "remarks{ptx}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -62,8 +67,8 @@ def disassemble(cubin: pathlib.Path) -> str:
     return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
-def test_build(config: KernelConfig, builds: tuple[pathlib.Path, dict[str, str]]) -> None:
+def checked_code(config: Config, builds: Builds) -> str:
+    """Return the code of a kernel that neither spills nor waits where it need not."""
     folder, remarks = builds
     said = remarks[config.name]
     assert "ptxas info" in said, "ptxas said nothing: has the option for its remarks changed?"
@@ -71,10 +76,34 @@ def test_build(config: KernelConfig, builds: tuple[pathlib.Path, dict[str, str]]
     assert not re.search(r"C75\d\d|serializ", said), said
     code = disassemble(folder / f"{config.name}.cubin")
     assert not re.search(r"\b(LDL|STL)\b", code), "registers went to local memory"
+    return code
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_build(config: KernelConfig, builds: Builds) -> None:
+    code = checked_code(config, builds)
     # First scores, then scores and values in the loop, then the last values.
-    expected = 2 * (config.head_dim // 16) + 2 * (config.tile_n // 16)
-    assert len(re.findall(r"\bHGMMA\b", code)) == expected
+    floats, integers = 2 * (config.tile_n // 16), 0
+    if config.int8:
+        integers = 2 * (config.head_dim // 32)
+        assert not re.search(r"\bI2FP?\.F32\.S32\b", code), "scores are converted, a quarter as fast as anything else"
+    else:
+        floats += 2 * (config.head_dim // 16)
+    assert len(re.findall(r"\bHGMMA\b", code)) == floats
+    assert len(re.findall(r"\bIGMMA\b", code)) == integers
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) == 4
+
+
+@pytest.mark.parametrize("config", QUANTIZERS, ids=lambda config: config.name)
+def test_build_of_quantizers(config: QuantizeConfig, builds: Builds) -> None:
+    code = checked_code(config, builds)
+    threads_of_a_row = config.head_dim // 8
+    loads = 8
+    if config.op != "key_sums":
+        loads = config.rows // ((32 if config.op == "quantize_query" else 128) // threads_of_a_row)
+        assert len(re.findall(r"\bSTG\.E\.64\b", code)) == loads
+        loads += 2  # the mean, in float32
+    assert len(re.findall(r"\bLDG\.E\.128\b", code)) == loads
 
 
 def test_a_budget_that_does_not_fit_is_refused() -> None:

@@ -35,6 +35,7 @@ class Call:
 class Case:
     seed: int
     dtype: torch.dtype
+    quantization: str
     capacity: tuple[int, int, int]  # batch, seq_q, seq_k
     kv_heads: int
     group: int
@@ -81,6 +82,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         seed=draw(st.integers(0, 2**16)),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
+        quantization=draw(st.sampled_from(["none", "none", "int8"])),
         capacity=(batch, seq_q, seq_k),
         kv_heads=draw(st.integers(1, 2)),
         group=1 if many_tiles else draw(st.sampled_from([1, 1, 2])),
@@ -157,7 +159,8 @@ def test_equals_the_oracle(case: Case) -> None:
             must_do = pack_bits(torch.rand(ceil_div(call.seq_k, case.tile_n), generator=rng) < 0.3)
         _prepare(state, call, rng)
         key_mask = _draw_key_mask(call.key_mask, call, case.tile_n, rng)
-        assert_step(q, k, v, state, scale=call.scale, must_do=must_do, key_mask=key_mask)
+        options = {"scale": call.scale, "must_do": must_do, "key_mask": key_mask, "quantization": case.quantization}
+        assert_step(q, k, v, state, **options)
     event(f"tiles skipped at the end: {10 * int(10 * live_sparsity(state))} %")
 
 
@@ -166,16 +169,17 @@ RAGGED = [(61, 61, 8, 8), (90, 131, 16, 8), (133, 75, 8, 12), (33, 161, 16, 4)]
 
 
 @pytest.mark.parametrize(("seq_q", "seq_k", "tile_m", "tile_n"), RAGGED)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ragged_shapes_drop_30_to_80_percent(
-    seq_q: int, seq_k: int, tile_m: int, tile_n: int, dtype: torch.dtype
+    seq_q: int, seq_k: int, tile_m: int, tile_n: int, dtype: torch.dtype, quantization: str
 ) -> None:
     state = SkipState(batch=2, heads=4, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=1, threshold=-3.0)
     for step in range(4):
         q, k, v = clustered_qkv(
             7, batch=2, seq_q=seq_q, seq_k=seq_k, heads=4, kv_heads=2, value_dim=5, dtype=dtype, step=step
         )
-        _, want = assert_step(q, k, v, state)
+        _, want = assert_step(q, k, v, state, quantization=quantization)
         # The mask is compared but for these, so they must be few.
         assert (want.margin < too_close(q, k)).float().mean() < 0.01
         assert 0.3 < live_sparsity(state) < 0.8

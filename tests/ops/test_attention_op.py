@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lite_attention
 from lite_attention import cute_kernels
 from lite_attention.ops import SkipState, attention, skip_attention
-from lite_attention.ops.schema import ATTENTION, _dense_cuda
+from lite_attention.ops.schema import ATTENTION, _cuda
 from lite_attention.ops.validate import check_dense_call
 from tests.conftest import Qkv, clustered_qkv
 from tests.ops.test_errors import QKV
@@ -225,4 +225,4 @@ def test_the_cuda_entry_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
         return q, k, v, key_mask, scale
 
     monkeypatch.setattr(cute_kernels, "attention_forward", attention_forward)
-    assert _dense_cuda("q", "k", "v", None, scale=0.5) == ("q", "k", "v", None, 0.5)
+    assert _cuda("attention_forward")("q", "k", "v", None, scale=0.5) == ("q", "k", "v", None, 0.5)

@@ -63,7 +63,12 @@ def test_any_strides_in_dense_output_in_the_order_of_q(layout: str, value_dim: i
 
 
 def _arguments(
-    layout: str = "bshd", value_dim: int = 8, kv_heads: int = 2, extra: int = 0, masks: bool = False
+    layout: str = "bshd",
+    value_dim: int = 8,
+    kv_heads: int = 2,
+    extra: int = 0,
+    masks: bool = False,
+    quantization: str = "none",
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call of the raw op; `extra` is room in the state that the call does not need."""
     q, k, v = (
@@ -79,7 +84,7 @@ def _arguments(
         else (None, None, None)
     )
     tensors = (q, k, v, state.skip_mask, state.control, state.threshold, initial, must_do, key_mask)
-    return tensors, {"scale": None, "tile_m": 8, "tile_n": 8}
+    return tensors, {"scale": None, "tile_m": 8, "tile_n": 8, "quantization": quantization}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -92,6 +97,8 @@ def _arguments(
         {"layout": "last_stride_not_1"},
         {"extra": 1},
         {"masks": True},
+        {"quantization": "int8"},
+        {"quantization": "int8", "layout": "bhsd", "kv_heads": 1, "masks": True},
     ],
     ids=str,
 )
@@ -105,10 +112,11 @@ def test_opcheck(implementation: str | None, options: dict[str, Any]) -> None:
     )
 
 
-def test_reference_is_the_same_op_on_the_cpu() -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_reference_is_the_same_op_on_the_cpu(quantization: str) -> None:
     results = []
     for op in IMPLEMENTATIONS.values():
-        args, kwargs = _arguments()
+        args, kwargs = _arguments(quantization=quantization)
         results.append((*op(*args, **kwargs), *args[3:5]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -120,7 +128,7 @@ def test_gradients_are_refused_and_nothing_is_written(implementation: str | None
     qkv[needs_grad].requires_grad_()
     state = SkipState.for_inputs(qkv[0], qkv[1])
     before = [buffer.clone() for buffer in state.buffers()]
-    with pytest.raises(RuntimeError, match=r"no backward, and q, k or v requires a gradient.*torch\.no_grad\(\)"):
+    with pytest.raises(RuntimeError, match=r"no backward, and q or k or v requires a gradient.*torch\.no_grad\(\)"):
         skip_attention(*qkv, state, implementation=implementation)
     assert all(torch.equal(a, b) for a, b in zip(before, state.buffers(), strict=True))
     with torch.no_grad():

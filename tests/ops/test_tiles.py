@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lite_attention.ops import tile_shape
+from lite_attention.ops import SkipState, tile_shape
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.ops.tiles import ceil_div, diagonal_tile, visit_order
 
@@ -45,6 +45,29 @@ def test_visit_order(seq_q: int, seq_k: int, tile_m: int, tile_n: int, data: st.
 )
 def test_tile_shape(head_dim: int, device: str, shape: tuple[int, int]) -> None:
     assert tile_shape(head_dim, torch.bfloat16, device) == tile_shape(head_dim, torch.float16, device) == shape
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "device", "shape"),
+    [(128, "cuda", (192, 80)), (64, "cuda:1", (192, 128)), (128, "cpu", (64, 64)), (96, "cpu", (64, 64))],
+)
+def test_tile_shape_of_int8(head_dim: int, device: str, shape: tuple[int, int]) -> None:
+    assert tile_shape(head_dim, torch.bfloat16, device, "int8") == shape
+
+
+@pytest.mark.parametrize("head_dim", [16, 96, 192, 256])
+def test_int8_has_no_other_head_dims_on_hopper(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"quantization: expected head dims 64 and 128 for 'int8', got {head_dim}"):
+        tile_shape(head_dim, torch.bfloat16, "cuda", "int8")
+
+
+def test_there_is_no_other_quantization() -> None:
+    q = torch.zeros(1, 4, 1, 8)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8', got 'fp8'"):
+            tile_shape(64, torch.bfloat16, device, "fp8")
+    with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8', got 'fp8'"):
+        SkipState.for_inputs(q, q, quantization="fp8")
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 70])

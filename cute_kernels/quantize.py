@@ -1,0 +1,188 @@
+"""Kernels that make queries and keys ready for INT8 scores; `ops/quantize.py` says what they compute.
+
+All are bound by memory. A thread holds 16 bytes of a row, and has several rows on their way. Thread blocks side by side
+have neighbouring heads, whose rows are neighbours in [B, S, H, D]. A row past the end is the last one once more: what
+is computed and written for it is what is written anyway.
+"""
+
+from __future__ import annotations
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.memory
+from cutlass import Boolean, Float32, Int8, Int32, const_expr
+
+from lite_attention.cute_kernels.config import QuantizeConfig
+from lite_attention.cute_kernels.device import max_nan, round_to_int8
+from lite_attention.ops.reference import LOG2_E
+
+_THREADS = 128
+_VECTOR = 8  # elements of 16 bytes
+_DEPTH = 8  # rows that a thread of `KeySums` has on their way
+_LARGEST = 127.0
+
+
+class _Rows:
+    """Rows of one head in a team of threads, 16 bytes a thread: `lanes` threads have a row, a team `step` rows."""
+
+    def __init__(self, config: QuantizeConfig, team: int) -> None:
+        self.rows, self.head_dim, self.team = config.rows, config.head_dim, team
+        self.lanes = config.head_dim // _VECTOR
+        self.step = team // self.lanes
+
+    def part(self, row, lane):
+        """A thread's part of a row, or of anything as wide."""
+        return cute.local_tile(row, (_VECTOR,), (lane,))
+
+    @cute.jit
+    def allowed(self, key_mask, batch: Int32, row: Int32) -> Boolean:
+        """Whether a key takes part."""
+        allowed = Boolean(True)
+        if const_expr(key_mask is not None):
+            allowed = key_mask[batch % key_mask.shape[0], row] != 0
+        return allowed
+
+
+class KeySums(_Rows):
+    """Sums of the allowed keys, a channel at a time; a thread block has a chunk of the keys of a head."""
+
+    def __init__(self, config: QuantizeConfig) -> None:
+        super().__init__(config, _THREADS)
+
+    @cute.jit
+    def __call__(self, k: cute.Tensor, key_mask, sums: cute.Tensor, stream: cuda.CUstream):
+        """k [B, Sk, Hkv, D], key_mask uint8 [B or 1, Sk] or None, sums [B, Hkv, chunks, D]."""
+        self.kernel(k, key_mask, sums).launch(
+            grid=[k.shape[2] * sums.shape[2], k.shape[0], 1], block=[_THREADS, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, k: cute.Tensor, key_mask, sums: cute.Tensor):
+        """Each thread adds up its part of every `step`-th row, then one a channel what they have, always in order."""
+        thread, _, _ = cute.arch.thread_idx()
+        block, batch, _ = cute.arch.block_idx()
+        head, chunk = block % k.shape[2], block // k.shape[2]
+        lane, place = thread % self.lanes, thread // self.lanes
+        layout = cute.make_layout((self.step, self.head_dim), stride=(self.head_dim, 1))
+        shared = cutlass.memory.SmemAllocator().allocate_tensor(Float32, layout, 16)
+        keys = cute.make_rmem_tensor(cute.make_layout((_DEPTH, _VECTOR), stride=(_VECTOR, 1)), k.element_type)
+        total = cute.make_rmem_tensor(_VECTOR, Float32)
+        total.fill(0.0)
+        for at in cutlass.range(0, self.rows, _DEPTH * self.step, unroll=1):
+            first = chunk * self.rows + at + place
+            for i in cutlass.range_constexpr(_DEPTH):
+                row = cutlass.min(first + i * self.step, k.shape[1] - 1)
+                cute.autovec_copy(self.part(k[batch, row, head, None], lane), keys[i, None])
+            for i in cutlass.range_constexpr(_DEPTH):
+                row = cutlass.min(first + i * self.step, k.shape[1] - 1)
+                if (first + i * self.step < k.shape[1]) & self.allowed(key_mask, batch, row):
+                    for e in cutlass.range_constexpr(_VECTOR):
+                        total[e] += Float32(keys[i, e])
+        cute.autovec_copy(total, self.part(shared[place, None], lane))
+        cute.arch.sync_threads()
+        if thread < self.head_dim:
+            value = shared[0, thread]
+            for i in cutlass.range_constexpr(1, self.step):
+                value += shared[i, thread]
+            sums[batch, head, chunk, thread] = value
+
+
+class Quantize(_Rows):
+    """INT8 values and their scales: one for the queries that a warp has, or for a tile of keys, which a block has."""
+
+    def __init__(self, config: QuantizeConfig) -> None:
+        self.query = config.op == "quantize_query"
+        super().__init__(config, 32 if self.query else _THREADS)
+        self.teams = _THREADS // self.team  # of a thread block
+        self.loads = self.rows // self.step
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,
+        mean: cute.Tensor,
+        key_mask,
+        values: cute.Tensor,
+        scales: cute.Tensor,
+        lse_shift,
+        scale: Float32,
+        stream: cuda.CUstream,
+    ):
+        """x, values [B, S, H, D], mean [B, Hkv, D], scales [B, H, groups]; scale and lse_shift [B, H, S] of queries."""
+        self.kernel(x, mean, key_mask, values, scales, lse_shift, scale).launch(
+            grid=[x.shape[2] * cute.ceil_div(scales.shape[2], self.teams), x.shape[0], 1],
+            block=[_THREADS, 1, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self, x: cute.Tensor, mean: cute.Tensor, key_mask, values: cute.Tensor, scales: cute.Tensor, lse_shift,
+        scale: Float32,
+    ):  # fmt: skip
+        """Load the rows that share a scale, find their largest magnitude, and write them in steps of 1/127 of it."""
+        thread, _, _ = cute.arch.thread_idx()
+        block, batch, _ = cute.arch.block_idx()
+        head, part = block % x.shape[2], block // x.shape[2]
+        group = cutlass.min(part * self.teams + thread // self.team, scales.shape[2] - 1)
+        lane, place = thread % self.lanes, thread % self.team // self.lanes
+        first = group * self.rows + place
+        kept = cute.make_rmem_tensor(cute.make_layout((self.loads, _VECTOR), stride=(_VECTOR, 1)), x.element_type)
+        for i in cutlass.range_constexpr(self.loads):
+            row = cutlass.min(first + i * self.step, x.shape[1] - 1)
+            cute.autovec_copy(self.part(x[batch, row, head, None], lane), kept[i, None])
+        shift = cute.make_rmem_tensor(_VECTOR, Float32)
+        cute.autovec_copy(self.part(mean[batch, head // (x.shape[2] // mean.shape[1]), None], lane), shift)
+
+        largest = Float32(0.0)
+        for i in cutlass.range_constexpr(self.loads):
+            row = cutlass.min(first + i * self.step, x.shape[1] - 1)
+            if self.allowed(key_mask, batch, row):
+                for e in cutlass.range_constexpr(_VECTOR):
+                    largest = max_nan(largest, cute.math.absf(self.moved(kept[i, e], shift[e])))
+            if const_expr(self.query):
+                product = Float32(0.0)
+                for e in cutlass.range_constexpr(_VECTOR):
+                    product += Float32(kept[i, e]) * shift[e]
+                product = self.sum_of_row(product)
+                if lane == 0:
+                    lse_shift[batch, head, row] = product * scale
+        largest = self.max_of_team(largest)
+        inverse = _LARGEST / largest if largest > 0.0 else Float32(0.0)  # NaN is not above 0 either
+        if thread % self.team == 0:
+            factor = scale * LOG2_E if const_expr(self.query) else Float32(1.0)
+            scales[batch, head, group] = largest / _LARGEST * factor
+
+        packed = cute.make_rmem_tensor(_VECTOR // 4, Int32)
+        for i in cutlass.range_constexpr(self.loads):
+            row = cutlass.min(first + i * self.step, x.shape[1] - 1)
+            for word in cutlass.range_constexpr(_VECTOR // 4):
+                four = range(4 * word, 4 * word + 4)
+                packed[word] = round_to_int8(*[self.moved(kept[i, e], shift[e]) * inverse for e in four])
+            cute.autovec_copy(cute.recast_tensor(packed, Int8), self.part(values[batch, row, head, None], lane))
+
+    def moved(self, x, shift):
+        """An element in float32; the mean is taken off keys."""
+        return Float32(x) if self.query else Float32(x) - shift
+
+    @cute.jit
+    def sum_of_row(self, x: Float32) -> Float32:
+        """Sum over the threads of a row."""
+        for bit in cutlass.range_constexpr(self.lanes.bit_length() - 1):
+            x += cute.arch.shuffle_sync_bfly(x, offset=1 << bit)
+        return x
+
+    @cute.jit
+    def max_of_team(self, x: Float32) -> Float32:
+        """Maximum over the threads of a team, that a NaN survives."""
+        for bit in cutlass.range_constexpr(5):
+            x = max_nan(x, cute.arch.shuffle_sync_bfly(x, offset=1 << bit))
+        if const_expr(self.team > 32):
+            warps = self.team // 32
+            shared = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(warps), 16)
+            shared[cute.arch.warp_idx()] = x  # of all lanes the same
+            cute.arch.sync_threads()
+            for warp in cutlass.range_constexpr(warps):
+                x = max_nan(x, shared[warp])
+        return x

@@ -1,0 +1,150 @@
+"""INT8 queries and keys on the GPU: the ops that make them against the CPU's, and the error of what comes of them.
+
+That the attention kernel computes what its INT8 inputs say, `test_kernel.py` checks along with the other variants.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from gpu_cases import KERNEL, KEY_MEAN, QUANTIZE_KEY, QUANTIZE_QUERY, check_step, make_case, processors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lite_attention.ops import quantize
+from lite_attention.ops.tiles import tile_shape
+
+
+def check_values(got: torch.Tensor, want: torch.Tensor) -> None:
+    """A mean that is summed up in another order moves a value to the next step now and then."""
+    assert got.is_contiguous()
+    off = (got.int() - want.int()).abs()
+    assert off.max() <= 1
+    assert off.float().mean() < 1e-4
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(data=st.data())
+def test_quantizers_match_the_cpu(data: st.DataObject) -> None:
+    dim, dtype = data.draw(st.sampled_from([64, 128])), data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 3), (5, 1)]))
+    batch, seq = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 15, 16, 17, 79, 80, 81, 128, 255, 1000]))
+    generator = torch.Generator("cuda").manual_seed(data.draw(st.integers(0, 1000)))
+
+    def tokens(heads: int) -> torch.Tensor:
+        x = torch.randn(batch, seq, heads, dim, device="cuda", generator=generator)
+        x = (x * data.draw(st.sampled_from([1.0, 30.0])) + data.draw(st.sampled_from([0.0, 5.0]))).to(dtype)
+        layout = data.draw(st.sampled_from(["heads inside", "heads outside", "unaligned"]))
+        if layout == "heads outside":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.nn.functional.pad(x, (1, 0))[..., 1:] if layout == "unaligned" else x
+
+    q, k = tokens(kv_heads * group), tokens(kv_heads)
+    key_mask = None
+    if data.draw(st.booleans()):
+        key_mask = torch.rand(data.draw(st.sampled_from([1, batch])), seq, device="cuda", generator=generator) < 0.6
+        key_mask[-1, : seq // 2] = False
+        k[key_mask.logical_not()[:, :, None, None].expand_as(k)] = data.draw(st.sampled_from([1e3, math.nan, math.inf]))
+    mean = KEY_MEAN(k, key_mask)
+    torch.testing.assert_close(mean, quantize.key_mean(k, key_mask), atol=1e-4, rtol=1e-5)
+    assert torch.equal(mean, KEY_MEAN(k, key_mask))
+
+    values, scales, lse_shift = QUANTIZE_QUERY(q, mean, scale=None)
+    want_values, want_scales, want_shift = quantize.quantize_query(q, mean, scale=None)
+    assert torch.equal(values, want_values)
+    torch.testing.assert_close(scales, want_scales, atol=0, rtol=1e-6)
+    torch.testing.assert_close(lse_shift, want_shift, atol=1e-3, rtol=1e-4)
+
+    _, tile_n = tile_shape(dim, dtype, "cuda", "int8")
+    values, scales = QUANTIZE_KEY(k, mean, key_mask, tile_n=tile_n)
+    want_values, want_scales = quantize.quantize_key(k, mean, key_mask, tile_n=tile_n)
+    check_values(values, want_values)
+    torch.testing.assert_close(scales, want_scales, atol=0, rtol=1e-6)
+
+
+def test_quantizers_opcheck() -> None:
+    case = make_case(seq_q=200, seq_k=333, key_mask=True, quantization="int8", heads=4)
+    mean = KEY_MEAN(case.k, case.key_mask)
+    torch.library.opcheck(KEY_MEAN, (case.k, case.key_mask))
+    torch.library.opcheck(QUANTIZE_QUERY, (case.q, mean), {"scale": 0.1})
+    torch.library.opcheck(QUANTIZE_KEY, (case.k, mean, case.key_mask), {"tile_n": 80})
+
+
+@pytest.mark.parametrize("which", ["q", "k", "both"])
+def test_zeros(which: str) -> None:
+    """A scale of 0, and beside it excluded keys: their scores are 0 and -inf, not NaN."""
+    for key_mask in (False, True):
+        case = make_case(batch=2, seq_q=300, seq_k=405, quantization="int8", key_mask=key_mask)
+        if which != "k":
+            case.q[:, 17:120] = 0
+        if which != "q":
+            case.k[:] = 3.0  # the mean takes it all off
+        for _ in range(2):
+            with processors(3):
+                check_step(case)
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e20])
+def test_scores_out_of_range_of_int8(magnitude: float) -> None:
+    """Units that underflow or are large leave excluded keys out as any other."""
+    case = make_case(batch=2, seq_q=300, seq_k=405, quantization="int8", key_mask=True)
+    case.q, case.k = case.q * magnitude, case.k * (1e-18 if magnitude < 1 else 1e-20)
+    for _ in range(2):
+        check_step(case)
+
+
+def test_a_bad_number_spoils_its_group_only() -> None:
+    case = make_case(seq_q=500, seq_k=700, quantization="int8", threshold=-math.inf)
+    want, _ = case.call(KERNEL, copy.deepcopy(case.state))
+    case.q[0, 333, 1, 5] = math.inf
+    out, lse = case.call(KERNEL, case.state)
+    spoilt = torch.zeros(500, 2, dtype=torch.bool, device="cuda")
+    spoilt[320:336, 1] = True
+    assert torch.equal(out[0].isnan().all(-1), spoilt)
+    assert torch.equal(lse[0].isnan(), spoilt.T)
+    assert torch.equal(out[0][~spoilt], want[0][~spoilt])
+
+
+def sqnr(out: torch.Tensor, want: torch.Tensor) -> float:
+    return 10 * math.log10(want.double().square().mean() / (out.double() - want.double()).square().mean())
+
+
+@pytest.mark.parametrize(("outliers", "least"), [(0.0, 25.0), (12.0, 20.0)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_error(dim: int, outliers: float, least: float) -> None:
+    """Normal data, with and without channels of K that are all of one sign, far from 0."""
+    q, k, v = (torch.randn(1, 2000, 4, dim, device="cuda") for _ in range(3))
+    k[..., ::16] += outliers
+    case = make_case(seq_q=2000, seq_k=2000, heads=4, kv_heads=4, dim=dim, quantization="int8", threshold=-math.inf)
+    case.q, case.k, case.v = (x.bfloat16() for x in (q, k, v))
+    out, lse = case.call(KERNEL, case.state)
+    scores = torch.einsum("bihd,bjhd->bhij", case.q.double(), case.k.double()) * dim**-0.5
+    want = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), case.v.double())
+    assert sqnr(out, want) > least
+    off = (lse - scores.logsumexp(-1)).abs() / scores.logsumexp(-1).abs().clamp(min=1)
+    assert off.max() < 0.02
+
+
+def test_an_offset_of_the_keys_costs_nothing() -> None:
+    case = make_case(seq_q=700, seq_k=900, quantization="int8", threshold=-math.inf, dtype=torch.float16)
+    out, lse = case.call(KERNEL, copy.deepcopy(case.state))
+    offset = torch.randn(128, device="cuda").sign().half() * 2
+    case.k = case.k + offset
+    moved, moved_lse = case.call(KERNEL, case.state)
+    assert sqnr(moved, out) > 30  # the offset rounds the keys once more
+    shift = torch.einsum("bihd,d->bhi", case.q.double(), offset.double()) * 128**-0.5
+    torch.testing.assert_close(moved_lse.double(), lse + shift, atol=0.05, rtol=0)
+
+
+def test_what_is_not_supported_says_why() -> None:
+    q = torch.randn(1, 100, 2, 96, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="head dims 64 and 128"):
+        KEY_MEAN(q, None)
+    with pytest.raises(RuntimeError, match="bfloat16 and float16"):
+        KEY_MEAN(q.float(), None)
+    q = torch.randn(1, 100, 2, 128, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="tile_n: expected 80"):
+        QUANTIZE_KEY(q, KEY_MEAN(q, None), None, tile_n=64)
