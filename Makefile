@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test lint wheel clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m lite_attention demo
+	$(BIN)/python -m examples.moving_shapes.demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadgroup

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from lite_attention import compile_kernels, demo, inspect_thresholds
+from lite_attention import compile_kernels, inspect_thresholds
 
 __all__ = ["main"]
 
@@ -19,7 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="lite-attention", description="Skip-aware attention for diffusion models.")
     commands = parser.add_subparsers(metavar="command", required=True)
-    demo.add_parser(commands)
     compile_kernels.add_parser(commands)
     inspect_thresholds.add_parser(commands)
     args = parser.parse_args(argv)

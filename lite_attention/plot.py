@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 __all__ = [
+    "draw_frames",
     "draw_skip_maps",
     "draw_sparsity",
     "error_against_sparsity",
@@ -196,6 +197,21 @@ def frames(
         raise ValueError(f"videos, shown: expected frames out of 0 to {length - 1}, got {list(shown)}")
     height, width = next(iter(videos.values())).shape[2:]
     figure = new_figure(2.5 * len(shown) + 0.5, (2.5 * height / width + 0.3) * len(videos) + 0.5, "Frames")
+    draw_frames(figure, videos, shown)
+    return _saved(figure, path)
+
+
+# ---- parts of figures ----------------------------------------------------------------------------------------------
+
+
+def draw_frames(figure: Figure | SubFigure, videos: Mapping[str, torch.Tensor], shown: Sequence[int]) -> None:
+    """Draw frames of several videos below each other.
+
+    Args:
+        figure: where to draw; all of it is used.
+        videos: (frames, 3 or 1, height, width) by name; uint8, or floating point from 0 to 1.
+        shown: numbers of the frames.
+    """
     grid = figure.subplots(len(videos), len(shown), squeeze=False)
     for row, (name, video) in enumerate(videos.items()):
         for axes, frame in zip(grid[row], shown, strict=True):
@@ -206,10 +222,6 @@ def frames(
             if row == 0:
                 axes.set_title(f"frame {frame}", fontsize=_TEXT)
         grid[row, 0].set_ylabel(name, fontsize=_TEXT)
-    return _saved(figure, path)
-
-
-# ---- parts of figures ----------------------------------------------------------------------------------------------
 
 
 def draw_skip_maps(
@@ -262,7 +274,7 @@ def draw_sparsity(axes: Axes, sparsity: torch.Tensor, labels: Sequence[str]) -> 
     axes.set(xlabel="denoising step", ylabel="tiles skipped in the step (%)", ylim=(0, 100))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(labels) + 1, fontsize=8, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, fontsize=8, frameon=False)
 
 
 def _heat_map(

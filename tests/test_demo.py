@@ -1,82 +1,128 @@
-"""The demo end to end, at a size that runs in seconds."""
+"""The trained weights, and the demo that shows what skipping does to them, at a size that runs in seconds."""
 
 from __future__ import annotations
 
+import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
+pytest.importorskip("safetensors")
 
-from lite_attention.__main__ import main
-from lite_attention.demo import DemoOptions, run
+from examples.moving_shapes import demo
+from examples.moving_shapes.judge import load_judge, measure, measure_truth
+from examples.moving_shapes.log import LOG, draw_log
+from examples.moving_shapes.model import load_weights
+from examples.moving_shapes.sample import generate, read_prompt
+from examples.moving_shapes.scenes import prompt_ids
+from lite_attention import plot
 
-SMALL = {"steps": 4, "frames": 4, "height": 16, "width": 16, "compile": False}
+SIZE = (6, 32, 32)  # 384 tokens
+NEVER = -math.inf
 
 
-def test_runs_from_the_command_line_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def options(threshold: float) -> demo.Options:
+    return demo.Options(prompt=("shape=star", "colour=red"), size=SIZE, steps=4, threshold=threshold, tile=16)
+
+
+@pytest.fixture(scope="module")
+def result() -> demo.Result:
+    return demo.run(options(-3.0))
+
+
+# ---- the weights ---------------------------------------------------------------------------------------------------
+
+
+def test_the_judge_knows_rendered_scenes() -> None:
+    measured = measure_truth(load_judge(), 8, (10, 48, 48))
+    assert min(measured[name] for name in ("shape", "colour", "motion", "speed", "count")) >= 0.85
+    assert measured["path_error"] < 0.005
+
+
+def test_the_model_paints_what_is_asked_for() -> None:
+    asked = [
+        prompt_ids(shape=shape, colour=colour, count="1") for shape, colour in (("star", "red"), ("circle", "cyan"))
+    ]
+    prompt = torch.cat(asked)
+    video = generate(load_weights().eval(), prompt, SIZE, steps=8)
+    measured = measure(load_judge(), video, prompt)
+    assert measured["colour"] == 1
+    assert measured["shape"] == 1
+    assert measured["certainty"] > 0.9
+
+
+# ---- the demo ------------------------------------------------------------------------------------------------------
+
+
+def test_skips_more_and_more_and_changes_little(result: demo.Result) -> None:
+    sparsity = result.sparsity
+    assert sparsity.shape == (4, 6)
+    assert (sparsity[0] == 0).all()
+    assert (sparsity.diff(dim=0) >= 0).all()
+    assert sparsity[-1].mean() > 0.1
+    assert result.kept.shape == (4, 6, 24, 24)
+    assert result.kept[0].all()
+    assert not (result.kept[1:] & ~result.kept[:-1]).any()  # what was dropped stays out
+    assert 20 < result.psnr < 80
+    assert 0 < result.path_distance < 0.05
+    assert result.dense.seen.keys() == {"shape", "colour", "motion", "speed", "count"}
+    assert result.dense.seen["colour"] == result.skip_aware.seen["colour"] == "red"
+
+
+def test_both_begin_with_the_same_noise() -> None:
+    result = demo.run(options(NEVER))
+    assert (result.sparsity == 0).all()
+    assert result.psnr > 80  # the kernels round differently
+    assert result.dense.seen == result.skip_aware.seen
+
+
+def test_the_psnr_is_that_of_the_pixels(result: demo.Result) -> None:
+    error = (result.skip_aware.video - result.dense.video).square().mean()
+    assert result.psnr == pytest.approx(10 * math.log10(1 / float(error)), abs=1e-3)
+    assert result.dense.video.shape == (6, 3, 32, 32)
+
+
+def test_prints_and_draws(
+    result: demo.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[demo.Options] = []
+    monkeypatch.setattr(demo, "run", lambda options: asked.append(options) or result)
     picture = tmp_path / "demo.png"
-    size = ["--steps", "3", "--frames", "4", "--height", "16", "--width", "16", "--no-compile"]
-    assert main(["demo", *size, "--threshold", "-1", "--output", str(picture)]) == 0
+    command = "demo --steps 4 --threshold -3 --tile 16 --size 6 32 32 --prompt shape=star colour=red --output"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(picture)])
+    demo.main()
+    assert asked == [result.options]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr()
-    assert "not trained" in printed.out
-    assert "lite_attention.enable(pipe" in printed.out
-    assert "denoising" in printed.err  # the progress bar stays out of what may be piped
+    printed = capsys.readouterr().out
+    for part in ("384 tokens", "layer 5", f"PSNR {result.psnr:.1f} dB", f"{float(result.sparsity.mean()):.0%} of all"):
+        assert part in printed
 
 
-def test_skips_more_and_more_with_a_small_error() -> None:
-    result = run(DemoOptions(threshold=-1.0, **SMALL))
-    sparsity = [step.sparsity for step in result.steps]
-    assert sparsity[0] == 0
-    assert sparsity[1] > 0
-    assert sparsity == sorted(sparsity)
-    errors = [step.error for step in result.steps]
-    assert errors[0] <= 1e-5  # the first step skips nothing
-    assert all(math.isfinite(error) and error < 0.5 for error in errors)
-    assert errors[-1] > 1e-5
-    kept = torch.stack(result.kept_tiles)
-    assert kept[0].all()
-    assert not (kept[1:] & ~kept[:-1]).any()  # what was dropped stays out
-
-
-def test_threshold_minus_infinity_is_dense() -> None:
-    result = run(DemoOptions(threshold=-math.inf, **SMALL))
-    assert all(step.sparsity == 0 for step in result.steps)
-    assert all(step.error <= 1e-5 for step in result.steps)
-
-
-def test_same_seed_same_numbers() -> None:
-    first, second = (run(DemoOptions(threshold=-1.0, **SMALL)) for _ in range(2))
-    assert [(s.sparsity, s.error) for s in first.steps] == [(s.sparsity, s.error) for s in second.steps]
-
-
-@pytest.mark.parametrize("size", [{"height": 15}, {"steps": 0}])
-def test_refuses_sizes_that_do_not_fit(size: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="height and width even"):
-        DemoOptions(**size)
-
-
-def test_command_line_tells_errors_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--width", "7"]) == 1
-    assert capsys.readouterr().err.startswith("lite-attention: steps, frames, height, width")
-
-
-def test_matplotlib_is_loaded_only_to_draw() -> None:
-    code = (
-        "import sys, lite_attention, lite_attention.plot, lite_attention.demo; assert 'matplotlib' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_what_is_wrong_with_a_prompt_is_told() -> None:
+    with pytest.raises(ValueError, match="colour: expected one of red"):
+        read_prompt(["colour=pink"])
+    with pytest.raises(ValueError, match="fields of shape"):
+        read_prompt(["nonsense"])
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lite_attention import plot
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "lite-attention\[plot\]"'):
         plot.require_matplotlib()
+
+
+# ---- the log of the training ---------------------------------------------------------------------------------------
+
+
+def test_the_log_is_drawn_a_curve_for_each_size() -> None:
+    lines = [
+        {"step": 50 * i, "minutes": i, "loss": {"a": float(i), **({"b": 1.0} if i % 2 else {})}} for i in range(1, 21)
+    ]
+    (axes,) = draw_log(lines).axes
+    curves = {curve.get_label(): curve.get_xydata().tolist() for curve in axes.lines}
+    assert curves == {"a": [[275.0, 5.5], [775.0, 15.5]], "b": [[500.0, 1.0]]}
+    assert json.loads(LOG.read_text().splitlines()[-1])["step"] == 11150

@@ -19,7 +19,19 @@ from torch import nn
 
 from examples.moving_shapes.scenes import FIELDS, Size, make_videos
 
-__all__ = ["HOLD_OUT", "Judge", "Verdict", "load_judge", "measure", "measure_truth", "path_distance", "train_judge"]
+__all__ = [
+    "HOLD_OUT",
+    "JUDGE",
+    "Judge",
+    "Verdict",
+    "load_judge",
+    "measure",
+    "measure_truth",
+    "path_distance",
+    "train_judge",
+]
+
+JUDGE = Path(__file__).with_name("judge.pt")  # the trained one
 
 _SIDE = 64  # frames are brought to this size, to one sprite size whatever their resolution
 _GRID = _SIDE // 4
@@ -132,8 +144,8 @@ def train_judge(minutes: float, out: Path, device: str = "cpu", frames: int = 51
     return judge.eval()
 
 
-def load_judge(path: Path) -> Judge:
-    """Return the judge of a file that `train_judge` wrote."""
+def load_judge(path: Path = JUDGE) -> Judge:
+    """Return the judge of a file that `train_judge` wrote; without one, the trained judge."""
     judge = Judge()
     judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return judge.eval().requires_grad_(False)

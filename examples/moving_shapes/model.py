@@ -19,8 +19,9 @@ from torch import nn
 
 from examples.moving_shapes.scenes import NULL_PROMPT, Size
 
-__all__ = ["Config", "VideoDiT", "load_weights", "save_weights", "time_shift"]
+__all__ = ["WEIGHTS", "Config", "VideoDiT", "load_weights", "save_weights", "time_shift"]
 
+WEIGHTS = Path(__file__).with_name("weights.safetensors")  # the trained ones
 PATCH = 4  # pixels, in height and in width; a token is one such patch of one frame
 _CHANNELS = 3 * PATCH * PATCH
 _SIDE = 16.0  # rotary positions along the shorter side, whatever its resolution: scenes look the same at all
@@ -256,8 +257,8 @@ def save_weights(path: Path, config: Config, weights: dict[str, torch.Tensor]) -
         torch.save({"config": asdict(config), "weights": weights}, path)
 
 
-def load_weights(path: Path) -> VideoDiT:
-    """Return the model of a file that `save_weights` wrote, in float32."""
+def load_weights(path: Path = WEIGHTS) -> VideoDiT:
+    """Return the model of a file that `save_weights` wrote, in float32; without one, the trained model."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 

@@ -1,7 +1,7 @@
 """Make videos from prompts, dense and skip-aware, and measure how true they are.
 
-python -m examples.moving_shapes.sample --weights WEIGHTS --out DIR [--judge JUDGE] [--threshold -6] [--count 8]
-    [--size 10 48 48] [--steps 30] [--guidance 3] [--prompt shape=star colour=red] [--device cuda]
+python -m examples.moving_shapes.sample --out DIR [--threshold -6] [--count 8] [--size 10 48 48] [--steps 30]
+    [--guidance 3] [--prompt shape=star colour=red] [--device cuda] [--weights WEIGHTS] [--judge JUDGE]
 
 Writes DIR/dense.png, a row of frames for each video, and DIR/dense.gif; the same for "skip" with a threshold.
 """
@@ -9,18 +9,19 @@ Writes DIR/dense.png, a row of frames for each video, and DIR/dense.gif; the sam
 from __future__ import annotations
 
 import argparse
-import io
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 import lite_attention
-from examples.moving_shapes.judge import HOLD_OUT, load_judge, measure, measure_truth, path_distance
-from examples.moving_shapes.model import VideoDiT, load_weights, time_shift
+from examples.moving_shapes.judge import HOLD_OUT, JUDGE, load_judge, measure, measure_truth, path_distance
+from examples.moving_shapes.model import WEIGHTS, VideoDiT, load_weights, time_shift
 from examples.moving_shapes.scenes import NULL_PROMPT, Size, draw_scenes, prompt_ids, tile
+from lite_attention.inspection import named_states
 
-__all__ = ["generate", "save_videos", "time_steps"]
+__all__ = ["generate", "read_prompt", "save_videos", "time_steps"]
 
 
 def time_steps(steps: int, size: Size) -> torch.Tensor:
@@ -38,6 +39,7 @@ def generate(
     steps: int = 30,
     guidance: float = 3.0,
     seed: int = 0,
+    on_step: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Return videos [B, 3, F, H, W] in about [-1, 1], on the model's device.
 
@@ -51,6 +53,7 @@ def generate(
         steps: denoising steps.
         guidance: of classifier-free guidance; 1 = none, which is still computed.
         seed: of the noise.
+        on_step: called after each step.
     """
     device = model.to_patch.weight.device
     prompt = prompt.to(device)
@@ -66,6 +69,8 @@ def generate(
                 velocity[name] = model(video, torch.full((len(prompt),), now, device=device), asked)
         guided = velocity["uncond"] + guidance * (velocity["cond"] - velocity["uncond"])
         video = video + (then - now) * guided
+        if on_step:
+            on_step()
     return video
 
 
@@ -87,17 +92,24 @@ def save_videos(videos: torch.Tensor, path: Path) -> None:
 
 def skipped(model: VideoDiT) -> float:
     """Return the share of attention tiles that the last step of a generation skipped."""
-    with io.StringIO() as silent:
-        states = [row.state for row in lite_attention.report(model, file=silent).swapped if row.state is not None]
-    return float(torch.stack([state.sparsity() for state in states]).mean())
+    return float(torch.stack([state.sparsity() for state in named_states(model).values()]).mean())
+
+
+def read_prompt(fields: Sequence[str]) -> torch.Tensor:
+    """Return the prompt [1, fields] of what the command line says, as "shape=star".
+
+    Raises:
+        ValueError: no such field, or no such value of it.
+    """
+    return prompt_ids(**{name: value for name, _, value in (field.partition("=") for field in fields)})
 
 
 def main() -> None:
     """Make and measure videos as the command line asks."""
     parser = argparse.ArgumentParser(description="Make videos, dense and skip-aware, and measure how true they are.")
-    parser.add_argument("--weights", type=Path, required=True, help="what train.py wrote")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="what train.py wrote; the trained ones")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
-    parser.add_argument("--judge", type=Path, help="what judge.py wrote; without it nothing is measured")
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="what judge.py wrote; the trained one")
     parser.add_argument("--threshold", type=float, help="also skip-aware, at this threshold (log2 units)")
     parser.add_argument("--count", type=int, default=8, help="videos")
     parser.add_argument("--size", type=int, nargs=3, default=[10, 48, 48], help="frames, height, width")
@@ -113,27 +125,24 @@ def main() -> None:
     if args.prompt is None:
         prompt = draw_scenes(args.count, torch.Generator().manual_seed(HOLD_OUT + args.seed)).prompt()
     else:
-        prompt = prompt_ids(**dict(field.split("=") for field in args.prompt)).expand(args.count, -1)
+        prompt = read_prompt(args.prompt).expand(args.count, -1)
     model = load_weights(args.weights).to(args.device).eval().requires_grad_(False)
     if args.device.startswith("cuda"):
         model.bfloat16()
-    judge = load_judge(args.judge).to(args.device) if args.judge else None
+    judge = load_judge(args.judge).to(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    if judge:
-        _say("rendered", measure_truth(judge, args.count, size, args.device))
+    _say("rendered", measure_truth(judge, args.count, size, args.device))
 
     dense = generate(model, prompt, size, args.steps, args.guidance, args.seed)
     save_videos(dense, args.out / "dense")
-    if judge:
-        _say("dense", measure(judge, dense, prompt.to(args.device)))
+    _say("dense", measure(judge, dense, prompt.to(args.device)))
     if args.threshold is None:
         return
     lite_attention.enable(model, threshold=args.threshold, num_steps=args.steps, compile=False)
     skip = generate(model, prompt, size, args.steps, args.guidance, args.seed)
     save_videos(skip, args.out / "skip")
-    measured = measure(judge, skip, prompt.to(args.device)) if judge else {}
-    if judge:
-        measured["path_to_dense"] = path_distance(judge, dense, skip)
+    measured = measure(judge, skip, prompt.to(args.device))
+    measured["path_to_dense"] = path_distance(judge, dense, skip)
     measured["skipped_at_last"] = skipped(model)
     measured["difference"] = float((skip - dense).abs().mean())
     _say("skip", measured)
