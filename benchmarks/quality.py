@@ -10,7 +10,8 @@ trying the script out on a CPU. Methods:
 
     dense                     PyTorch's attention; what all else is held against
     rendered                  no sample, but a rendered scene of the prompt: the truest there can be
-    threshold:T               LiteAttention; -inf skips nothing, and shows what another kernel's rounding does
+    threshold:T[,STEPS]       LiteAttention, the first so many steps dense and without votes; -inf skips nothing, and
+                              shows what another kernel's rounding does
     table:NAME                LiteAttention with the thresholds of the file NAME.toml out of --tables or --calibrate
     radial[:MIN_WIDTH]        the pattern of lite_attention.masks alone, at threshold -inf
     spatial-temporal[:FRAMES[,TOKENS]]    likewise; which head is which is found on a calibration prompt
@@ -50,6 +51,7 @@ from benchmarks.quality_methods import (
     pattern_of,
     sample,
     scene,
+    schedule_of,
     to_bytes,
     to_floats,
 )
@@ -60,7 +62,7 @@ from examples.moving_shapes.model import Config, VideoDiT, load_weights
 from lite_attention import masks
 
 METHODS = (
-    RENDERED, DENSE, *(f"threshold:{t}" for t in ("-inf", "-10", "-6", "-4", "-3", "-2", "-1")),
+    RENDERED, DENSE, *(f"threshold:{t}" for t in ("-inf", "-6", "-4", "-3", "-2", "-1", "-3,4", "-1,4")),
     "radial", "spatial-temporal:4", "window:12,16,16", "window:8,16,16", "window:4,16,16", "random:threshold:-6",
     "random:threshold:-3", "random:threshold:-1", "steps:threshold:-6", "steps:threshold:-3", "steps:threshold:-1",
 )  # fmt: skip
@@ -137,7 +139,7 @@ class Bench:
     def _enable(self, method: str) -> None:
         family, _, value = method.partition(":")
         options: dict[str, Any] = {"num_steps": self.setup.steps, "compile": False, "tile_shape": self.setup.tile}
-        options["threshold"] = float(value) if family == "threshold" else -math.inf
+        options["threshold"] = schedule_of(value) if family == "threshold" else -math.inf
         if family in ("radial", "spatial-temporal", "window"):
             options["initial_mask"] = self._pattern(method)
         lite_attention.enable(self.setup.model, **options)

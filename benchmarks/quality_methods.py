@@ -20,7 +20,7 @@ from examples.moving_shapes.judge import HOLD_OUT, Judge
 from examples.moving_shapes.model import PATCH, VideoDiT
 from examples.moving_shapes.sample import time_steps
 from examples.moving_shapes.scenes import NULL_PROMPT, Scenes, Size, draw_scenes
-from lite_attention import masks
+from lite_attention import masks, schedules
 from lite_attention.inspection import named_states
 from lite_attention.ops import SkipState, tile_shape
 from lite_attention.ops.bitmask import pack_bits
@@ -247,6 +247,12 @@ def pattern_of(setup: Setup, method: str) -> masks.Pattern:
     return masks.spatial_temporal(*setup.grid, heads=heads, **reach)
 
 
+def schedule_of(value: str) -> torch.Tensor:
+    """Return the thresholds of a value such as "-3", or "-3,4": the first four steps are dense."""
+    threshold, _, dense_steps = value.partition(",")
+    return schedules.dense_first(float(threshold), int(dense_steps or 0))
+
+
 # ---- methods -------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +273,7 @@ def check(method: str, tables: dict[str, Path]) -> None:
     try:
         if family not in _FAMILIES:
             raise ValueError(f"one of {', '.join(_FAMILIES)}")
-        if family == "threshold" and not float(value) <= 0:
+        if family == "threshold" and not bool((schedule_of(value) <= 0).all()):
             raise ValueError("a threshold of at most 0")
         if family == "table" and value not in tables:
             raise ValueError(f"a name out of {sorted(tables)}")

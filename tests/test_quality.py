@@ -342,7 +342,17 @@ def test_heads_are_classified_by_what_they_look_at(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "method", ["thresholds:-3", "threshold:1", "table:none", "window:3", "random:window:1,1,1", "random:0.5", "steps:x"]
+    "method",
+    [
+        "thresholds:-3",
+        "threshold:1",
+        "threshold:-3,x",
+        "table:none",
+        "window:3",
+        "random:window:1,1,1",
+        "random:0.5",
+        "steps:x",
+    ],
 )
 def test_wrong_methods_are_told(method: str) -> None:
     with pytest.raises(ValueError, match=f"method {method}: expected"):
@@ -364,6 +374,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Pair, ...]]:
     for module in (quality, methods):
         monkeypatch.setattr(module, "sample", sample)
     return calls
+
+
+def test_first_steps_without_votes(tmp_path: Path) -> None:
+    bench = bench_of(tmp_path)
+    for method in ("threshold:-1", "threshold:-1,2"):
+        bench.run(method, [(0, 0)])
+    at_once, later = (
+        torch.tensor(bench.results.of(method)[0, 0]["shares"]).mean(0) for method in ("threshold:-1", "threshold:-1,2")
+    )
+    assert bool((at_once[1:] > 0).all())
+    assert later[:3].tolist() == [0, 0, 0]
+    assert float(later[3]) > 0
 
 
 def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +444,7 @@ def test_tiny_run_of_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names = {m for m in quality.METHODS if not m.startswith("steps")}
     assert found.keys() == names | {"table:error-0.1", "random:table:error-0.1"}
     assert found["threshold:-inf"]["psnr"]["mean"] > 90
-    assert found["threshold:-10"]["psnr"]["mean"] >= found["threshold:-3"]["psnr"]["mean"]
+    assert found["threshold:-6"]["psnr"]["mean"] >= found["threshold:-3"]["psnr"]["mean"]
     assert found["table:error-0.1"]["saved"] == pytest.approx(found["random:table:error-0.1"]["saved"], abs=0.01)
     assert found["table:error-0.1"]["saved"] > 0.02
     assert found["radial"]["saved"] > 0.1
