@@ -12,6 +12,7 @@ trying the script out on a CPU. Methods:
     rendered                  no sample, but a rendered scene of the prompt: the truest there can be
     threshold:T[,STEPS]       LiteAttention, the first so many steps dense and without votes; -inf skips nothing, and
                               shows what another kernel's rounding does
+    int8:T[,STEPS]            likewise, with scores from INT8 queries and keys
     table:NAME                LiteAttention with the thresholds of the file NAME.toml out of --tables or --calibrate
     radial[:MIN_WIDTH]        the pattern of lite_attention.masks alone, at threshold -inf
     spatial-temporal[:FRAMES[,TOKENS]]    likewise; which head is which is found on a calibration prompt
@@ -44,6 +45,7 @@ from benchmarks import quality_report as reporting
 from benchmarks.quality_methods import (
     CALIBRATION,
     RENDERED,
+    VOTING,
     RandomSkips,
     Setup,
     SkipShares,
@@ -63,6 +65,7 @@ from lite_attention import masks
 
 METHODS = (
     RENDERED, DENSE, *(f"threshold:{t}" for t in ("-inf", "-6", "-4", "-3", "-2", "-1", "-3,4", "-1,4")),
+    "int8:-inf", "int8:-3",
     "radial", "spatial-temporal:4", "window:12,16,16", "window:8,16,16", "window:4,16,16", "random:threshold:-6",
     "random:threshold:-3", "random:threshold:-1", "steps:threshold:-6", "steps:threshold:-3", "steps:threshold:-1",
 )  # fmt: skip
@@ -139,7 +142,8 @@ class Bench:
     def _enable(self, method: str) -> None:
         family, _, value = method.partition(":")
         options: dict[str, Any] = {"num_steps": self.setup.steps, "compile": False, "tile_shape": self.setup.tile}
-        options["threshold"] = schedule_of(value) if family == "threshold" else -math.inf
+        options["use_int8"] = family == "int8"
+        options["threshold"] = schedule_of(value) if family in VOTING else -math.inf
         if family in ("radial", "spatial-temporal", "window"):
             options["initial_mask"] = self._pattern(method)
         lite_attention.enable(self.setup.model, **options)
@@ -157,7 +161,7 @@ class Bench:
         if method != RENDERED:
             record["skipped"] = float(shares.mean())
             record["attention"] = float(1 - shares.mean()) * shares.shape[1] / self.setup.steps
-        if method.startswith(("threshold", "table")):
+        if method.startswith((*VOTING, "table")):
             record["shares"] = [[round(share, 5) for share in site] for site in shares.tolist()]
         floats = to_floats(video).unsqueeze(0)
         if method not in (DENSE, RENDERED):

@@ -27,7 +27,8 @@ from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div, diagonal_tile
 
 RENDERED = "rendered"
-_FAMILIES = (DENSE, RENDERED, "threshold", "table", "radial", "spatial-temporal", "window", "random", "steps")
+VOTING = ("threshold", "int8")  # at a threshold
+_FAMILIES = (DENSE, RENDERED, *VOTING, "table", "radial", "spatial-temporal", "window", "random", "steps")
 _OWN_PROMPTS = HOLD_OUT + 2**30  # seeds of scenes that neither the model nor the judge has seen
 CALIBRATION = 1_000_000  # prompts from here on are only calibrated on
 
@@ -273,14 +274,14 @@ def check(method: str, tables: dict[str, Path]) -> None:
     try:
         if family not in _FAMILIES:
             raise ValueError(f"one of {', '.join(_FAMILIES)}")
-        if family == "threshold" and not bool((schedule_of(value) <= 0).all()):
+        if family in VOTING and not bool((schedule_of(value) <= 0).all()):
             raise ValueError("a threshold of at most 0")
         if family == "table" and value not in tables:
             raise ValueError(f"a name out of {sorted(tables)}")
         if family == "window" and len([int(number) for number in value.split(",")]) != 3:
             raise ValueError("three numbers")
         if family == "random" or (family == "steps" and not value.isdigit()):
-            if value.partition(":")[0] not in ("threshold", "table"):
+            if value.partition(":")[0] not in (*VOTING, "table"):
                 raise ValueError("a threshold or a table behind it")
             check(value, tables)
     except ValueError as error:
