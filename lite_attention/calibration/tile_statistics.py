@@ -124,6 +124,7 @@ def measure_tiles(
     allowed = torch.ones(1, seq_k, dtype=torch.bool, device=device) if key_mask is None else key_mask
     allowed = pad(allowed, (0, k_tiles * tile_n - seq_k)).unflatten(1, (k_tiles, tile_n)).expand(batch, -1, -1)
     some_allowed, excluded = allowed.any(-1), ~allowed
+    some_excluded = key_mask is not None or seq_k % tile_n != 0
     must = torch.zeros(k_tiles, dtype=torch.bool, device=device)
     if must_do is not None:
         must = unpack_bits(must_do, k_tiles)
@@ -144,7 +145,8 @@ def measure_tiles(
                 some = rows[place]
                 count, rows_exist = len(some), is_row[some].unsqueeze(-1)  # [count, tile_m, 1]
                 scores = (queries[some].flatten(0, 1) @ keys.T).view(count, tile_m, k_tiles, tile_n)
-                scores.masked_fill_(excluded[b], -torch.inf)
+                if some_excluded:
+                    scores.masked_fill_(excluded[b], -torch.inf)
                 tile_max = peaks[b, h, place] = scores.amax(-1)
                 before = skipped[b, h, some] & ~must & some_allowed[b]
                 choice = torch.full(before.shape, never, device=device)
@@ -153,7 +155,8 @@ def measure_tiles(
                 choice.masked_fill_(before, 0)
 
                 weights = scores.sub_(tile_max.amax(-1)[..., None, None].clamp(min=torch.finfo(dtype).min)).exp2_()
-                weights.mul_(rows_exist.unsqueeze(-1))
+                if seq_q % tile_m:
+                    weights.mul_(rows_exist.unsqueeze(-1))
                 partial = weights.view(-1, k_tiles, tile_n).transpose(0, 1) @ values  # [k_tiles, count * tile_m, Dv]
                 # Row 0 sums over all tiles: the dense output. Row i + 1 sums over what choice i leaves.
                 summed = choice.unsqueeze(1) >= torch.arange(never + 1, device=device).unsqueeze(-1)
