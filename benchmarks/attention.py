@@ -1,12 +1,13 @@
 """Time of one attention call on a Hopper GPU, as a ratio to FlashAttention-3 dense on the same tensors.
 
-    python benchmarks/attention.py [--only dense sparse int8 uneven voted host] [--peers cudnn flex fa4]
+    python benchmarks/attention.py [--only dense sparse int8 uneven voted host] [--peers cudnn flex fa4 fa3-fp8 sage]
                                    [--shapes 1,40,32760,128 ...] [--seconds 1.5] [--json FILE] [--plot FILE]
 
-Needs `pip install fa3-fwd`, and `flash-attn-4` for the peer fa4. Each kernel runs in a block of its own, FA3 before and
-after it: the card is limited by power, and single calls in turn would lend clock from one kernel to the other. A figure
-is the median of the second half of a block. A contender takes about 3 blocks of time at each shape, FlexAttention and
-kernels of ours that are not in the cache some seconds more to compile.
+Needs `pip install fa3-fwd`, and `flash-attn-4` for the peer fa4, `sageattention` for sage. Each kernel runs in a block
+of its own, FA3 before and after it: the card is limited by power, and single calls in turn would lend clock from one
+kernel to the other. A figure is the median of the second half of a block. A contender takes about 3 blocks of time at
+each shape, FlexAttention and kernels of ours that are not in the cache some seconds more to compile. SQNR is that of
+the output against FA3's, where nothing is skipped.
 
     dense     the peers, our op without a state, and the same with a state whose dense flag is set
     sparse    a planted mask in use, and voting; FlexAttention with the same kind of mask, its tiles being 128 x 128
@@ -42,7 +43,10 @@ SHAPES += ["2,24,16384,64"]
 SPARSITIES = (0.0, 0.21, 0.42, 0.57, 0.77)
 SOME_SPARSITIES = (0.42, 0.77)
 GROUPS = ("dense", "sparse", "int8", "uneven", "voted", "host")
-PEERS = {"cudnn": ("cuDNN", peers.cudnn), "flex": ("FlexAttention", peers.flex), "fa4": ("FlashAttention-4", peers.fa4)}
+PEERS = {
+    "cudnn": ("cuDNN", peers.cudnn), "flex": ("FlexAttention", peers.flex), "fa4": ("FlashAttention-4", peers.fa4),
+    "fa3-fp8": ("FlashAttention-3, FP8", peers.fa3_fp8), "sage": ("SageAttention", peers.sage),
+}  # fmt: skip
 NO_VOTE = -60.0  # random inputs: nothing is voted out, so the planted mask stays
 
 
@@ -151,26 +155,38 @@ def contenders(
         yield "ours, voted mask, clustered inputs", partial(voted, q, k, v)
 
 
+def sqnr(out: Any, reference: Any) -> float:
+    """Return the signal-to-quantisation-noise ratio of an output, dB; each may come with an LSE behind it."""
+    out, reference = (x[0] if isinstance(x, tuple) else x for x in (out, reference))
+    out = out if out.shape == reference.shape else out.transpose(1, 2)
+    noise = (out.float() - reference.float()).square().mean()
+    return float(10 * torch.log10(reference.float().square().mean() / noise))
+
+
 def measure_shape(text: str, only: Collection[str], others: Collection[str], seconds: float) -> list[dict[str, Any]]:
     """Time all contenders at one shape, and print a line each."""
     batch, heads, seq, dim = map(int, text.split(","))
     torch._dynamo.reset()  # FlexAttention is compiled for each shape: it must not run into the limit of recompiles
     q, k, v = (torch.randn(batch, seq, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     flops = 4 * batch * heads * seq * seq * dim
-    print(f"\n(B, H, S, D) = ({text}), bf16\n{'':42}{'ratio':>7}{'ms':>9}{'FA3 ms':>9}{'TFLOP/s':>9}{'skipped':>9}")
+    columns = f"{'ratio':>7}{'ms':>9}{'FA3 ms':>9}{'TFLOP/s':>9}{'skipped':>9}{'SQNR':>9}"
+    print(f"\n(B, H, S, D) = ({text}), bf16\n{'':42}{columns}")
     fa3, _ = peers.fa3(q, k, v)
     rows = []
     for name, make in contenders(q, k, v, only, others):
         with going_on(name):
             call, share = make()
-            call()  # compiles outside of the blocks, and fails before FA3 is timed for it
+            out = call()  # compiles outside of the blocks, and fails before FA3 is timed for it
+            decibels = None if share or out is None else sqnr(out, fa3())
+            del out
             before, ours, after = block(fa3, seconds), block(call, seconds), block(fa3, seconds)
             peer = (before + after) / 2
             speed = flops * (1 - share) / ours / 1e9
-            print(f"{name:42}{ours / peer:7.3f}{ours:9.3f}{peer:9.3f}{speed:9.0f}{share:9.1%}", flush=True)
+            quality = "" if decibels is None else f"{decibels:6.1f} dB"
+            print(f"{name:42}{ours / peer:7.3f}{ours:9.3f}{peer:9.3f}{speed:9.0f}{share:9.1%}{quality}", flush=True)
             rows.append({
                 "shape": text, "name": name, "ratio": ours / peer, "ms": ours, "fa3_ms": [before, after],
-                "tflops": speed, "skipped": share,
+                "tflops": speed, "skipped": share, "sqnr": decibels,
             })  # fmt: skip
     return rows
 

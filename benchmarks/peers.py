@@ -32,6 +32,26 @@ def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
     return lambda: flash_attn_func(q, k, v), 0.0
 
 
+def fa3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
+    """FlashAttention-3's FP8 mode, one scale for each head; quantised outside of the call."""
+    from fa3_fwd_interface import flash_attn_func
+
+    largest = [x.abs().amax((1, 3)).float() / 448 for x in (q, k, v)]  # of e4m3
+    values = [
+        (x / scale.to(x.dtype)[:, None, :, None]).to(torch.float8_e4m3fn)
+        for x, scale in zip((q, k, v), largest, strict=True)
+    ]
+    scales = dict(zip(("q_descale", "k_descale", "v_descale"), largest, strict=True))
+    return lambda: flash_attn_func(*values, **scales), 0.0
+
+
+def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
+    """SageAttention as PyPI has it: INT8 scores, Triton; it quantises within the call."""
+    from sageattention import sageattn
+
+    return lambda: sageattn(q, k, v, tensor_layout="NHD"), 0.0
+
+
 def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
     from flash_attn.cute import flash_attn_func
 
