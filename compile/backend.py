@@ -51,7 +51,7 @@ class LiteAttentionBackend:
         model: whose module paths name the sites that a callable threshold or initial mask is asked about; by default
             they are named relative to what is compiled.
         options: fields of `SkipSettings`: threshold, num_steps, slots, refresh, select, min_tiles, tile_shape,
-            initial_mask, max_steps, use_int8, implementation, dense.
+            initial_mask, max_steps, use_int8, use_fp8, implementation, dense.
 
     Raises:
         ValueError: an option out of range.

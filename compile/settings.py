@@ -70,6 +70,7 @@ class SkipSettings:
             is also the length of the longest schedule of thresholds.
         use_int8: sites that skip compute scores, and so votes, from INT8 queries and keys. On Hopper those in bfloat16
             and float16 with head dims 64 and 128, and others stay dense; on the CPU, for comparison, all.
+        use_fp8: with `use_int8`, they multiply weights and values in FP8 (e4m3) too; votes stay the same.
         implementation: None, or "reference" for the CPU algorithm on any device; of the sites that skip.
         dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
             `lite_attention::attention` in place of those that it computes exactly.
@@ -89,6 +90,7 @@ class SkipSettings:
     initial_mask: Callable[[Site], torch.Tensor | None] | None = None
     max_steps: int = 200
     use_int8: bool = False
+    use_fp8: bool = False
     implementation: str | None = None
     dense: str = "sdpa"
     allow_positive: bool = field(default=False, repr=False)
@@ -96,7 +98,7 @@ class SkipSettings:
     def __post_init__(self) -> None:
         if not callable(self.threshold):
             check_threshold(self.threshold, allow_positive=self.allow_positive)
-        quantization_of(self.use_int8)
+        quantization_of(self.use_int8, self.use_fp8)
         if self.implementation not in (None, "reference"):
             raise ValueError(f"implementation: expected None or 'reference', got {self.implementation!r}")
         if self.dense not in ("sdpa", "kernel"):
@@ -127,8 +129,8 @@ class SkipSettings:
 
     @property
     def quantization(self) -> str:
-        """What the op computes scores from."""
-        return quantization_of(self.use_int8)
+        """What the op quantises."""
+        return quantization_of(self.use_int8, self.use_fp8)
 
     def tile_shape_for(self, site: Site) -> tuple[int, int]:
         """Return (tile_m, tile_n) for a site."""

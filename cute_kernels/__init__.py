@@ -10,7 +10,7 @@ first kernel is compiled, or never, where kernels compiled ahead of time are fou
     walk.py       from a row of the skip mask to the tiles to visit, and the votes back into the mask
     mainloop.py   one q-tile in one consumer warpgroup
     softmax.py    online softmax with votes
-    quantize.py   INT8 queries and keys, and their scales
+    quantize.py   INT8 queries and keys, FP8 values, and their scales
     device.py     packing, bits, where the elements of an accumulator lie
     build.py      compiles a kernel for sm_90a, with or without a GPU
     cache.py      compiled kernels in memory, on disk, and ahead of time
@@ -28,6 +28,7 @@ from lite_attention.cute_kernels.launcher import (
     key_mean,
     quantize_key,
     quantize_query,
+    quantize_value,
     skip_attention_forward,
     unsupported_reason,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "key_mean",
     "quantize_key",
     "quantize_query",
+    "quantize_value",
     "skip_attention_forward",
     "unsupported_reason",
 ]

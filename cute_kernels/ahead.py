@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 
 from lite_attention.cute_kernels.cache import LIBRARY_NAME, publish
-from lite_attention.cute_kernels.config import KEY_CHUNK, Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import KEY_CHUNK, VALUE_BLOCK, Config, KernelConfig, QuantizeConfig
 from lite_attention.ops.quantize import QUERY_ROWS
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, QUANTIZATIONS, tile_shape
 
@@ -38,7 +38,7 @@ def kernel_configs(
         except ValueError:  # not for this head dim
             continue
         sizes = (dtype, head_dim, tile_m, tile_n)
-        if quantization == "int8":
+        if quantization != "none":
             configs.append(QuantizeConfig("quantize_query", dtype, head_dim, QUERY_ROWS))
         for key_mask in flags:
             if quantization == "none":
@@ -46,13 +46,16 @@ def kernel_configs(
             else:
                 configs.append(QuantizeConfig("key_sums", dtype, head_dim, KEY_CHUNK, key_mask))
                 configs.append(QuantizeConfig("quantize_key", dtype, head_dim, tile_n, key_mask))
+            if quantization == "int8_fp8":
+                configs.append(QuantizeConfig("value_max", dtype, head_dim, KEY_CHUNK, key_mask))
+                configs.append(QuantizeConfig("quantize_value", dtype, head_dim, VALUE_BLOCK, key_mask))
             for initial_mask, must_do in extras:
                 configs.append(
                     KernelConfig(
                         *sizes, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask, quantization=quantization
                     )
                 )
-    return configs
+    return list(dict.fromkeys(configs))  # quantizations share some
 
 
 def compile_library(configs: Sequence[Config], out: pathlib.Path, *, arch: str = "sm_90a") -> pathlib.Path | None:

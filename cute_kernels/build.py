@@ -14,9 +14,17 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
 from lite_attention.cute_kernels.forward import DTYPES, SkipAttentionForward
-from lite_attention.cute_kernels.quantize import KeySums, Quantize
+from lite_attention.cute_kernels.quantize import Columns, Quantize, QuantizeValue
 
 __all__ = ["compile_kernel"]
+
+_QUANTIZERS = {
+    "key_sums": Columns,
+    "quantize_query": Quantize,
+    "quantize_key": Quantize,
+    "value_max": Columns,
+    "quantize_value": QuantizeValue,
+}
 
 
 def _stride(divisor: int = 1) -> Any:
@@ -51,14 +59,18 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
     keys: list[Any] = [None, None]
     if config.key_mask:
         keys = [_table(Int32, batch, 2, cute.sym_int()), _table(Int32, batch, cute.sym_int())]
-    scales: list[Any] = [None] * 3
+    scales: list[Any] = [None] * 4
     if config.int8:
-        scales = [_table(Float32, batch, heads, cute.sym_int()), _table(Float32, batch, kv_heads, cute.sym_int())]
-        scales.append(_table(Float32, batch, heads, seq_q))
+        scales[:2] = _table(Float32, batch, heads, cute.sym_int()), _table(Float32, batch, kv_heads, cute.sym_int())
+        scales[2] = _table(Float32, batch, heads, seq_q)
+    v = _vectors(dtype, batch, seq_k, kv_heads, config.head_dim)
+    if config.fp8:
+        scales[3] = _table(Float32, batch, kv_heads, config.head_dim)
+        v = _vectors(cutlass.Uint8, batch, kv_heads, config.head_dim, cute.sym_int())  # e4m3 as bytes
     return [
         _vectors(qk_dtype, batch, seq_q, heads, config.head_dim),
         _vectors(qk_dtype, batch, seq_k, kv_heads, config.head_dim),
-        _vectors(dtype, batch, seq_k, kv_heads, config.head_dim),
+        v,
         _vectors(dtype, batch, seq_q, heads, config.head_dim),
         _table(Float32, batch, heads, seq_q), *state, *keys, *scales, Float32(1.0), Int32(1),
     ]  # fmt: skip
@@ -68,8 +80,11 @@ def _quantize_arguments(config: QuantizeConfig) -> list[Any]:
     batch, seq, heads, groups = (cute.sym_int() for _ in range(4))
     x = _vectors(getattr(cutlass, DTYPES[config.dtype]), batch, seq, heads, config.head_dim)
     key_mask = _table(cutlass.Uint8, cute.sym_int(), seq) if config.key_mask else None
-    if config.op == "key_sums":
+    if config.op in ("key_sums", "value_max"):
         return [x, key_mask, _table(Float32, batch, heads, groups, config.head_dim)]
+    if config.op == "quantize_value":
+        largest = _vectors(Float32, batch, heads, config.head_dim)
+        return [x, largest, key_mask, _vectors(cutlass.Uint8, batch, heads, config.head_dim, cute.sym_int())]
     mean = _vectors(Float32, batch, cute.sym_int(), config.head_dim)
     values = _vectors(cutlass.Int8, batch, seq, heads, config.head_dim)
     lse_shift = _table(Float32, batch, heads, seq) if config.op == "quantize_query" else None
@@ -87,8 +102,7 @@ def compile_kernel(config: Config, *, options: str = "") -> Any:
     if isinstance(config, KernelConfig):
         kernel, arguments = SkipAttentionForward(config), _attention_arguments(config)
     else:
-        kernel = KeySums(config) if config.op == "key_sums" else Quantize(config)
-        arguments = _quantize_arguments(config)
+        kernel, arguments = _QUANTIZERS[config.op](config), _quantize_arguments(config)
     return cute.compile(
         kernel,
         *arguments,

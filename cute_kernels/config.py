@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KEY_BITS_PAD", "KEY_CHUNK", "MAX_TILES", "MAX_WORDS", "Config", "KernelConfig", "QuantizeConfig"]
+__all__ = [
+    "FP8_KEYS",
+    "KEY_BITS_PAD",
+    "KEY_CHUNK",
+    "MAX_TILES",
+    "MAX_WORDS",
+    "VALUE_BLOCK",
+    "Config",
+    "KernelConfig",
+    "QuantizeConfig",
+]
 
 MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, lie in shared memory
 MAX_WORDS = MAX_TILES // 32
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
-KEY_CHUNK = 256  # keys that one thread block adds up for their mean
+FP8_KEYS = 32  # of one FP8 product: tiles, and the values in memory, are padded to a multiple
+KEY_CHUNK = 256  # keys that one thread block adds up for their mean, or whose largest values it finds
+VALUE_BLOCK = 128  # keys whose values one thread block transposes
 
 _REGISTERS_PER_SM = 65536
 _SHARED_BYTES = 227 * 1024
@@ -24,7 +36,7 @@ class KernelConfig:
     """One compiled attention kernel. Everything that is not here is read at run time.
 
     Args:
-        dtype: "bf16" or "fp16", of values and output, and of queries and keys that are not quantised.
+        dtype: "bf16" or "fp16", of the output, and of what is not quantised.
         head_dim: of queries, keys and values.
         tile_m: query rows of a CTA, 64 for each consumer warpgroup.
         tile_n: keys of a tile.
@@ -32,7 +44,7 @@ class KernelConfig:
         initial_mask: a fresh step starts from an initial mask.
         must_do: some tiles are always visited.
         key_mask: some keys are excluded.
-        quantization: "none", or "int8" for queries and keys in 8 bits with their scales.
+        quantization: "none", "int8" for queries and keys in 8 bits with their scales, or "int8_fp8" for values too.
     """
 
     dtype: str
@@ -46,8 +58,10 @@ class KernelConfig:
     quantization: str = "none"
 
     def __post_init__(self) -> None:
-        if self.quantization not in ("none", "int8"):
-            raise ValueError(f"quantization: expected 'none' or 'int8', got {self.quantization!r}")
+        if self.quantization not in ("none", "int8", "int8_fp8"):
+            raise ValueError(f"quantization: expected 'none', 'int8' or 'int8_fp8', got {self.quantization!r}")
+        if self.fp8 and self.tile_n % FP8_KEYS:
+            raise ValueError(f"tile_n: expected a multiple of {FP8_KEYS} for {self.quantization!r}, got {self.tile_n}")
         if self.registers_needed > self.consumer_registers or self.shared_bytes > _SHARED_BYTES:
             raise ValueError(
                 f"{self}: {self.registers_needed} of {self.consumer_registers} registers a thread, "
@@ -57,7 +71,17 @@ class KernelConfig:
     @property
     def int8(self) -> bool:
         """Whether queries and keys are quantised."""
-        return self.quantization == "int8"
+        return self.quantization != "none"
+
+    @property
+    def fp8(self) -> bool:
+        """Whether values are quantised, and so weights."""
+        return self.quantization == "int8_fp8"
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of the product with V. In FP8 it has eight more, of ones, whose products are sums of weights."""
+        return self.head_dim + 8 * self.fp8
 
     @property
     def groups(self) -> int:
@@ -87,8 +111,21 @@ class KernelConfig:
 
     @property
     def registers_needed(self) -> int:
-        """Scores and output in float32, weights in 16 bits, and the rest."""
-        return self.tile_n // 2 + self.head_dim // 2 + self.tile_n // 4 + _OTHER_REGISTERS
+        """Scores, output and perhaps a tile's part of it in float32, weights in 16 or 8 bits, and the rest."""
+        return self._registers(1 + self.promotes)
+
+    @property
+    def promotes(self) -> bool:
+        """Whether the product with V of each tile is added to the output outside of the tensor cores.
+
+        FP8 products cut what they add off 13 bits below the largest, so over a long row most would be lost. Tiles for
+        which registers are too few for it do without: they are for measuring.
+        """
+        return self.fp8 and self._registers(2) <= self.consumer_registers
+
+    def _registers(self, outputs: int) -> int:
+        weights, others = (self.tile_n // 8, _OTHER_REGISTERS - 4) if self.fp8 else (self.tile_n // 4, _OTHER_REGISTERS)
+        return self.tile_n // 2 + outputs * self.value_columns // 2 + weights + others
 
     @property
     def stages(self) -> int:
@@ -102,8 +139,9 @@ class KernelConfig:
 
     def _shared_bytes(self, stages: int) -> int:
         walk = (3 + self.key_mask) * 4 * MAX_WORDS + 3 * MAX_TILES
-        qk, v = 1 if self.int8 else 2, 2  # bytes of an element
-        return self.head_dim * (qk * self.tile_m + (qk + v) * stages * self.tile_n) + walk + 2 * 1024
+        qk, v = 1 if self.int8 else 2, 1 if self.fp8 else 2  # bytes of an element
+        ring = stages * self.tile_n * (qk * self.head_dim + v * self.value_columns)
+        return qk * self.head_dim * self.tile_m + ring + walk + 2 * 1024
 
     @property
     def name(self) -> str:
@@ -113,19 +151,19 @@ class KernelConfig:
         )
         kind = "skip" if self.skip else "dense"
         parts = [kind, self.dtype, f"d{self.head_dim}", f"{self.tile_m}x{self.tile_n}"]
-        parts += ["int8"] if self.int8 else []
+        parts += [self.quantization] if self.int8 else []
         return "_".join(["lite_attention", *parts, *([flags] if flags else [])])
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """One compiled kernel of those that make queries and keys ready for INT8 attention.
+    """One compiled kernel of those that make queries, keys and values ready for attention in 8 bits.
 
     Args:
-        op: "key_sums", "quantize_query" or "quantize_key".
+        op: "key_sums", "quantize_query", "quantize_key", "value_max" or "quantize_value".
         dtype: "bf16" or "fp16".
-        head_dim: of queries and keys.
-        rows: that share a scale; for "key_sums", that one thread block adds up.
+        head_dim: of queries, keys and values.
+        rows: that share a scale; otherwise those of one thread block.
         key_mask: some keys are excluded.
     """
 

@@ -30,6 +30,15 @@ def pack_fp16(low, high, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def pack_e4m3(a, b, c, d, *, loc=None, ip=None):
+    """Four float32 as e4m3 in one register, the first lowest; beyond 448 it is 448, NaN stays."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c, d)]
+    rounds = "".join(f"cvt.rn.satfinite.e4m3x2.f32 h{i}, ${2 * i + 2}, ${2 * i + 1}; " for i in range(2))
+    text = f"{{ .reg .b16 h0, h1; {rounds}mov.b32 $0, {{h0, h1}}; }}"
+    return Int32(_assembly(T.i32(), operands, text, "=r,f,f,f,f"))
+
+
+@dsl_user_op
 def max_nan(a, b, *, loc=None, ip=None):
     """Maximum that a NaN survives."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
@@ -74,6 +83,11 @@ def quad_sum(x: Float32) -> Float32:
 def element(half, i):
     """Register of a thread's column i in its upper or lower row of a 64 x N accumulator."""
     return (i // 2) * 4 + half * 2 + i % 2
+
+
+def four_weights(w):
+    """Registers of an accumulator that make up register w of the A operand of an FP8 product: four columns of a row."""
+    return [element(w % 2, w // 2 * 4 + i) for i in range(4)]
 
 
 def column(i, lane):

@@ -16,7 +16,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig
+from lite_attention.cute_kernels.config import FP8_KEYS, MAX_TILES, MAX_WORDS, KernelConfig
 from lite_attention.cute_kernels.mainloop import Mainloop
 from lite_attention.cute_kernels.schedule import (
     BATCH,
@@ -35,6 +35,7 @@ from lite_attention.ops import control as c
 from lite_attention.ops.quantize import QUERY_ROWS
 
 DTYPES = {"bf16": "BFloat16", "fp16": "Float16"}
+_E4M3_ONE = 0x38
 _SLOT, _FRESH, _DENSE = range(3)  # of what shared memory holds about the call
 
 
@@ -46,6 +47,10 @@ class SkipAttentionForward:
         self.dtype = getattr(cutlass, DTYPES[config.dtype])
         self.qk_dtype, self.score_dtype = (cutlass.Int8, Int32) if config.int8 else (self.dtype, Float32)
         self.tile_m, self.tile_n, self.head_dim = config.tile_m, config.tile_n, config.head_dim
+        # A tile of V, and where tiles are in the whole. FP8 products want keys innermost.
+        self.v_dtype, self.v_tile, self.v_tiles = self.dtype, (self.tile_n, self.head_dim), (None, 0)
+        if config.fp8:
+            self.v_dtype, self.v_tile, self.v_tiles = cutlass.Float8E4M3FN, (self.head_dim, self.tile_n), (0, None)
         self.stages, self.groups = config.stages, config.groups
         self.schedule = Schedule(config)
         self.walk = Walk(config)
@@ -69,6 +74,7 @@ class SkipAttentionForward:
         q_scales,
         k_scales,
         lse_shift,
+        v_scales,
         scale: Float32,
         processors: Int32,
         stream: cuda.CUstream,
@@ -76,20 +82,26 @@ class SkipAttentionForward:
         """Lay out and launch. The scale is in log2 units, unused in INT8; processors are the GPU's multiprocessors."""
         qk_mma = cute.make_tiled_mma(cute.make_mma_atom(self.qk_op()), (self.groups, 1, 1))
         pv_mma = cute.make_tiled_mma(cute.make_mma_atom(self.pv_op()), (self.groups, 1, 1))
-        # (B, S, H, D) as torch has it, to (S, D, H, B) as TMA tiles it.
-        q, k, v, out = [cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, v, out)]
-        q_layout = self.layout(self.qk_dtype, self.tile_m)
-        k_layout, v_layout = (self.layout(dtype, self.tile_n, self.stages) for dtype in (self.qk_dtype, self.dtype))
+        # (B, S, H, D) as torch has it, to (S, D, H, B) as TMA tiles it; FP8 values (B, H, D, S) to (D, S, H, B).
+        q, k, out = [cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, out)]
+        v_modes = [2, 3, 1, 0] if self.config.fp8 else [1, 3, 2, 0]
+        v = cute.make_tensor(cute.recast_ptr(v.iterator, dtype=self.v_dtype), cute.select(v.layout, mode=v_modes))
+        q_layout = self.layout(self.qk_dtype, self.tile_m, self.head_dim)
+        k_layout = self.layout(self.qk_dtype, self.tile_n, self.head_dim, self.stages)
+        ones = self.config.value_columns - self.head_dim
+        v_layout = self.layout(self.v_dtype, self.v_tile[0] + ones, self.v_tile[1], self.stages)
         one_k, one_v = (cute.select(layout, mode=[0, 1]) for layout in (k_layout, v_layout))
+        if const_expr(self.config.fp8):
+            one_v = cute.composition(one_v, self.v_tile)  # less the ones
         load = cpasync.CopyBulkTensorTileG2SOp()
         q_tma = cpasync.make_tiled_tma_atom(load, q, q_layout, (self.tile_m, self.head_dim))
         k_tma = cpasync.make_tiled_tma_atom(load, k, one_k, (self.tile_n, self.head_dim))
-        v_tma = cpasync.make_tiled_tma_atom(load, v, one_v, (self.tile_n, self.head_dim))
+        v_tma = cpasync.make_tiled_tma_atom(load, v, one_v, self.v_tile)
         self.q_bytes, self.k_bytes = (cute.size_in_bytes(self.qk_dtype, layout) for layout in (q_layout, one_k))
-        self.v_bytes = cute.size_in_bytes(self.dtype, one_v)
+        self.v_bytes = self.v_tile[0] * self.v_tile[1] * self.v_dtype.width // 8
         q_buffer, k_buffer, v_buffer = (
             cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], 1024]
-            for dtype, layout in ((self.qk_dtype, q_layout), (self.qk_dtype, k_layout), (self.dtype, v_layout))
+            for dtype, layout in ((self.qk_dtype, q_layout), (self.qk_dtype, k_layout), (self.v_dtype, v_layout))
         )
 
         @cute.struct
@@ -132,6 +144,7 @@ class SkipAttentionForward:
             q_scales,
             k_scales,
             lse_shift,
+            v_scales,
             scale,
             q_layout,
             k_layout,
@@ -166,6 +179,7 @@ class SkipAttentionForward:
         q_scales,
         k_scales,
         lse_shift,
+        v_scales,
         scale: Float32,
         q_layout: cute.ComposedLayout,
         k_layout: cute.ComposedLayout,
@@ -190,6 +204,8 @@ class SkipAttentionForward:
         k_pipe = self.pipe(self.stages, self.k_bytes, storage.k_bars)
         v_pipe = self.pipe(self.stages, self.v_bytes, storage.v_bars)
         cute.arch.mbarrier_init_fence()
+        if const_expr(self.config.fp8):
+            self.fill_ones(sv, thread)
 
         if const_expr(self.config.skip):
             if thread == 0:
@@ -207,12 +223,15 @@ class SkipAttentionForward:
                 for tile in cutlass.range(thread, words * 32, self.config.threads, unroll=1):
                     kept[ring, tile] = Uint8(0)
         cute.arch.sync_threads()
+        sv_loaded = sv
+        if const_expr(self.config.fp8):
+            sv_loaded = cute.composition(sv, (*self.v_tile, self.stages))
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
             if warp == 0:
                 self.produce(
-                    q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv, q_pipe, k_pipe, v_pipe, skip_mask, control,
+                    q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv_loaded, q_pipe, k_pipe, v_pipe, skip_mask, control,
                     threshold, initial_mask, must_do, tile_flags, k_scales, call, jobs, reach, entries, tile_scales,
                     visited, partial, scale,
                 )  # fmt: skip
@@ -220,8 +239,8 @@ class SkipAttentionForward:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             self.consume(
                 qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
-                initial_mask, must_do, key_bits, q_scales, call, jobs, reach, entries, tile_scales, visited, kept,
-                scale, gq.shape[0], gk.shape[0],
+                initial_mask, must_do, key_bits, q_scales, v_scales, call, jobs, reach, entries, tile_scales, visited,
+                kept, scale, gq.shape[0], gk.shape[0],
             )  # fmt: skip
 
     def qk_op(self):
@@ -236,18 +255,26 @@ class SkipAttentionForward:
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, warpgroup.OperandSource.SMEM, major, major)
 
     def pv_op(self):
-        """One product of weights and values, 16 keys at a time."""
-        major_k, major_mn = OperandMajorMode.K, OperandMajorMode.MN
+        """One product of weights and values, 16 keys at a time, or 32 in FP8."""
+        source, major_k, major_mn = warpgroup.OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN
+        if self.config.fp8:
+            shape = (64, self.config.value_columns, FP8_KEYS)
+            return warpgroup.MmaF8Op(self.v_dtype, self.v_dtype, Float32, shape, source, major_k, major_k)
         shape = (64, self.head_dim, 16)
-        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, warpgroup.OperandSource.RMEM, major_k, major_mn)
+        return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, source, major_k, major_mn)
 
     def layout(self, dtype, *shape: int):
-        """Layout of rows in shared memory, (rows, head_dim) or (rows, head_dim, stages), swizzled."""
-        kind = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, self.head_dim)
-        rows, *stages = shape
-        return cute.tile_to_shape(
-            warpgroup.make_smem_layout_atom(kind, dtype), (rows, self.head_dim, *stages), tuple(range(2 + len(stages)))
-        )
+        """Layout in shared memory, (rows, width) or (rows, width, stages), swizzled."""
+        kind = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, shape[1])
+        return cute.tile_to_shape(warpgroup.make_smem_layout_atom(kind, dtype), shape, tuple(range(len(shape))))
+
+    @cute.jit
+    def fill_ones(self, sv, thread):
+        """Write the columns of V, rows in shared memory, that sum up the weights. TMA leaves them alone."""
+        ones = cute.recast_tensor(sv, Uint8)
+        for i in cutlass.range(thread, 8 * self.tile_n * self.stages, self.config.threads, unroll=1):
+            ones[self.head_dim + i % 8, i // 8 % self.tile_n, i // 8 // self.tile_n] = Uint8(_E4M3_ONE)
+        cute.arch.fence_proxy("async.shared", space="cta")
 
     def pipe(self, stages: int, size: int, barriers):
         """A ring that TMA fills and every consumer warp releases."""
@@ -306,11 +333,14 @@ class SkipAttentionForward:
                     reach[ring] = self.schedule.reach(threshold, control, slot, head, scale)
             cute.arch.sync_warp()
             q_pipe.producer_acquire(q_state)
-            q_dst, q_src = self.partition(q_atom, sq, gq[None, None, head, batch], self.tile_m)
+            q_tiled = cute.local_tile(gq[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
+            q_dst, q_src = self.partition(q_atom, sq, q_tiled)
             cute.copy(q_atom, q_src[None, q_tile], q_dst, tma_bar_ptr=q_pipe.producer_get_barrier(q_state))
             q_state.advance()
-            k_dst, k_src = self.partition(k_atom, sk, gk[None, None, kv_head, batch], self.tile_n)
-            v_dst, v_src = self.partition(v_atom, sv, gv[None, None, kv_head, batch], self.tile_n)
+            k_tiled = cute.local_tile(gk[None, None, kv_head, batch], (self.tile_n, self.head_dim), (None, 0))
+            v_tiled = cute.local_tile(gv[None, None, kv_head, batch], self.v_tile, self.v_tiles)
+            k_dst, k_src = self.partition(k_atom, sk, k_tiled)
+            v_dst, v_src = self.partition(v_atom, sv, v_tiled)
             diagonal = self.walk.diagonal(q_tile, seq_q, seq_k, k_tiles)
             left, after = count, job
             if left <= CLAIM_AHEAD:
@@ -350,16 +380,15 @@ class SkipAttentionForward:
             cute.arch.mbarrier_arrive(q_pipe.producer_get_barrier(q_state))
         v_pipe.producer_tail(state)
 
-    def partition(self, atom, shared, tensor, rows: int):
+    def partition(self, atom, shared, tiles):
         """Source and destination of a TMA copy, by tile and by stage."""
-        tiles = cute.local_tile(tensor, (rows, self.head_dim), (None, 0))
         layout = cute.make_layout(1)
         return cpasync.tma_partition(atom, 0, layout, cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2))
 
     @cute.jit
     def consume(
         self, qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
-        initial_mask, must_do, key_bits, q_scales, call, jobs, reach, entries, tile_scales, visited, kept,
+        initial_mask, must_do, key_bits, q_scales, v_scales, call, jobs, reach, entries, tile_scales, visited, kept,
         scale: Float32, seq_q: Int32, seq_k: Int32,
     ):  # fmt: skip
         """A consumer warpgroup: its rows of each job, and its part of writing the votes back."""
@@ -368,14 +397,21 @@ class SkipAttentionForward:
         group = cute.arch.make_warp_uniform(worker // 128)
         group_start = cute.make_layout(self.groups, stride=128)(group)
         qk_part, pv_part = qk_mma.get_slice(group_start), pv_mma.get_slice(group_start)
-        sv_transposed = cute.make_tensor(sv.iterator, cute.select(sv.layout, mode=[1, 0, 2]))
+        if const_expr(not self.config.fp8):
+            sv = cute.make_tensor(sv.iterator, cute.select(sv.layout, mode=[1, 0, 2]))
         rq = qk_mma.make_fragment_A(qk_part.partition_A(sq))
         rk = qk_mma.make_fragment_B(qk_part.partition_B(sk))
-        rv = pv_mma.make_fragment_B(pv_part.partition_B(sv_transposed))
+        rv = pv_mma.make_fragment_B(pv_part.partition_B(sv))
         scores = cute.make_rmem_tensor(qk_mma.partition_shape_C((self.tile_m, self.tile_n)), self.score_dtype)
-        weights_layout = cute.make_layout(((2, 2, 2), 1, self.tile_n // 16), stride=((1, 2, 4), 0, 8))
-        p = cute.make_rmem_tensor(weights_layout, self.dtype)
-        out = cute.make_rmem_tensor(pv_mma.partition_shape_C((self.tile_m, self.head_dim)), Float32)
+        each = 4 if self.config.fp8 else 2  # weights in a register
+        weights_layout = cute.make_layout(
+            ((each, 2, 2), 1, self.tile_n // (8 * each)), stride=((1, each, 2 * each), 0, 4 * each)
+        )
+        p = cute.make_rmem_tensor(weights_layout, self.v_dtype)
+        out = cute.make_rmem_tensor(pv_mma.partition_shape_C((self.tile_m, self.config.value_columns)), Float32)
+        part = out
+        if const_expr(self.config.promotes):
+            part = cute.make_rmem_tensor(out.layout, Float32)
         top, shift, total = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
         if group == self.groups - 1:  # the first turn is the first warpgroup's
             self.mainloop.pass_turn(group)
@@ -395,12 +431,16 @@ class SkipAttentionForward:
                 rows = cutlass.min(first_row // QUERY_ROWS, q_scales.shape[2] - 1)
                 scale = q_scales[jobs[ring, BATCH], jobs[ring, HEAD], rows]
             state = self.mainloop.attend(
-                qk_mma, pv_mma, rq, rk, rv, scores, p, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state, state,
-                entries, tile_scales, kept[ring, None], count, group, key_bits, jobs[ring, BATCH], seq_k, scale, limit,
-                first_row < seq_q, first_row + 8 < seq_q,
+                qk_mma, pv_mma, rq, rk, rv, scores, p, part, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
+                state, entries, tile_scales, kept[ring, None], count, group, key_bits, jobs[ring, BATCH], seq_k, scale,
+                limit, first_row < seq_q, first_row + 8 < seq_q,
             )  # fmt: skip
             q_state.advance()
             q_tile, head, batch = jobs[ring, Q_TILE], jobs[ring, HEAD], jobs[ring, BATCH]
+            if const_expr(self.config.fp8):
+                if count > 0:  # or else it is 0, whatever the scales
+                    kv_head = head // (gout.shape[2] // v_scales.shape[1])
+                    self.mainloop.scale_channels(out, v_scales[batch, kv_head, None])
             self.mainloop.store(
                 gout, lse, lse_shift, out, shift, total, q_tile * self.tile_m + own_row, seq_q, head, batch
             )

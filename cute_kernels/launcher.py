@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 
 from lite_attention.cute_kernels.cache import Kernel, get_kernel, has_compiler, library
-from lite_attention.cute_kernels.config import KEY_BITS_PAD, KEY_CHUNK, MAX_TILES, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import (
+    FP8_KEYS,
+    KEY_BITS_PAD,
+    KEY_CHUNK,
+    MAX_TILES,
+    VALUE_BLOCK,
+    KernelConfig,
+    QuantizeConfig,
+)
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
 from lite_attention.ops.quantize import QUERY_ROWS
 from lite_attention.ops.reference import LOG2_E, empty_output
@@ -22,6 +30,7 @@ from lite_attention.ops.validate import (
     check_keys,
     check_quantize_key,
     check_queries,
+    check_values,
     split_signature,
     tensor_signatures,
 )
@@ -31,13 +40,15 @@ __all__ = [
     "key_mean",
     "quantize_key",
     "quantize_query",
+    "quantize_value",
     "skip_attention_forward",
     "unsupported_reason",
 ]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_STATE = (None,) * 5
-_NO_SCALES = (None,) * 3
+_NO_SCALES = (None,) * 4
+_LARGEST_FP8 = 448
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
@@ -179,11 +190,15 @@ def _launch(
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     q, k, v = (_readable(x, reads) for x, reads in zip((q, k, v), plan.readable, strict=True))
     scales: tuple[torch.Tensor | None, ...] = _NO_SCALES
-    if plan.quantization == "int8":
+    if plan.quantization != "none":
         mean = _key_mean(k, key_mask)
         q, q_scales, lse_shift = _quantize_query(q, mean, plan.scale)
         k, k_scales = _quantize_key(k, mean, key_mask, plan.tile_n)
-        scales = (q_scales, k_scales, lse_shift)
+        v_scales: torch.Tensor | None = None
+        if plan.quantization == "int8_fp8":
+            v, v_scales = _quantize_value(v, key_mask)
+            v = v.view(torch.uint8)
+        scales = (q_scales, k_scales, lse_shift, v_scales)
     _run(
         plan.kernel, out.device, q, k, v, out, lse, *state, flags, key_bits, *scales, plan.scale * LOG2_E,
         plan.processors,
@@ -231,7 +246,7 @@ def attention_forward(
     return _launch(plan, q, k, v, _NO_STATE, key_mask)
 
 
-# ---- INT8 queries and keys -----------------------------------------------------------------------------------------
+# ---- INT8 queries and keys, FP8 values -----------------------------------------------------------------------------
 
 
 def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
@@ -272,16 +287,29 @@ def quantize_key(
     """
     check_quantize_key(k, mean, key_mask, tile_n)
     expected = _check_quantizable("quantize_key", k)
-    if tile_n != expected:
-        raise ValueError(f"tile_n: expected {expected} on {k.device}, got {tile_n}")
+    if tile_n not in expected:
+        raise ValueError(f"tile_n: expected {' or '.join(map(str, expected))} on {k.device}, got {tile_n}")
     k, mean = (_readable(x, _reads(x.stride())) for x in (k, mean))
     return _quantize_key(k, mean, key_mask, tile_n)
 
 
-def _check_quantizable(op: str, x: torch.Tensor) -> int:
-    """Return the keys of a tile, if there are kernels for queries or keys like these."""
+def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels for `lite_attention::quantize_value` on torch's current stream.
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
+    """
+    check_values(v, key_mask)
+    _check_quantizable("quantize_value", v)
+    return _quantize_value(_readable(v, _reads(v.stride())), key_mask)
+
+
+def _check_quantizable(op: str, x: torch.Tensor) -> list[int]:
+    """Return the keys of a tile, by quantization, if there are kernels for queries, keys or values like these."""
     _check_supported(op, x.shape[3], x.shape[3], x.dtype, x.device)
-    return tile_shape(x.shape[3], x.dtype, x.device, "int8")[1]
+    tiles = [tile_shape(x.shape[3], x.dtype, x.device, quantization)[1] for quantization in ("int8", "int8_fp8")]
+    return list(dict.fromkeys(tiles))
 
 
 def _quantizer(op: str, x: torch.Tensor, rows: int, key_mask: torch.Tensor | None = None) -> Kernel:
@@ -321,3 +349,15 @@ def _quantize_key(
     kernel = _quantizer("quantize_key", k, tile_n, key_mask)
     _run(kernel, k.device, k, mean, _bytes(key_mask), values, scales, None, 1.0)
     return values, scales
+
+
+def _quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, seq, heads, head_dim = v.shape
+    parts = v.new_empty((batch, heads, ceil_div(seq, KEY_CHUNK), head_dim), dtype=torch.float32)
+    _run(_quantizer("value_max", v, KEY_CHUNK, key_mask), v.device, v, _bytes(key_mask), parts)
+    largest = parts.amax(2)
+    shape = (batch, heads, head_dim, ceil_div(seq, FP8_KEYS) * FP8_KEYS)
+    values = v.new_empty(shape, dtype=torch.float8_e4m3fn)
+    kernel = _quantizer("quantize_value", v, VALUE_BLOCK, key_mask)
+    _run(kernel, v.device, v, largest, _bytes(key_mask), values.view(torch.uint8))  # DLPack of old has no FP8
+    return values, largest / _LARGEST_FP8

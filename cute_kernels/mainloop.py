@@ -14,7 +14,7 @@ from cutlass import Boolean, Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.device import element, max_nan, pack_bf16, pack_fp16, quad_sum
+from lite_attention.cute_kernels.device import column, element, max_nan, pack_bf16, pack_fp16, quad_sum
 from lite_attention.cute_kernels.softmax import OnlineSoftmax
 from lite_attention.cute_kernels.walk import TILE_BITS
 
@@ -42,14 +42,21 @@ class Mainloop:
         warpgroup.commit_group()
 
     @cute.jit
-    def issue_pv(self, mma, out, p, rv, stage):
-        """Start adding the product of the weights and a tile of V."""
+    def issue_pv(self, mma, part, p, rv, stage):
+        """Start the product of the weights and a tile of V: to be promoted, or added to the output at once."""
         atom = cute.make_mma_atom(mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
-        for kk in cutlass.range_constexpr(self.config.tile_n // 16):
-            cute.gemm(atom, out, p[None, None, kk], rv[None, None, kk, stage], out)
+        for kk in cutlass.range_constexpr(cute.size(p, mode=[2])):
+            atom.set(warpgroup.Field.ACCUMULATE, not self.config.promotes or kk != 0)
+            cute.gemm(atom, part, p[None, None, kk], rv[None, None, kk, stage], part)
         warpgroup.commit_group()
+
+    @cute.jit
+    def promote(self, part, out):
+        """Add a tile's product with V to the output, if that has not been done."""
+        if const_expr(self.config.promotes):
+            for e in cutlass.range_constexpr(cute.size(out)):
+                out[e] = out[e] + part[e]
 
     @cute.jit
     def unit(self, scale: Float32, tile_scales, stage) -> Float32:
@@ -71,13 +78,13 @@ class Mainloop:
 
     @cute.jit
     def attend(
-        self, qk_mma, pv_mma, rq, rk, rv, scores, p, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state, state,
-        entries, tile_scales, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32,
+        self, qk_mma, pv_mma, rq, rk, rv, scores, p, part, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
+        state, entries, tile_scales, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32,
         reach: Float32, votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
         x = cute.recast_tensor(scores, Float32)
-        pairs = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
+        words = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
         factor = cute.make_rmem_tensor(2, Float32)
         out.fill(0.0)
         top.fill(-Float32.inf)
@@ -98,7 +105,7 @@ class Mainloop:
             if entry > TILE_BITS:
                 self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
             self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
-            self.softmax.convert(x, pairs)
+            self.softmax.convert(x, words)
             for _ in cutlass.range(1, count, unroll=1):
                 before = state.clone()
                 state.advance()
@@ -108,7 +115,7 @@ class Mainloop:
                 self.wait_turn(group)
                 self.issue_qk(qk_mma, scores, rq, rk, state.index)  # scores of this tile
                 v_pipe.consumer_wait(before)
-                self.issue_pv(pv_mma, out, p, rv, before.index)  # values of the tile before
+                self.issue_pv(pv_mma, part, p, rv, before.index)  # values of the tile before
                 self.pass_turn(group)
                 warpgroup.wait_group(1)
                 k_pipe.consumer_release(state)
@@ -118,7 +125,8 @@ class Mainloop:
                 moved, keep = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
-                self.softmax.convert(x, pairs)
+                self.promote(part, out)
+                self.softmax.convert(x, words)
                 self.softmax.rescale(out, factor, moved)
                 if const_expr(self.config.skip):
                     if keep:
@@ -128,11 +136,21 @@ class Mainloop:
         q_pipe.consumer_release(q_state)
         if count > 0:
             v_pipe.consumer_wait(state)
-            self.issue_pv(pv_mma, out, p, rv, state.index)
+            self.issue_pv(pv_mma, part, p, rv, state.index)
             warpgroup.wait_group(0)
             v_pipe.consumer_release(state)
+            self.promote(part, out)
             state.advance()
         return state
+
+    @cute.jit
+    def scale_channels(self, out, scales):
+        """Give the sums of FP8 values their channels' scales."""
+        lane = cute.arch.lane_idx()
+        for i in cutlass.range_constexpr(self.config.head_dim // 4):
+            scale = scales[column(i, lane)]
+            for half in cutlass.range_constexpr(2):
+                out[element(half, i)] = out[element(half, i)] * scale
 
     @cute.jit
     def store(
@@ -141,7 +159,10 @@ class Mainloop:
         """Divide by the sums, and write the output and the log-sum-exp."""
         lane = cute.arch.lane_idx()
         for half in cutlass.range_constexpr(2):
-            row_sum = quad_sum(total[half])
+            if const_expr(self.config.fp8):
+                row_sum = out[element(half, self.config.head_dim // 4)]  # of the columns of ones
+            else:
+                row_sum = quad_sum(total[half])
             inverse = cute.arch.rcp_approx(row_sum)
             if row_sum == 0.0:
                 inverse = Float32(0.0)

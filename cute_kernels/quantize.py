@@ -1,4 +1,4 @@
-"""Kernels that make queries and keys ready for INT8 scores; `ops/quantize.py` says what they compute.
+"""Kernels that make queries and keys ready for INT8, and values for FP8; `ops/quantize.py` says what they compute.
 
 All are bound by memory. A thread holds 16 bytes of a row, and has several rows on their way. Thread blocks side by side
 have neighbouring heads, whose rows are neighbours in [B, S, H, D]. A row past the end is the last one once more: what
@@ -11,16 +11,17 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.memory
-from cutlass import Boolean, Float32, Int8, Int32, const_expr
+from cutlass import Boolean, Float32, Int8, Int32, Uint8, const_expr
 
 from lite_attention.cute_kernels.config import QuantizeConfig
-from lite_attention.cute_kernels.device import max_nan, round_to_int8
+from lite_attention.cute_kernels.device import max_nan, pack_e4m3, round_to_int8
 from lite_attention.ops.reference import LOG2_E
 
 _THREADS = 128
 _VECTOR = 8  # elements of 16 bytes
-_DEPTH = 8  # rows that a thread of `KeySums` has on their way
-_LARGEST = 127.0
+_DEPTH = 8  # rows that a thread of `Columns` has on their way
+_KEYS = 16  # that change places among themselves
+_LARGEST, _LARGEST_FP8 = 127.0, 448.0
 
 
 class _Rows:
@@ -44,22 +45,27 @@ class _Rows:
         return allowed
 
 
-class KeySums(_Rows):
-    """Sums of the allowed keys, a channel at a time; a thread block has a chunk of the keys of a head."""
+class Columns(_Rows):
+    """Sums of the allowed keys or largest magnitudes of their values, by channel; a block has a chunk of a head's."""
 
     def __init__(self, config: QuantizeConfig) -> None:
         super().__init__(config, _THREADS)
+        self.max = config.op == "value_max"
 
     @cute.jit
-    def __call__(self, k: cute.Tensor, key_mask, sums: cute.Tensor, stream: cuda.CUstream):
-        """k [B, Sk, Hkv, D], key_mask uint8 [B or 1, Sk] or None, sums [B, Hkv, chunks, D]."""
-        self.kernel(k, key_mask, sums).launch(
-            grid=[k.shape[2] * sums.shape[2], k.shape[0], 1], block=[_THREADS, 1, 1], stream=stream
+    def __call__(self, k: cute.Tensor, key_mask, parts: cute.Tensor, stream: cuda.CUstream):
+        """k (or v) [B, Sk, Hkv, D], key_mask uint8 [B or 1, Sk] or None, parts [B, Hkv, chunks, D]."""
+        self.kernel(k, key_mask, parts).launch(
+            grid=[k.shape[2] * parts.shape[2], k.shape[0], 1], block=[_THREADS, 1, 1], stream=stream
         )
 
+    def with_next(self, total, x):
+        """The sum of two, or the larger magnitude, that a NaN survives."""
+        return max_nan(total, cute.math.absf(x)) if self.max else total + x
+
     @cute.kernel
-    def kernel(self, k: cute.Tensor, key_mask, sums: cute.Tensor):
-        """Each thread adds up its part of every `step`-th row, then one a channel what they have, always in order."""
+    def kernel(self, k: cute.Tensor, key_mask, parts: cute.Tensor):
+        """Each thread reduces its part of every `step`-th row, then one a channel what they have, always in order."""
         thread, _, _ = cute.arch.thread_idx()
         block, batch, _ = cute.arch.block_idx()
         head, chunk = block % k.shape[2], block // k.shape[2]
@@ -78,14 +84,14 @@ class KeySums(_Rows):
                 row = cutlass.min(first + i * self.step, k.shape[1] - 1)
                 if (first + i * self.step < k.shape[1]) & self.allowed(key_mask, batch, row):
                     for e in cutlass.range_constexpr(_VECTOR):
-                        total[e] += Float32(keys[i, e])
+                        total[e] = self.with_next(total[e], Float32(keys[i, e]))
         cute.autovec_copy(total, self.part(shared[place, None], lane))
         cute.arch.sync_threads()
         if thread < self.head_dim:
             value = shared[0, thread]
             for i in cutlass.range_constexpr(1, self.step):
-                value += shared[i, thread]
-            sums[batch, head, chunk, thread] = value
+                value = self.with_next(value, shared[i, thread])
+            parts[batch, head, chunk, thread] = value
 
 
 class Quantize(_Rows):
@@ -186,3 +192,51 @@ class Quantize(_Rows):
             for warp in cutlass.range_constexpr(warps):
                 x = max_nan(x, shared[warp])
         return x
+
+
+class QuantizeValue(_Rows):
+    """FP8 values, transposed, from the largest magnitudes of their channels; a thread block has some keys of a head.
+
+    A thread has 8 channels of 16 keys, so keys change places in its registers; a warp has 32 channels of 128 keys, so
+    that what it reads of a row and writes of a channel are whole sectors of memory.
+    """
+
+    def __init__(self, config: QuantizeConfig) -> None:
+        super().__init__(config, config.head_dim)
+
+    @cute.jit
+    def __call__(self, v: cute.Tensor, largest: cute.Tensor, key_mask, values: cute.Tensor, stream: cuda.CUstream):
+        """v [B, Sk, Hkv, D], largest [B, Hkv, D], values: e4m3 as bytes [B, Hkv, D, Sk rounded up to 32]."""
+        chunks = cute.ceil_div(values.shape[3], self.rows)
+        self.kernel(v, largest, key_mask, values).launch(
+            grid=[v.shape[2] * chunks, v.shape[0], 1], block=[self.team, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, v: cute.Tensor, largest: cute.Tensor, key_mask, values: cute.Tensor):
+        """Position 4t + j of 16 keys is that of key 8 (j // 2) + 2t + j % 2. Past the end is the last 16 again."""
+        thread, _, _ = cute.arch.thread_idx()
+        block, batch, _ = cute.arch.block_idx()
+        head, chunk = block % v.shape[2], block // v.shape[2]
+        lane, sixteen = thread // 32 * 4 + thread % 4, chunk * (self.rows // _KEYS) + thread % 32 // 4
+        sixteen = cutlass.min(sixteen, values.shape[3] // _KEYS - 1)
+        kept = cute.make_rmem_tensor(cute.make_layout((_KEYS, _VECTOR), stride=(_VECTOR, 1)), v.element_type)
+        for i in cutlass.range_constexpr(_KEYS):
+            row = cutlass.min(sixteen * _KEYS + i, v.shape[1] - 1)
+            cute.autovec_copy(self.part(v[batch, row, head, None], lane), kept[i, None])
+        for i in cutlass.range_constexpr(_KEYS):
+            row = cutlass.min(sixteen * _KEYS + i, v.shape[1] - 1)
+            if (sixteen * _KEYS + i >= v.shape[1]) | ~self.allowed(key_mask, batch, row):
+                cute.recast_tensor(kept[i, None], Int32).fill(0)
+        most = cute.make_rmem_tensor(_VECTOR, Float32)
+        cute.autovec_copy(self.part(largest[batch, head, None], lane), most)
+
+        packed = cute.make_rmem_tensor(_KEYS // 4, Int32)
+        for e in cutlass.range_constexpr(_VECTOR):
+            inverse = _LARGEST_FP8 / most[e] if most[e] > 0.0 else Float32(0.0)  # NaN is not above 0 either
+            usable = (inverse > 0.0) & (inverse < Float32.inf)
+            for t in cutlass.range_constexpr(_KEYS // 4):
+                four = [Float32(kept[2 * t + i, e]) * inverse for i in (0, 1, 8, 9)]
+                packed[t] = pack_e4m3(*four) if usable else Int32(0)
+            channel = values[batch, head, lane * _VECTOR + e, None]
+            cute.autovec_copy(cute.recast_tensor(packed, Uint8), cute.local_tile(channel, (_KEYS,), (sixteen,)))

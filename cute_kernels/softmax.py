@@ -9,9 +9,20 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
 from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.device import as_float, column, element, max_nan, quad_max
+from lite_attention.cute_kernels.device import (
+    as_float,
+    column,
+    element,
+    four_weights,
+    max_nan,
+    pack_e4m3,
+    quad_max,
+)
 
 RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and the sums are rescaled
+# FP8 weights start there, since e4m3 ends at 2^-9, and are rescaled before they pass 448, where it ends too.
+FP8_TOP = 8.0
+FP8_RESCALE_ABOVE = 8.8
 # INT8 scores are summed up on top of this float's bits. A sum moves the mantissa only, so the bits are then those of
 # ZERO + sum, exactly, and no integer is converted.
 ZERO = 12582912.0
@@ -19,7 +30,8 @@ ZERO = 12582912.0
 
 class OnlineSoftmax:
     """State of two rows a thread, in rmem tensors of two: top (maximum so far), shift (what is subtracted, log2 units,
-    at most RESCALE_ABOVE below the top), total (sum of this thread's weights), factor (what the output is scaled by).
+    at most RESCALE_ABOVE below the top), total (sum of this thread's weights; not in FP8, where the product with V
+    sums up what is really multiplied), factor (what the output is scaled by).
 
     A score times `unit` is in log2 units. The unit of INT8 scores differs from tile to tile, so their maxima and the
     reach are in log2 units; those of other scores are not scaled.
@@ -27,10 +39,12 @@ class OnlineSoftmax:
 
     def __init__(self, config: KernelConfig, pack: Callable[..., Int32]) -> None:
         self.columns = config.tile_n // 4  # of one row in one thread
-        self.output_columns = config.head_dim // 4
+        self.output_columns = config.value_columns // 4
         self.pack = pack
         self.vote = config.skip
         self.int8 = config.int8
+        self.fp8, self.sums = config.fp8, not config.fp8
+        self.first, self.most = (FP8_TOP, FP8_RESCALE_ABOVE) if config.fp8 else (0.0, RESCALE_ABOVE)
 
     @cute.jit
     def exclude(self, x, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):
@@ -74,11 +88,12 @@ class OnlineSoftmax:
             for half in cutlass.range_constexpr(2):
                 top[half] = max_nan(top[half], quad_max(high_0 if half == 0 else high_1))
                 scaled = top[half] if cutlass.const_expr(self.int8) else top[half] * unit
-                over = scaled - shift[half] > RESCALE_ABOVE
+                over = scaled - shift[half] > self.most
                 grown = grown | over
-                fresh = scaled if over else shift[half]
+                fresh = scaled - self.first if over else shift[half]
                 factor[half] = cute.math.exp2(shift[half] - fresh, fastmath=True)
-                total[half] = total[half] * factor[half]
+                if cutlass.const_expr(self.sums):
+                    total[half] = total[half] * factor[half]
                 shift[half] = fresh
             moved = cute.arch.vote_any_sync(grown)
         for half in cutlass.range_constexpr(2):
@@ -90,8 +105,10 @@ class OnlineSoftmax:
                 e, f = element(half, i), element(half, i + 1)
                 x[e] = cute.math.exp2(x[e] * unit - offset, fastmath=True)
                 x[f] = cute.math.exp2(x[f] * unit - offset, fastmath=True)
-                a, b = a + x[e], b + x[f]
-            total[half] = a + b
+                if cutlass.const_expr(self.sums):
+                    a, b = a + x[e], b + x[f]
+            if cutlass.const_expr(self.sums):
+                total[half] = a + b
         return moved, keep
 
     @cute.jit
@@ -109,10 +126,17 @@ class OnlineSoftmax:
         return max_nan(a, b)
 
     @cute.jit
-    def convert(self, x, pairs):
-        """Weights to 16 bits, two in a register: the order of the accumulator is that of the next operand."""
-        for e in cutlass.range_constexpr(self.columns):
-            pairs[e] = self.pack(x[2 * e], x[2 * e + 1])
+    def convert(self, x, words):
+        """Weights to 16 or 8 bits: the order of the accumulator is that of the next operand.
+
+        In FP8 four columns of a row are a register, and lie in the operand where V has its keys permuted to.
+        """
+        if cutlass.const_expr(self.fp8):
+            for w in cutlass.range_constexpr(self.columns // 2):
+                words[w] = pack_e4m3(*[x[e] for e in four_weights(w)])
+        else:
+            for w in cutlass.range_constexpr(self.columns):
+                words[w] = self.pack(x[2 * w], x[2 * w + 1])
         self.clear(x)
 
     @cute.jit

@@ -38,6 +38,7 @@ class LiteAttention(nn.Module):
             (slots, steps, heads).
         use_int8: compute scores, and so votes, from INT8 queries and keys. On Hopper bfloat16 and float16, head dims 64
             and 128; on the CPU, for comparison, all that runs without it.
+        use_fp8: with `use_int8`, multiply weights and values in FP8 (e4m3) too; votes stay the same.
         num_steps: denoising steps of a generation, after which the next call starts fresh. None: call
             `reset_skip_state` between generations.
         slots: branches (cond, uncond, ...) that have a memory of their own; see `lite_attention.branch`.
@@ -58,6 +59,7 @@ class LiteAttention(nn.Module):
         use_int8: bool = False,
         num_steps: int | None = None,
         *,
+        use_fp8: bool = False,
         slots: int = DEFAULT_SLOTS,
         refresh: int | None = None,
         auto_step: bool = True,
@@ -68,7 +70,7 @@ class LiteAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.skipping_enabled = enable_skipping
-        self.quantization = quantization_of(use_int8)
+        self.quantization = quantization_of(use_int8, use_fp8)
         self.implementation = implementation
         self._options: dict[str, Any] = {
             "threshold": threshold, "num_steps": num_steps, "slots": slots, "refresh": refresh,
@@ -100,13 +102,13 @@ class LiteAttention(nn.Module):
             batch: batch size, at most.
             seq_len: query tokens, at most.
             heads: query heads, exactly.
-            head_dim: width of a head; with dtype, device and `use_int8` it decides the tile sizes.
+            head_dim: width of a head; with dtype, device and quantization it decides the tile sizes.
             kv_seq_len: key tokens, at most; None = as many as queries.
             dtype: dtype of the query.
             device: device of the query.
 
         Raises:
-            ValueError: a size or an option out of range, or `use_int8` with a head dim that the device does not have.
+            ValueError: a size or an option out of range, or a head dim that the device cannot quantise.
         """
         tile_m, tile_n = tile_shape(head_dim, dtype, device, self.quantization)
         self._adopt(

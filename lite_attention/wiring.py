@@ -69,7 +69,7 @@ def enable(
             video, see `lite_attention.token_order`; (frames, rows, columns) gives the size of the block. An
             `initial_mask` out of `lite_attention.masks` follows; any other is one of the reordered sequence.
         settings: fields of `lite_attention.compile.SkipSettings`: threshold, num_steps, slots, refresh, select,
-            min_tiles, tile_shape, initial_mask, max_steps, use_int8, implementation, dense.
+            min_tiles, tile_shape, initial_mask, max_steps, use_int8, use_fp8, implementation, dense.
 
     Returns:
         The argument, changed in place.

@@ -123,9 +123,9 @@ def skip_attention(
         must_skip: token ranges that take no part, exact to the token; wins over must_do.
         key_lengths: int (batch,), keys from this index on take no part.
         key_mask: bool (batch or 1, seq_k), True = the key takes part.
-        quantization: "none", or "int8": scores, and so votes, from INT8 queries and keys, see
-            `lite_attention.ops.quantize`. On Hopper bfloat16 and float16, head dims 64 and 128; on the CPU, for
-            comparison, all.
+        quantization: "none", "int8": scores, and so votes, from INT8 queries and keys, or "int8_fp8": weights and
+            values in FP8 besides, see `lite_attention.ops.quantize`. On Hopper bfloat16 and float16, head dims 64 and
+            128; on the CPU, for comparison, all.
         implementation: None = the one for the device; "reference" = the CPU algorithm on any device.
 
     Returns:

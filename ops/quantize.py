@@ -1,4 +1,4 @@
-"""INT8 queries and keys, which `quantization="int8"` computes scores from. Schemas, fake kernels and the CPU's own.
+"""INT8 queries and keys and FP8 values, of `quantization="int8"` and "int8_fp8". Schemas, fakes and the CPU's own.
 
 The mean of the keys is taken off them first, a channel at a time: that moves all scores of a row alike, so neither
 softmax nor votes see it, and an offset that the keys share costs no precision. The LSE sees it, and gets it back.
@@ -15,6 +15,14 @@ nor in a scale.
 
 A NaN or an infinity makes the scale of its group one, and the values of the group 0, so its scores are NaN: of 16 rows
 for one in q; for one in k, which the mean spreads, of all rows of the heads that read it.
+
+* quantize_value: v [B, Sk, Hkv, D] -> float8_e4m3fn [B, Hkv, D, 32 * ceil(Sk / 32)], contiguous: keys innermost, as the
+  FP8 product wants them, and in an order of their own, see `_KEYS_OF_16`; scales float32 [B, Hkv, D].
+
+A channel's scale is its largest magnitude over the allowed keys / 448, and a value v * (448 / largest), likewise, to
+the nearest in e4m3. Excluded keys and those past the end are 0. A NaN or an infinity makes its channel NaN.
+
+Weights are e4m3 too, the largest of a row 2^8, and their sum is that of the rounded ones.
 """
 
 from __future__ import annotations
@@ -24,12 +32,13 @@ import math
 import torch
 
 from lite_attention.ops.tiles import ceil_div
-from lite_attention.ops.validate import check_keys, check_quantize_key, check_queries
+from lite_attention.ops.validate import check_keys, check_quantize_key, check_queries, check_values
 
 __all__ = [
     "KEY_MEAN_SCHEMA",
     "QUANTIZE_KEY_SCHEMA",
     "QUANTIZE_QUERY_SCHEMA",
+    "QUANTIZE_VALUE_SCHEMA",
     "QUERY_ROWS",
     "dequantized",
     "key_mean",
@@ -38,15 +47,26 @@ __all__ = [
     "quantize_key_fake",
     "quantize_query",
     "quantize_query_fake",
+    "quantize_value",
+    "quantize_value_fake",
+    "rounded_weights",
 ]
 
 KEY_MEAN_SCHEMA = "(Tensor k, Tensor? key_mask) -> Tensor"
 QUANTIZE_QUERY_SCHEMA = "(Tensor q, Tensor mean, *, float? scale) -> (Tensor values, Tensor scales, Tensor lse_shift)"
 QUANTIZE_KEY_SCHEMA = "(Tensor k, Tensor mean, Tensor? key_mask, *, int tile_n) -> (Tensor values, Tensor scales)"
+QUANTIZE_VALUE_SCHEMA = "(Tensor v, Tensor? key_mask) -> (Tensor values, Tensor scales)"
 
 QUERY_ROWS = 16  # that share a scale: those that one warp of the Hopper kernel holds
 
 _LARGEST = 127
+_LARGEST_FP8 = 448
+_LARGEST_WEIGHT = 256  # leaves room for weights that grow before the kernel rescales a row
+_VALUE_KEYS = 32  # the keys of values are padded to a multiple: what one FP8 product takes
+# Key 8a + 2t + b of each 16 is at position 4t + 2a + b. So the scores of a thread of the kernel, whose columns of an
+# accumulator are 8a + 2t + b, are the weights that it has in the FP8 product as they lie.
+_KEYS_OF_16 = (2, 4, 2)  # a, t, b
+_POSITIONS_OF_16 = (4, 2, 2)  # t, a, b
 
 
 def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
@@ -93,15 +113,41 @@ def quantize_key(
     return _quantized(k, counted, tile_n)
 
 
+def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `lite_attention::quantize_value` on any device.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    check_values(v, key_mask)
+    v = v.to(torch.float32)
+    if key_mask is not None:
+        v = torch.where(key_mask[..., None, None], v, 0)
+    largest = v.abs().amax(1)
+    values = _scaled(v, _factors(largest, _LARGEST_FP8).unsqueeze(1), _LARGEST_FP8).permute(0, 2, 3, 1)
+    values = torch.nn.functional.pad(values, (0, -v.shape[1] % _VALUE_KEYS))
+    values = values.unflatten(3, (-1, *_KEYS_OF_16)).transpose(4, 5).flatten(3)
+    return values.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), largest / _LARGEST_FP8
+
+
 def _quantized(x: torch.Tensor, magnitudes: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the values of x, float32 [B, S, H, D], and scales [B, H, groups] by the magnitudes of so many rows."""
     groups = ceil_div(x.shape[1], rows)
     padded = torch.nn.functional.pad(magnitudes, (0, 0, 0, 0, 0, groups * rows - x.shape[1]))
     largest = padded.unflatten(1, (groups, rows)).amax((2, 4)).transpose(1, 2).contiguous()
-    # 0 for NaN and infinity too. A number / tensor would be number * (1 / tensor), rounded twice.
-    factors = torch.where(largest > 0, torch.full_like(largest, _LARGEST) / largest, 0)
-    values = (x * _each_row(factors, rows, x.shape[1])).round_().clamp_(-_LARGEST, _LARGEST).nan_to_num_(0)
+    values = _scaled(x, _each_row(_factors(largest, _LARGEST), rows, x.shape[1]), _LARGEST).round_()
     return values.to(torch.int8, memory_format=torch.contiguous_format), largest / _LARGEST
+
+
+def _factors(largest: torch.Tensor, limit: int) -> torch.Tensor:
+    """Return what takes the largest magnitudes to the limit; 0 for 0, NaN and infinity."""
+    # A number / tensor would be number * (1 / tensor), rounded twice.
+    return torch.where(largest > 0, torch.full_like(largest, limit) / largest, 0)
+
+
+def _scaled(x: torch.Tensor, factors: torch.Tensor, limit: int) -> torch.Tensor:
+    """Return x * factors within +-limit; 0 for NaN."""
+    return (x * factors).clamp_(-limit, limit).nan_to_num_(0)
 
 
 def _each_row(scales: torch.Tensor, rows: int, seq: int) -> torch.Tensor:
@@ -110,14 +156,23 @@ def _each_row(scales: torch.Tensor, rows: int, seq: int) -> torch.Tensor:
 
 
 def dequantized(
-    q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, *, scale: float | None, tile_n: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return q and k as INT8 scores see them, float32, their product in log2 units, and lse_shift.
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    *,
+    quantization: str,
+    scale: float | None,
+    tile_n: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return q and k as INT8 scores see them, float32, their product in log2 units, v as it is seen, and lse_shift.
 
     Args:
         q: [B, Sq, Hq, D].
         k: [B, Sk, Hkv, D].
+        v: [B, Sk, Hkv, Dv].
         key_mask: bool [B or 1, Sk], True = the key takes part.
+        quantization: "int8", which leaves v as it is, or "int8_fp8".
         scale: factor of the scores; None = D ** -0.5.
         tile_n: keys of a tile.
     """
@@ -125,7 +180,21 @@ def dequantized(
     q_values, q_scales, lse_shift = quantize_query(q, mean, scale=scale)
     k_values, k_scales = quantize_key(k, mean, key_mask, tile_n=tile_n)
     seen_q = q_values * _each_row(q_scales, QUERY_ROWS, q.shape[1])
-    return seen_q, k_values * _each_row(k_scales, tile_n, k.shape[1]), lse_shift
+    seen_k = k_values * _each_row(k_scales, tile_n, k.shape[1])
+    seen_v = _dequantized_value(v, key_mask) if quantization == "int8_fp8" else v
+    return seen_q, seen_k, seen_v, lse_shift
+
+
+def _dequantized_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return v [B, Sk, Hkv, Dv] as the FP8 product sees it, float32."""
+    values, scales = quantize_value(v, key_mask)
+    in_order: torch.Tensor = values.to(torch.float32).unflatten(3, (-1, *_POSITIONS_OF_16)).transpose(4, 5).flatten(3)
+    return (in_order[..., : v.shape[1]] * scales.unsqueeze(3)).permute(0, 3, 1, 2)
+
+
+def rounded_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Return weights of softmax, the largest of a row 1, as "int8_fp8" rounds them."""
+    return (weights * _LARGEST_WEIGHT).to(torch.float8_e4m3fn).to(weights.dtype) / _LARGEST_WEIGHT
 
 
 # ---- fake kernels --------------------------------------------------------------------------------------------------
@@ -152,6 +221,14 @@ def quantize_key_fake(
     """Return an empty result of `quantize_key`."""
     check_quantize_key(k, mean, key_mask, tile_n)
     return _empty_quantized(k, tile_n)
+
+
+def quantize_value_fake(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an empty result of `quantize_value`."""
+    check_values(v, key_mask)
+    batch, seq, heads, dim = v.shape
+    values = v.new_empty((batch, heads, dim, ceil_div(seq, _VALUE_KEYS) * _VALUE_KEYS), dtype=torch.float8_e4m3fn)
+    return values, v.new_empty((batch, heads, dim), dtype=torch.float32)
 
 
 def _empty_quantized(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ from lite_attention.ops.control import (
     STEP,
     slot_word,
 )
-from lite_attention.ops.quantize import dequantized
+from lite_attention.ops.quantize import dequantized, rounded_weights
 from lite_attention.ops.tiles import ceil_div, check_quantization, visit_order
 from lite_attention.ops.validate import call_signature, check_call
 
@@ -124,6 +124,7 @@ def _attend_row(
     v: torch.Tensor,
     excluded: torch.Tensor | None,
     tiles: torch.Tensor,
+    quantization: str,
 ) -> _Row:
     """Attend from one q-tile to the chosen k-tiles.
 
@@ -133,6 +134,7 @@ def _attend_row(
         v: [k_tiles, tile_n, Dv].
         excluded: bool [k_tiles, tile_n], keys that take no part; None if all of these tiles' keys do.
         tiles: k-tiles to visit, in order.
+        quantization: "int8_fp8" rounds the weights; q, k and v are what it left.
     """
     k_tiles, tile_n, _ = k.shape
     everything = len(tiles) == k_tiles  # then a look at k and v as they lie saves a copy
@@ -146,6 +148,8 @@ def _attend_row(
     row_max = tile_max.amax(-1)
     scores -= row_max.clamp(min=torch.finfo(scores.dtype).min).unsqueeze(-1)
     weights = scores.exp2_()
+    if quantization == "int8_fp8":
+        weights = rounded_weights(weights)
     if everything:
         tile_max = tile_max.index_select(1, tiles)
     return _Row(weights @ v.view(-1, v.shape[-1]), weights.sum(-1), row_max, tile_max)
@@ -189,8 +193,9 @@ def skip_attention_reference(
     out = empty_output(q, v)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=device)
     lse_shift = None
-    if quantization == "int8":
-        (q, k, lse_shift), to_log2 = dequantized(q, k, key_mask, scale=scale, tile_n=tile_n), 1.0
+    if quantization != "none":
+        q, k, v, lse_shift = dequantized(q, k, v, key_mask, quantization=quantization, scale=scale, tile_n=tile_n)
+        to_log2 = 1.0
 
     bits = skip_mask[call.slot, :batch, :, :q_tiles]
     skipped = skipped_tiles(call, bits, initial_mask, k_tiles)
@@ -229,9 +234,8 @@ def skip_attention_reference(
                 if len(tiles) == 0:
                     continue
                 rows = slice(i * tile_m, (i + 1) * tile_m)
-                row = _attend_row(
-                    q_head[rows], k_in_tiles, v_in_tiles, excluded[b] if needs_mask[b][h][i] else None, tiles
-                )
+                some_excluded = excluded[b] if needs_mask[b][h][i] else None
+                row = _attend_row(q_head[rows], k_in_tiles, v_in_tiles, some_excluded, tiles, quantization)
                 weighted[rows], total[rows], row_max[rows] = row.weighted, row.total, row.row_max
                 if limits[h] == -math.inf:  # skips nothing, whatever the scores
                     voted.append(torch.zeros_like(tiles, dtype=torch.bool))

@@ -11,7 +11,8 @@ the first two state tensors written, on the device: a captured graph serves ever
 * initial_mask int32 [B or 1, Hq or 1, q_tiles, k_words]: what a fresh step starts from.
 * must_do int32 [k_words]: tiles that are always visited.
 * key_mask bool [B or 1, Sk]: True = the key takes part, exact to the token.
-* quantization: what scores, and so votes, are computed from: "none" (q and k as they are) or "int8", see `quantize.py`.
+* quantization: what scores, and so votes, are computed from: "none" (q and k as they are) or "int8"; "int8_fp8" are the
+  scores of "int8", and weights and values in FP8; see `quantize.py`.
 * Returns out [B, Sq, Hq, Dv], dense with its dims in q's stride order, and lse float32 [B, Hq, Sq], natural log.
 
 `skip_attention_reference` is the same op running the CPU algorithm on every device, for comparison.
@@ -32,12 +33,15 @@ from lite_attention.ops.quantize import (
     KEY_MEAN_SCHEMA,
     QUANTIZE_KEY_SCHEMA,
     QUANTIZE_QUERY_SCHEMA,
+    QUANTIZE_VALUE_SCHEMA,
     key_mean,
     key_mean_fake,
     quantize_key,
     quantize_key_fake,
     quantize_query,
     quantize_query_fake,
+    quantize_value,
+    quantize_value_fake,
 )
 from lite_attention.ops.reference import empty_output, skip_attention_reference
 from lite_attention.ops.tiles import check_quantization
@@ -120,5 +124,6 @@ for _name, _schema, _kernel, _empty, _inputs in (
     ("key_mean", KEY_MEAN_SCHEMA, key_mean, key_mean_fake, ("k",)),
     ("quantize_query", QUANTIZE_QUERY_SCHEMA, quantize_query, quantize_query_fake, ("q", "mean")),
     ("quantize_key", QUANTIZE_KEY_SCHEMA, quantize_key, quantize_key_fake, ("k", "mean")),
+    ("quantize_value", QUANTIZE_VALUE_SCHEMA, quantize_value, quantize_value_fake, ("v",)),
 ):
     _register(_name, _schema, {"CPU": _kernel, "CUDA": _cuda(_name)}, _empty, _inputs)

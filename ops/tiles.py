@@ -20,10 +20,12 @@ __all__ = [
 _HOPPER_TILE_SHAPES = {
     "none": {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)},
     "int8": {64: (192, 128), 128: (192, 80)},
+    # 32 keys at a time, and room for a second accumulator: see `KernelConfig.promotes`.
+    "int8_fp8": {64: (192, 96), 128: (128, 128)},
 }
 _TILE_SHAPE = (64, 64)  # elsewhere
 
-QUANTIZATIONS = tuple(_HOPPER_TILE_SHAPES)  # what scores are computed from
+QUANTIZATIONS = tuple(_HOPPER_TILE_SHAPES)  # of scores, and after the underscore of weights and values
 HOPPER_HEAD_DIMS = tuple(_HOPPER_TILE_SHAPES["none"])
 
 
@@ -42,15 +44,18 @@ def check_quantization(quantization: str) -> None:
         raise ValueError(f"quantization: expected {' or '.join(map(repr, QUANTIZATIONS))}, got {quantization!r}")
 
 
-def quantization_of(use_int8: bool) -> str:
-    """Return the quantization that users' switch stands for.
+def quantization_of(use_int8: bool, use_fp8: bool) -> str:
+    """Return the quantization that users' switches stand for.
 
     Raises:
-        ValueError: neither True nor False.
+        ValueError: neither True nor False, or `use_fp8` alone.
     """
-    if not isinstance(use_int8, bool):
-        raise ValueError(f"use_int8: expected True or False, got {use_int8!r}")
-    return "int8" if use_int8 else "none"
+    for name, switch in (("use_int8", use_int8), ("use_fp8", use_fp8)):
+        if not isinstance(switch, bool):
+            raise ValueError(f"{name}: expected True or False, got {switch!r}")
+    if use_fp8 and not use_int8:
+        raise ValueError("use_fp8: expected use_int8=True beside it, got use_int8=False")
+    return "int8_fp8" if use_fp8 else "int8" if use_int8 else "none"
 
 
 def tile_shape(
@@ -62,7 +67,7 @@ def tile_shape(
         head_dim: width of a query or key vector.
         dtype: dtype of the query; no table depends on it yet.
         device: where the attention runs.
-        quantization: what scores are computed from: "none" (q and k as they are) or "int8".
+        quantization: "none", "int8" or "int8_fp8", as for the op.
 
     Raises:
         ValueError: no such quantization, or not for this head dim on this device.

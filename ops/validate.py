@@ -24,6 +24,7 @@ __all__ = [
     "check_quantize_key",
     "check_queries",
     "check_threshold",
+    "check_values",
     "split_signature",
     "tensor_signatures",
 ]
@@ -139,9 +140,16 @@ def check_keys(k: torch.Tensor, key_mask: torch.Tensor | None) -> None:
     Raises:
         ValueError: naming the argument at fault, what was expected and what came.
     """
-    _check_one("k", k)
-    if key_mask is not None:
-        check_key_mask(key_mask, k, k.shape[1])
+    _check_one("k", k, key_mask)
+
+
+def check_values(v: torch.Tensor, key_mask: torch.Tensor | None) -> None:
+    """Check a call of `lite_attention::quantize_value`; the arguments are those of the op.
+
+    Raises:
+        ValueError: naming the argument at fault, what was expected and what came.
+    """
+    _check_one("v", v, key_mask)
 
 
 def check_queries(q: torch.Tensor, mean: torch.Tensor, scale: float | None) -> None:
@@ -169,12 +177,14 @@ def check_quantize_key(k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tens
     _require(tile_n >= 1, "tile_n", "at least 1", tile_n)
 
 
-def _check_one(name: str, x: torch.Tensor) -> None:
-    """Check queries or keys alone."""
+def _check_one(name: str, x: torch.Tensor, key_mask: torch.Tensor | None = None) -> None:
+    """Check queries, keys or values alone; the mask is that of the keys."""
     _check_rank(name, x)
     _check_dtype(name, x)
     for axis, size in zip(("batch", "seq_len", "heads", "head_dim"), x.shape, strict=True):
         _require(size >= 1, f"{axis} of {name}", "at least 1", size)
+    if key_mask is not None:
+        check_key_mask(key_mask, x, x.shape[1])
 
 
 def _check_mean(mean: torch.Tensor, name: str, x: torch.Tensor) -> None:

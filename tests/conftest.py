@@ -18,6 +18,8 @@ Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Of what the op computes in float32 and stores once; float64 is computed in float64.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+# Of e4m3, which moves a weight by up to 1/16, and one below its range by a sliver: so a sum, and an output by twice it.
+_FP8_TOLERANCE = 1 / 14
 
 
 @pytest.fixture(autouse=True)
@@ -71,15 +73,17 @@ def assert_step(
 ) -> tuple[torch.Tensor, OracleResult]:
     """Run the op from the state as it is; hold all that it returns and leaves behind against the oracle.
 
-    With "int8", the oracle attends with what the quantised values stand for.
+    The oracle attends with what the quantised tensors stand for, and does not round the weights of "int8_fp8".
     """
-    others = (v, state.skip_mask, state.control, state.threshold, state.initial_mask, must_do, key_mask)
+    others = (state.skip_mask, state.control, state.threshold, state.initial_mask, must_do, key_mask)
     tiles = {"tile_m": state.tile_m, "tile_n": state.tile_n}
     slot, dtype, lse_shift = state.slot, q.dtype, None
-    given, given_scale = (q, k), scale
-    if quantization == "int8":
+    given, given_scale, fp8 = (q, k, v), scale, quantization == "int8_fp8"
+    if quantization != "none":
         (q, k, lse_shift), scale = dequantized(q, k, key_mask, scale, state.tile_n), math.log(2)
-    want = skip_attention_oracle(q, k, *others, scale=scale, **tiles)
+    if fp8:
+        v = dequantized_value(v, key_mask)
+    want = skip_attention_oracle(q, k, v, *others, scale=scale, **tiles)
     if lse_shift is not None:
         want.lse.add_(lse_shift.where(want.lse != -math.inf, 0))
     out, lse = torch.ops.lite_attention.skip_attention(
@@ -87,9 +91,11 @@ def assert_step(
     )
 
     tol = _TOLERANCE[dtype] if quantization == "none" else max(_TOLERANCE[dtype], _TOLERANCE[torch.float32])
+    tol = 2 * _FP8_TOLERANCE if fp8 else tol
     reach = max(1.0, float(v.double().abs().max()))
     torch.testing.assert_close(out.double(), want.out, rtol=tol, atol=tol * reach, equal_nan=True)
     lse_tol = 1e-6 if dtype == torch.float64 and lse_shift is None else 1e-4  # stored in float32 either way
+    lse_tol = _FP8_TOLERANCE if fp8 else lse_tol
     torch.testing.assert_close(lse.double(), want.lse, rtol=lse_tol, atol=lse_tol, equal_nan=True)
     assert torch.equal(state.control, want.control)
 
@@ -115,6 +121,13 @@ def dequantized(
         by_row = torch.stack([scales[:, :, i // rows] for i in range(values.shape[1])], 1)
         seen.append(values.double() * by_row.double().unsqueeze(-1))
     return seen[0], seen[1], lse_shift.double()
+
+
+def dequantized_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return v in float64 as the quantising op leaves it, its keys put back in order one by one."""
+    values, scales = torch.ops.lite_attention.quantize_value(v, key_mask)
+    places = [16 * (key // 16) + 4 * (key % 8 // 2) + 2 * (key % 16 // 8) + key % 2 for key in range(v.shape[1])]
+    return (values.double()[..., places] * scales.double().unsqueeze(-1)).permute(0, 3, 1, 2)
 
 
 def too_close(q: torch.Tensor, k: torch.Tensor, scale: float | None = None) -> float:

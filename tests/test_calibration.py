@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Qkv, clustered_qkv, dequantized, too_close
+from conftest import Qkv, clustered_qkv, dequantized, dequantized_value, too_close
 from diffusers_models import silent_report
 from torch import nn
 from toys import TILE, Attention, Toy, context, tokens
@@ -68,7 +68,7 @@ def plain_error(metric: str, out: torch.Tensor, dense: torch.Tensor) -> torch.Te
     return 1 - torch.nn.functional.cosine_similarity(out, dense)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int8_fp8"])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", CALLS)
 def test_statistics_are_those_of_the_oracle(name: str, metric: str, quantization: str) -> None:
@@ -94,8 +94,10 @@ def test_statistics_are_those_of_the_oracle(name: str, metric: str, quantization
     votes = measure_tiles(q, k, v, before, **options).votes(before)
     found = measure_tiles(q, k, v, before, votes, **options)  # as if the next call had the same queries and keys
     scale = None
-    if quantization == "int8":  # what the oracle attends with
+    if quantization != "none":  # what the oracle attends with
         (q, k, _), scale = dequantized(q, k, others["key_mask"], scale, 16), math.log(2)
+    if quantization == "int8_fp8":
+        v = dequantized_value(v, others["key_mask"])
     errors = error_of(metric, found.parts)
     assert found.tiles == before[:, 0].numel()
 
@@ -332,7 +334,7 @@ def test_the_bound_holds_on_the_dense_trajectory_and_the_sparse_one_is_measured(
 
 def test_votes_are_judged_by_what_they_do_to_the_next_step() -> None:
     """Inputs that turn round between two steps: what the first votes out is what the second needs."""
-    attend = lite_attention.LiteAttention(num_steps=2, slots=1)
+    attend = lite_attention.LiteAttention(num_steps=2)
     q, k, v = clustered_qkv(0, seq_q=256, head_dim=16, gain=2.0)
     tables = []
     for second in (q, q.flip(1)):
@@ -345,7 +347,7 @@ def test_votes_are_judged_by_what_they_do_to_the_next_step() -> None:
 
 
 def test_steps_that_miss_the_bound_vote_nothing_and_are_reported() -> None:
-    attend = lite_attention.LiteAttention(num_steps=3, slots=1)
+    attend = lite_attention.LiteAttention(num_steps=3)
     q, k, v = clustered_qkv(0, seq_q=256, head_dim=16, gain=2.0)
     with Calibration(attend, target_error=0.02, num_steps=3) as calibration:
         attend(q, k, v)

@@ -237,6 +237,8 @@ def test_inference_mode_and_no_grad_mix() -> None:
         ({"threshold": 1.0}, r"threshold: expected at most 0 .*got 1\.0"),
         ({"threshold": math.nan}, "threshold: expected numbers, got NaN"),
         ({"use_int8": "int8_fp8"}, "use_int8: expected True or False, got 'int8_fp8'"),
+        ({"use_int8": True, "use_fp8": 1}, "use_fp8: expected True or False, got 1"),
+        ({"use_fp8": True}, "use_fp8: expected use_int8=True beside it, got use_int8=False"),
     ],
     ids=str,
 )
@@ -245,15 +247,24 @@ def test_wrong_options_are_told_at_once(options: dict[str, Any], message: str) -
         LiteAttention(**options)
 
 
-def test_int8_equals_the_functional_form_over_steps() -> None:
-    module, plain = LiteAttention(threshold=-3.0, use_int8=True), LiteAttention(threshold=-3.0)
-    assert "quantization=int8" in repr(module)
+# What a module is told, and what it tells the op.
+QUANTIZED = pytest.mark.parametrize(
+    ("switches", "quantization"),
+    [({"use_int8": True}, "int8"), ({"use_int8": True, "use_fp8": True}, "int8_fp8")],
+    ids=["int8", "int8_fp8"],
+)
+
+
+@QUANTIZED
+def test_quantized_equals_the_functional_form_over_steps(switches: dict[str, bool], quantization: str) -> None:
+    module, plain = LiteAttention(threshold=-3.0, **switches), LiteAttention(threshold=-3.0)
+    assert f"quantization={quantization}\n" in repr(module)
     assert "quantization" not in repr(plain)
-    state = SkipState.for_inputs(*_inputs()[:2], quantization="int8", threshold=-3.0)
+    state = SkipState.for_inputs(*_inputs()[:2], quantization=quantization, threshold=-3.0)
     options = {"key_mask": torch.arange(SEQ).unsqueeze(0) < SEQ - 20}
     for step in range(3):
         out, lse = module(*_inputs(step), return_softmax_lse=True, **options)
-        want = skip_attention(*_inputs(step), state, quantization="int8", return_lse=True, **options)
+        want = skip_attention(*_inputs(step), state, quantization=quantization, return_lse=True, **options)
         assert torch.equal(out, want[0])
         assert torch.equal(lse, want[1])
         _assert_same_state(_state_of(module), state)
@@ -263,13 +274,16 @@ def test_int8_equals_the_functional_form_over_steps() -> None:
     assert torch.equal(twin(*_inputs(3)), module(*_inputs(3)))
 
 
-def test_int8_has_tiles_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device, quantization: str) -> tuple[int, int]:
-        return (32, 16) if quantization == "int8" else (64, 64)
+@QUANTIZED
+def test_each_quantization_has_tiles_of_its_own(
+    switches: dict[str, bool], quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device, asked: str) -> tuple[int, int]:
+        return (32, 16) if asked == quantization else (64, 64)
 
     monkeypatch.setattr("lite_attention.module.tile_shape", tiles_of)
-    for use_int8, tiles in ((True, (32, 16)), (False, (64, 64))):
-        module = LiteAttention(use_int8=use_int8)
+    for options, tiles in ((switches, (32, 16)), ({}, (64, 64))):
+        module = LiteAttention(**options)
         for step in range(2):
             module(*_inputs(step))
         state = _state_of(module)
@@ -277,16 +291,19 @@ def test_int8_has_tiles_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert state.step() == 2  # the second call found it
 
 
-def test_int8_has_head_dims_of_its_own_on_hopper() -> None:
-    module = LiteAttention(use_int8=True)
-    with pytest.raises(ValueError, match="quantization: expected head dims 64 and 128 for 'int8', got 96"):
+@QUANTIZED
+def test_each_quantization_has_head_dims_of_its_own_on_hopper(switches: dict[str, bool], quantization: str) -> None:
+    module = LiteAttention(**switches)
+    with pytest.raises(ValueError, match=f"quantization: expected head dims 64 and 128 for '{quantization}', got 96"):
         module.allocate(1, SEQ, HEADS, 96, dtype=torch.bfloat16, device="cuda")
     assert module.state is None
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_int8_compiles(backend: str) -> None:
-    module, eager = (LiteAttention(threshold=-3.0, use_int8=True).allocate(1, SEQ, HEADS, DIM) for _ in range(2))
+@QUANTIZED
+def test_quantized_compiles(switches: dict[str, bool], quantization: str, backend: str) -> None:
+    module, eager = (LiteAttention(threshold=-3.0, **switches).allocate(1, SEQ, HEADS, DIM) for _ in range(2))
+    assert module.quantization == quantization
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     for step in range(3):
         assert torch.equal(compiled(*_inputs(step)), eager(*_inputs(step)))

@@ -106,7 +106,7 @@ def measure_tiles(
         scale: factor of the scores; None = D ** -0.5.
         tile_m: query rows of a tile.
         tile_n: keys of a tile.
-        quantization: as for the op; the dense output is that of the quantized scores too.
+        quantization: as for the op, and for the dense output too; weights are not rounded.
         stride: only every so many rows of tiles are measured; rows do not depend on each other.
     """
     batch, seq_q, heads, head_dim = q.shape
@@ -114,8 +114,9 @@ def measure_tiles(
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
     device, dtype = q.device, torch.promote_types(q.dtype, torch.float32)
     to_log2 = (head_dim**-0.5 if scale is None else scale) * LOG2_E
-    if quantization == "int8":
-        (q, k, _), to_log2 = dequantized(q, k, key_mask, scale=scale, tile_n=tile_n), 1.0
+    if quantization != "none":
+        q, k, v, _ = dequantized(q, k, v, key_mask, quantization=quantization, scale=scale, tile_n=tile_n)
+        to_log2 = 1.0
     rows = torch.arange(0, q_tiles, stride, device=device)
     order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in rows.tolist()], device=device)
     grid = torch.tensor(thresholds, dtype=dtype, device=device)

@@ -296,6 +296,8 @@ def test_set_threshold_reaches_all_states_in_place() -> None:
         ({"implementation": "fast"}, "implementation: expected None or 'reference', got 'fast'"),
         ({"dense": "flash"}, "dense: expected 'sdpa' or 'kernel', got 'flash'"),
         ({"use_int8": 1}, "use_int8: expected True or False, got 1"),
+        ({"use_int8": True, "use_fp8": None}, "use_fp8: expected True or False, got None"),
+        ({"use_fp8": True}, "use_fp8: expected use_int8=True beside it, got use_int8=False"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:

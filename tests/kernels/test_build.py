@@ -83,13 +83,16 @@ def checked_code(config: Config, builds: Builds) -> str:
 def test_build(config: KernelConfig, builds: Builds) -> None:
     code = checked_code(config, builds)
     # First scores, then scores and values in the loop, then the last values.
-    floats, integers = 2 * (config.tile_n // 16), 0
+    floats, eights, integers = 2 * (config.tile_n // 16), 0, 0
+    if config.fp8:
+        floats, eights = 0, 2 * (config.tile_n // 32)
     if config.int8:
         integers = 2 * (config.head_dim // 32)
         assert not re.search(r"\bI2FP?\.F32\.S32\b", code), "scores are converted, a quarter as fast as anything else"
     else:
         floats += 2 * (config.head_dim // 16)
     assert len(re.findall(r"\bHGMMA\b", code)) == floats
+    assert len(re.findall(r"\bQGMMA\b", code)) == eights
     assert len(re.findall(r"\bIGMMA\b", code)) == integers
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) == 4
 
@@ -99,11 +102,20 @@ def test_build_of_quantizers(config: QuantizeConfig, builds: Builds) -> None:
     code = checked_code(config, builds)
     threads_of_a_row = config.head_dim // 8
     loads = 8
-    if config.op != "key_sums":
+    if config.op == "quantize_value":
+        loads = 16 + 2  # the largest magnitudes, in float32
+        assert len(re.findall(r"\bSTG\.E\.128\b", code)) == 8
+    elif config.op not in ("key_sums", "value_max"):
         loads = config.rows // ((32 if config.op == "quantize_query" else 128) // threads_of_a_row)
         assert len(re.findall(r"\bSTG\.E\.64\b", code)) == loads
         loads += 2  # the mean, in float32
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) == loads
+
+
+@pytest.mark.parametrize(("head_dim", "tile_m", "tile_n"), [(128, 128, 128), (128, 128, 96), (64, 192, 96)])
+def test_tiles_that_leave_registers_for_promotion(head_dim: int, tile_m: int, tile_n: int) -> None:
+    assert KernelConfig("bf16", head_dim, tile_m, tile_n, quantization="int8_fp8").promotes
+    assert not KernelConfig("bf16", head_dim, tile_m, 64, quantization="int8").promotes
 
 
 def test_a_budget_that_does_not_fit_is_refused() -> None:
@@ -111,3 +123,7 @@ def test_a_budget_that_does_not_fit_is_refused() -> None:
         KernelConfig("bf16", 128, 192, 128)
     with pytest.raises(ValueError, match="shared memory"):
         KernelConfig("bf16", 256, 128, 80)
+    with pytest.raises(ValueError, match="registers"):
+        KernelConfig("bf16", 128, 192, 128, quantization="int8_fp8")
+    with pytest.raises(ValueError, match="multiple of 32"):
+        KernelConfig("bf16", 128, 192, 80, quantization="int8_fp8")

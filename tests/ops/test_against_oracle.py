@@ -82,7 +82,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         seed=draw(st.integers(0, 2**16)),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
-        quantization=draw(st.sampled_from(["none", "none", "int8"])),
+        quantization=draw(st.sampled_from(["none", "none", "int8", "int8_fp8"])),
         capacity=(batch, seq_q, seq_k),
         kv_heads=draw(st.integers(1, 2)),
         group=1 if many_tiles else draw(st.sampled_from([1, 1, 2])),
@@ -169,7 +169,7 @@ RAGGED = [(61, 61, 8, 8), (90, 131, 16, 8), (133, 75, 8, 12), (33, 161, 16, 4)]
 
 
 @pytest.mark.parametrize(("seq_q", "seq_k", "tile_m", "tile_n"), RAGGED)
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int8_fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ragged_shapes_drop_30_to_80_percent(
     seq_q: int, seq_k: int, tile_m: int, tile_n: int, dtype: torch.dtype, quantization: str

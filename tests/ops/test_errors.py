@@ -159,8 +159,8 @@ def test_a_quantization_that_is_none(implementation: str | None, device: str) ->
     """The fake refuses what the kernel does, so that a compiler tells it."""
     call = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in _call().items()}
     options = {name: call.pop(name) for name in ("scale", "tile_m", "tile_n")}
-    with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8', got 'int8_fp8'"):
-        IMPLEMENTATIONS[implementation](*call.values(), **options, quantization="int8_fp8")
+    with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8' or 'int8_fp8', got 'fp8'"):
+        IMPLEMENTATIONS[implementation](*call.values(), **options, quantization="fp8")
 
 
 def _assert_control_is_refused(call: dict[str, Any], message: str) -> None:
@@ -187,7 +187,7 @@ def test_thresholds() -> None:
     ("options", "message"),
     [
         ({"implementation": "triton"}, "implementation: expected None or 'reference', got 'triton'"),
-        ({"quantization": "fp8"}, "quantization: expected 'none' or 'int8', got 'fp8'"),
+        ({"quantization": "fp8"}, "quantization: expected 'none' or 'int8' or 'int8_fp8', got 'fp8'"),
         ({"key_lengths": torch.tensor([3])}, "key_lengths: expected shape (2,), got (1,)"),
         ({"key_lengths": torch.tensor(3)}, "key_lengths: expected shape (2,), got ()"),
         ({"scale": -0.5}, "scale: expected a number above 0, got -0.5"),

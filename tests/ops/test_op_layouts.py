@@ -99,6 +99,8 @@ def _arguments(
         {"masks": True},
         {"quantization": "int8"},
         {"quantization": "int8", "layout": "bhsd", "kv_heads": 1, "masks": True},
+        {"quantization": "int8_fp8"},
+        {"quantization": "int8_fp8", "layout": "bhsd", "kv_heads": 1, "value_dim": 5, "masks": True},
     ],
     ids=str,
 )
@@ -112,7 +114,7 @@ def test_opcheck(implementation: str | None, options: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int8_fp8"])
 def test_reference_is_the_same_op_on_the_cpu(quantization: str) -> None:
     results = []
     for op in IMPLEMENTATIONS.values():

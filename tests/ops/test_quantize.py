@@ -1,7 +1,8 @@
-"""The ops `key_mean`, `quantize_query` and `quantize_key` against their contract in float64, one group at a time."""
+"""The ops that quantise queries, keys and values against their contract in float64, one group at a time."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lite_attention import cute_kernels
 from lite_attention.ops.schema import _cuda
-from tests.conftest import clustered_qkv
+from tests.conftest import clustered_qkv, dequantized_value
 from tests.ops.test_op_layouts import LAYOUTS
 
 OPS = torch.ops.lite_attention
@@ -94,12 +95,63 @@ def test_queries(shape: dict[str, int], scale: float | None, dtype: torch.dtype)
                 _assert_group(rows[group], everyone, values[b, group, h], scales[b, h, i], factor * LOG2_E)
 
 
+# What e4m3 has, 0 to 448: a step of 2^-9 up to 2^-6, then eight to each power of two. The last 480 would be NaN.
+E4M3 = torch.tensor([m / 512 for m in range(8)] + [(8 + m) / 8 * 2.0**e for e in range(-6, 9) for m in range(8)][:-1])
+
+
+def _nearest_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Return the number of e4m3 next to each of x, float64; of two as near, the one whose last bit is 0."""
+    distances = (x.abs().unsqueeze(-1) - E4M3.double()).abs()
+    above = len(E4M3) - 1 - distances.flip(-1).argmin(-1)
+    below = distances.argmin(-1)
+    return E4M3.double()[torch.where(below % 2 == 0, below, above)] * x.sign()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("masked", ["none", "each", "one for all", "some without"])
+def test_values(shape: dict[str, int], masked: str, dtype: torch.dtype) -> None:
+    _, _, v = clustered_qkv(0, **shape, value_dim=5, dtype=dtype)
+    v = v * torch.logspace(-12, 12, 5).to(dtype)  # of float16, channels of 0 and of infinity
+    batch, seq, heads, dim = v.shape
+    mask = _key_mask(masked, batch, seq)
+    values, scales = OPS.quantize_value(v, mask)
+    padded = 32 * math.ceil(seq / 32)
+    assert (values.dtype, values.shape) == (torch.float8_e4m3fn, (batch, heads, dim, padded))
+    assert (scales.dtype, scales.shape) == (torch.float32, (batch, heads, dim))
+    in_order = torch.empty(values.shape, dtype=torch.float64)
+    for first, t, j in itertools.product(range(0, padded, 16), range(4), range(4)):
+        in_order[..., first + 8 * (j // 2) + 2 * t + j % 2] = values[..., first + 4 * t + j].double()
+    assert not in_order[..., seq:].any()
+    for b in range(batch):
+        allowed = torch.ones(seq, dtype=torch.bool) if mask is None else mask[b % len(mask)]
+        for h in range(heads):
+            assert not in_order[b, h, :, :seq][:, ~allowed].any()
+            for d in range(dim):
+                channel, got = v[b, allowed, h, d].double(), in_order[b, h, d, :seq][allowed]
+                largest = float(channel.abs().max()) if len(channel) else 0.0
+                torch.testing.assert_close(float(scales[b, h, d]), largest / 448, rtol=1e-6, atol=0)
+                if not 0 < largest < math.inf:
+                    assert not got.any()
+                    continue
+                exact = channel * 448 / largest
+                near = torch.stack([_nearest_e4m3(exact * (1 + nudge)) for nudge in (-1e-6, 0, 1e-6)])
+                assert (got == near).any(0).all()
+                assert got.abs().max() == 448
+
+
 def test_ties_go_to_even() -> None:
     x = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -126.5]).view(1, 1, 1, 8)
     want = [127, 0, 2, 2, 0, -2, -2, -126]
     mean = torch.zeros(1, 1, 8)
     assert OPS.quantize_query(x, mean, scale=None)[0].flatten().tolist() == want
     assert OPS.quantize_key(x, mean, None, tile_n=4)[0].flatten().tolist() == want
+
+
+def test_ties_of_e4m3_go_to_even_and_small_values_lose_bits() -> None:
+    x = torch.tensor([448, 17, 19, -17, 2**-9, 1.5 * 2**-9, -2.5 * 2**-9, 2**-10, 1.1 * 2**-10])
+    want = [448, 16, 20, -16, 2**-9, 2**-8, -(2**-8), 0, 2**-9]
+    assert dequantized_value(x.view(1, 9, 1, 1), None).flatten().tolist() == want  # the scale is 1
 
 
 def test_products_are_scores_in_log2_units() -> None:
@@ -116,18 +168,19 @@ def test_products_are_scores_in_log2_units() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_in_contiguous_out_as_the_fakes_say(layout: str) -> None:
-    q, k, _ = (LAYOUTS[layout](x) for x in clustered_qkv(2, batch=2, seq_q=37, seq_k=45))
+    qkv = [LAYOUTS[layout](x) for x in clustered_qkv(2, batch=2, seq_q=37, seq_k=45)]
     mask = torch.rand(2, 45) < 0.7
 
-    def run(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mean = OPS.key_mean(k, mask)
-        return mean, *OPS.quantize_query(q, mean, scale=None), *OPS.quantize_key(k, mean, mask, tile_n=8)
+        keys, values = OPS.quantize_key(k, mean, mask, tile_n=8), OPS.quantize_value(v, mask)
+        return mean, *OPS.quantize_query(q, mean, scale=None), *keys, *values
 
-    results, plain = run(q, k, mask), run(q.contiguous(), k.contiguous(), mask)
+    results, plain = run(*qkv, mask), run(*(x.contiguous() for x in qkv), mask)
     with FakeTensorMode() as mode:
-        fakes = run(*(mode.from_tensor(x) for x in (q, k, mask)))
+        fakes = run(*(mode.from_tensor(x) for x in (*qkv, mask)))
     for result, want, fake in zip(results, plain, fakes, strict=True):
-        assert torch.equal(result, want)
+        assert torch.equal(result.float(), want.float())
         assert result.is_contiguous()
         assert (fake.shape, fake.stride(), fake.dtype) == (result.shape, result.stride(), result.dtype)
 
@@ -150,6 +203,17 @@ def test_excluded_keys_count_neither_in_the_mean_nor_in_a_scale(value: float) ->
     assert other_values.abs().max() <= 127
 
 
+@pytest.mark.parametrize("value", [1e30, -math.inf, math.nan])
+def test_excluded_values_are_zero_and_not_in_a_scale(value: float) -> None:
+    _, _, v = clustered_qkv(3, batch=2, seq_q=45)
+    mask = torch.rand(2, 45) < 0.7
+    other = v.clone()
+    other[~mask] = value
+    for got, want in zip(OPS.quantize_value(other, mask), OPS.quantize_value(v, mask), strict=True):
+        assert torch.equal(got.float(), want.float())
+    assert not dequantized_value(other, mask)[~mask].any()
+
+
 def test_nothing_but_zeros() -> None:
     x, mean = torch.zeros(1, 40, 2, 8), torch.zeros(1, 2, 8)
     x[:, 16:32, 0] = 1
@@ -157,13 +221,17 @@ def test_nothing_but_zeros() -> None:
     assert scales.ne(0).tolist() == [[[False, True, False], [False, False, False]]]
     assert values.unique().tolist() == [0, 127]
     assert not any(x.any() for x in OPS.quantize_key(mean[:, None].expand(1, 40, 2, 8), mean, None, tile_n=8))
+    values, scales = OPS.quantize_value(x, None)
+    assert scales.ne(0).flatten(0, 1).tolist() == [[True] * 8, [False] * 8]
+    assert values.float().unique().tolist() == [0, 448]
     tiny = torch.full((1, 3, 1, 8), 1e-42)  # 127 / it is infinite
     assert all(x.isfinite().all() for x in OPS.quantize_query(tiny, torch.zeros(1, 1, 8), scale=None))
+    assert dequantized_value(torch.cat([tiny, 0 * tiny]), None).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_in_the_scale_of_its_group(value: float) -> None:
-    q, k, _ = clustered_qkv(4, batch=2, seq_q=45)
+    q, k, v = clustered_qkv(4, batch=2, seq_q=45)
     mean = OPS.key_mean(k, None)
     clean, clean_scales, _ = OPS.quantize_query(q, mean, scale=None)
     q[1, 20, 1, 3] = value
@@ -183,18 +251,30 @@ def test_what_is_not_finite_is_in_the_scale_of_its_group(value: float) -> None:
     assert scales[1].isfinite().all()
     assert scales[0, 0].isfinite().all()
 
+    clean, clean_scales = OPS.quantize_value(v, None)
+    v[0, 30, 1, 3] = value
+    values, scales = OPS.quantize_value(v, None)
+    assert (~scales.isfinite()).nonzero().tolist() == [[0, 1, 3]]
+    torch.testing.assert_close(float(scales[0, 1, 3]), abs(value), equal_nan=True)
+    values, clean = values.float(), clean.float()
+    assert not values[0, 1, 3].any()
+    values[0, 1, 3], scales[0, 1, 3] = clean[0, 1, 3], clean_scales[0, 1, 3]
+    assert torch.equal(values, clean)
+    assert torch.equal(scales, clean_scales)
+
 
 # ---- registration and errors ---------------------------------------------------------------------------------------
 
 
 def _calls() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return each op with arguments that are in order, positional and by name."""
-    q, k, _ = clustered_qkv(5, batch=2, seq_q=37, seq_k=45, heads=4, kv_heads=2)
+    q, k, v = clustered_qkv(5, batch=2, seq_q=37, seq_k=45, heads=4, kv_heads=2, value_dim=5)
     mask, mean = torch.rand(2, 45) < 0.7, torch.randn(2, 2, 8)
     return {
         "key_mean": (OPS.key_mean.default, {"k": k, "key_mask": mask}, {}),
         "quantize_query": (OPS.quantize_query.default, {"q": q, "mean": mean}, {"scale": None}),
         "quantize_key": (OPS.quantize_key.default, {"k": k, "mean": mean, "key_mask": mask}, {"tile_n": 8}),
+        "quantize_value": (OPS.quantize_value.default, {"v": v, "key_mask": mask}, {}),
     }
 
 
@@ -209,7 +289,13 @@ def test_opcheck(name: str, layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [("key_mean", "k"), ("quantize_query", "q"), ("quantize_query", "mean"), ("quantize_key", "mean")],
+    [
+        ("key_mean", "k"),
+        ("quantize_query", "q"),
+        ("quantize_query", "mean"),
+        ("quantize_key", "mean"),
+        ("quantize_value", "v"),
+    ],
 )
 def test_gradients_are_refused(name: str, argument: str) -> None:
     op, tensors, options = _calls()[name]
@@ -237,6 +323,11 @@ ERRORS = [
     ("quantize_key", "mean", _MEAN.half(), "dtype of mean: expected torch.float32, got torch.float16"),
     ("quantize_key", "key_mask", torch.ones(45, dtype=torch.bool), "key_mask: expected 2 dimensions, got 1"),
     ("quantize_key", "tile_n", 0, "tile_n: expected at least 1, got 0"),
+    ("quantize_value", "v", _K[0], "v: expected (batch, seq_len, heads, head_dim), got 3 dimensions"),
+    ("quantize_value", "v", _K.int(), "dtype of v: expected float16, bfloat16, float32 or float64, got torch.int32"),
+    ("quantize_value", "v", _K[..., :0], "head_dim of v: expected at least 1, got 0"),
+    ("quantize_value", "key_mask", torch.ones(2, 44, dtype=torch.bool), "key_mask: expected (1 or 2, 45), got (2, 44)"),
+    ("quantize_value", "key_mask", torch.ones(2, 45), "dtype of key_mask: expected torch.bool, got torch.float32"),
 ]
 
 

@@ -55,18 +55,26 @@ def test_tile_shape_of_int8(head_dim: int, device: str, shape: tuple[int, int]) 
     assert tile_shape(head_dim, torch.bfloat16, device, "int8") == shape
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tile_shape_of_fp8(head_dim: int) -> None:
+    assert tile_shape(head_dim, torch.bfloat16, "cuda", "int8_fp8")[1] % 32 == 0  # keys of one product
+    assert tile_shape(head_dim, torch.bfloat16, "cpu", "int8_fp8") == (64, 64)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])
 @pytest.mark.parametrize("head_dim", [16, 96, 192, 256])
-def test_int8_has_no_other_head_dims_on_hopper(head_dim: int) -> None:
-    with pytest.raises(ValueError, match=f"quantization: expected head dims 64 and 128 for 'int8', got {head_dim}"):
-        tile_shape(head_dim, torch.bfloat16, "cuda", "int8")
+def test_no_other_head_dims_are_quantized_on_hopper(head_dim: int, quantization: str) -> None:
+    message = f"quantization: expected head dims 64 and 128 for '{quantization}', got {head_dim}"
+    with pytest.raises(ValueError, match=message):
+        tile_shape(head_dim, torch.bfloat16, "cuda", quantization)
 
 
 def test_there_is_no_other_quantization() -> None:
     q = torch.zeros(1, 4, 1, 8)
     for device in ("cpu", "cuda"):
-        with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8', got 'fp8'"):
+        with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8' or 'int8_fp8', got 'fp8'"):
             tile_shape(64, torch.bfloat16, device, "fp8")
-    with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8', got 'fp8'"):
+    with pytest.raises(ValueError, match="quantization: expected 'none' or 'int8' or 'int8_fp8', got 'fp8'"):
         SkipState.for_inputs(q, q, quantization="fp8")
 
 

@@ -1,0 +1,78 @@
+"""What the launcher hands to kernels is what they are compiled for; seen with the kernels themselves left out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
+
+from cutlass import Numeric
+
+from lite_attention.cute_kernels import build, launcher
+from lite_attention.cute_kernels.config import Config, KernelConfig
+from lite_attention.ops import SkipState, tile_shape
+from lite_attention.ops.tiles import QUANTIZATIONS
+
+DTYPES = {
+    "BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32, "Int32": torch.int32,
+    "Int8": torch.int8, "Uint8": torch.uint8,
+}  # fmt: skip
+
+
+def check_arguments(config: Config, *arguments: Any) -> None:
+    """What TVM-FFI checks before a launch."""
+    is_attention = isinstance(config, KernelConfig)
+    expected = build._attention_arguments(config) if is_attention else build._quantize_arguments(config)
+    sizes: dict[int, int] = {}  # of symbols
+    for want, got in zip(expected, arguments, strict=True):
+        if want is None or isinstance(want, Numeric):
+            assert (got is None) == (want is None)
+            continue
+        assert got.dtype == DTYPES[want.element_type.__name__]
+        assert got.data_ptr() % want._assumed_align == 0
+        assert got.dim() == len(want.shape)
+        for size, symbol in zip(got.shape, want.shape, strict=True):
+            assert size == (symbol if isinstance(symbol, int) else sizes.setdefault(id(symbol), size))
+        for size, stride, symbol in zip(got.shape, got.stride(), want.stride, strict=True):
+            fits = stride == symbol if isinstance(symbol, int) else stride % symbol.divisibility == 0
+            assert fits or size == 1
+
+
+@pytest.mark.parametrize("unaligned", [False, True])
+@pytest.mark.parametrize("key_mask", [False, True])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Config] = []
+
+    def kernel_of(config: Config) -> Any:
+        ran.append(config)
+        return functools.partial(check_arguments, config)
+
+    monkeypatch.setattr(launcher, "get_kernel", kernel_of)
+    monkeypatch.setattr(launcher, "_run", lambda kernel, device, *arguments: kernel(*arguments))
+    monkeypatch.setattr(launcher, "_check_supported", lambda *_: None)
+    monkeypatch.setattr(launcher, "_processors", lambda _: 132)
+    monkeypatch.setattr(launcher, "tile_shape", lambda dim, dtype, _, kind="none": tile_shape(dim, dtype, "cuda", kind))
+    launcher._skip_plan.cache_clear()
+    q, k, v = (torch.randn(2, seq, heads, 129, dtype=torch.bfloat16) for seq, heads in ((70, 6), (333, 3), (333, 3)))
+    q, k, v = (x[..., 1:] if unaligned else x[..., 1:].contiguous() for x in (q, k, v))
+    tile_m, tile_n = tile_shape(128, q.dtype, "cuda", quantization)
+    state = SkipState.for_inputs(q, k, tile_m=tile_m, tile_n=tile_n)
+    mask = torch.ones(1, 333, dtype=torch.bool) if key_mask else None
+    out, lse = launcher.skip_attention_forward(
+        q, k, v, state.skip_mask, state.control, state.threshold, None, None, mask, scale=None, tile_m=tile_m,
+        tile_n=tile_n, quantization=quantization,
+    )  # fmt: skip
+    launcher._skip_plan.cache_clear()
+    assert out.shape == q.shape
+    assert lse.shape == (2, 6, 70)
+    assert len(ran) == {"none": 1, "int8": 4, "int8_fp8": 6}[quantization]
+    if quantization == "int8_fp8":
+        values, scales = launcher.quantize_value(v, mask)
+        assert values.dtype == torch.float8_e4m3fn
+        assert values.shape == (2, 3, 128, 352)
+        assert scales.shape == (2, 3, 128)
