@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["LiteAttentionRegistry"]
 
 _MODES = ("const", "load", "calib", "disable")
-_METRICS = ("L1", "Cossim", "RMSE")
 _CALIB_CONFIG = {"target_error": 0.01, "metric": "L1"}
 
 
@@ -236,8 +235,10 @@ def _check_arguments(mode: str, threshold: object, filename: object, calib_confi
         raise ValueError(f"calib_config: expected the keys {list(_CALIB_CONFIG)}, got {list(config)}")
     if not isinstance(config["target_error"], (int, float)) or not config["target_error"] >= 0:
         raise ValueError(f"target_error: expected a number of at least 0, got {config['target_error']!r}")
-    if config["metric"] not in _METRICS:
-        raise ValueError(f"metric: expected one of {_METRICS}, got {config['metric']!r}")
+    from lite_attention.calibration.tile_statistics import METRICS
+
+    if config["metric"] not in METRICS:
+        raise ValueError(f"metric: expected one of {METRICS}, got {config['metric']!r}")
 
 
 def _steps(disabled_steps: int | Sequence[int] | None) -> Sequence[int]:
