@@ -11,7 +11,7 @@ the output against FA3's, where nothing is skipped.
 
     dense     the peers, our op without a state, and the same with a state whose dense flag is set
     sparse    a planted mask in use, and voting; FlexAttention with the same kind of mask, its tiles being 128 x 128
-    int8      INT8 scores, what it takes to quantise included: dense flag, and a planted mask in use
+    int8      INT8 scores, and FP8 values besides, what it takes to quantise included: dense flag, and a planted mask
     uneven    half the heads at 20 %, half at 80 %, against all at 50 %
     voted     a mask voted on clustered inputs
     host      host time of a call: see host.py
@@ -42,6 +42,7 @@ SHAPES = ["1,40,32760,128", "1,40,75600,128", "1,12,32760,128", "1,32,11264,128"
 SHAPES += ["2,24,16384,64"]
 SPARSITIES = (0.0, 0.21, 0.42, 0.57, 0.77)
 SOME_SPARSITIES = (0.42, 0.77)
+QUANTIZED = {"INT8": "int8", "INT8 and FP8": "int8_fp8"}
 GROUPS = ("dense", "sparse", "int8", "uneven", "voted", "host")
 PEERS = {
     "cudnn": ("cuDNN", peers.cudnn), "flex": ("FlexAttention", peers.flex), "fa4": ("FlashAttention-4", peers.fa4),
@@ -93,15 +94,17 @@ def dense_flag(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, quantization: 
     return lambda: lite_attention.skip_attention(q, k, v, state, quantization=quantization), 0.0
 
 
-def quantizing(q: torch.Tensor, k: torch.Tensor) -> Contender:
-    """What `quantization="int8"` does before its kernel."""
+def quantizing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, quantization: str) -> Contender:
+    """What a quantization does before its kernel."""
     ops = torch.ops.lite_attention
-    _, tile_n = tile_shape(q.shape[3], q.dtype, q.device, "int8")
+    _, tile_n = tile_shape(q.shape[3], q.dtype, q.device, quantization)
 
     def call() -> None:
         mean = ops.key_mean(k, None)
         ops.quantize_query(q, mean, scale=None)
         ops.quantize_key(k, mean, None, tile_n=tile_n)
+        if quantization == "int8_fp8":
+            ops.quantize_value(v, None)
 
     return call, 0.0
 
@@ -142,11 +145,11 @@ def contenders(
             yield f"ours, mask in use, {share:.0%}", partial(planting, share)
         for share in SOME_SPARSITIES if "flex" in others else ():
             yield f"FlexAttention, mask, {share:.0%}", partial(flex_planted, share)
-    if "int8" in only:
-        yield "ours, INT8, dense flag", partial(dense_flag, q, k, v, "int8")
-        yield "of that, quantising", partial(quantizing, q, k)
+    for name, quantization in QUANTIZED.items() if "int8" in only else ():
+        yield f"ours, {name}, dense flag", partial(dense_flag, q, k, v, quantization)
+        yield "of that, quantising", partial(quantizing, q, k, v, quantization)
         for share in SOME_SPARSITIES:
-            yield f"ours, INT8, mask in use, {share:.0%}", partial(planting, share, "int8")
+            yield f"ours, {name}, mask in use, {share:.0%}", partial(planting, share, quantization)
     if "uneven" in only:
         shares = torch.where(torch.arange(heads) % 2 == 0, 0.2, 0.8)
         yield "ours, half the heads 20 %, half 80 %", partial(planting, shares)
