@@ -13,6 +13,7 @@ trying the script out on a CPU. Methods:
     threshold:T[,STEPS]       LiteAttention, the first so many steps dense and without votes; -inf skips nothing, and
                               shows what another kernel's rounding does
     int8:T[,STEPS]            likewise, with scores from INT8 queries and keys
+    fp8:T[,STEPS]             likewise, with weights and values in FP8 besides
     table:NAME                LiteAttention with the thresholds of the file NAME.toml out of --tables or --calibrate
     radial[:MIN_WIDTH]        the pattern of lite_attention.masks alone, at threshold -inf
     spatial-temporal[:FRAMES[,TOKENS]]    likewise; which head is which is found on a calibration prompt
@@ -65,7 +66,7 @@ from lite_attention import masks
 
 METHODS = (
     RENDERED, DENSE, *(f"threshold:{t}" for t in ("-inf", "-6", "-4", "-3", "-2", "-1", "-3,4", "-1,4")),
-    "int8:-inf", "int8:-3",
+    "int8:-inf", "int8:-3", "fp8:-inf", "fp8:-3",
     "radial", "spatial-temporal:4", "window:12,16,16", "window:8,16,16", "window:4,16,16", "random:threshold:-6",
     "random:threshold:-3", "random:threshold:-1", "steps:threshold:-6", "steps:threshold:-3", "steps:threshold:-1",
 )  # fmt: skip
@@ -142,7 +143,7 @@ class Bench:
     def _enable(self, method: str) -> None:
         family, _, value = method.partition(":")
         options: dict[str, Any] = {"num_steps": self.setup.steps, "compile": False, "tile_shape": self.setup.tile}
-        options["use_int8"] = family == "int8"
+        options |= {"use_int8": family in ("int8", "fp8"), "use_fp8": family == "fp8"}
         options["threshold"] = schedule_of(value) if family in VOTING else -math.inf
         if family in ("radial", "spatial-temporal", "window"):
             options["initial_mask"] = self._pattern(method)

@@ -447,6 +447,7 @@ def test_tiny_run_of_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found["threshold:-6"]["psnr"]["mean"] >= found["threshold:-3"]["psnr"]["mean"]
     assert 20 < found["int8:-inf"]["psnr"]["mean"] < found["threshold:-inf"]["psnr"]["mean"]
     assert found["int8:-inf"]["saved"] == 0
+    assert 15 < found["fp8:-inf"]["psnr"]["mean"] < found["int8:-inf"]["psnr"]["mean"]
     assert found["table:error-0.1"]["saved"] == pytest.approx(found["random:table:error-0.1"]["saved"], abs=0.01)
     assert found["table:error-0.1"]["saved"] > 0.02
     assert found["radial"]["saved"] > 0.1
