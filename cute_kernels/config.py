@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lite_attention.ops.quantize import FP8_KEYS
+from lite_attention.ops.tiles import check_quantization
+
 __all__ = [
-    "FP8_KEYS",
     "KEY_BITS_PAD",
     "KEY_CHUNK",
     "MAX_TILES",
@@ -19,7 +21,6 @@ __all__ = [
 MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, lie in shared memory
 MAX_WORDS = MAX_TILES // 32
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
-FP8_KEYS = 32  # of one FP8 product: tiles, and the values in memory, are padded to a multiple
 KEY_CHUNK = 256  # keys that one thread block adds up for their mean, or whose largest values it finds
 VALUE_BLOCK = 128  # keys whose values one thread block transposes
 
@@ -58,8 +59,7 @@ class KernelConfig:
     quantization: str = "none"
 
     def __post_init__(self) -> None:
-        if self.quantization not in ("none", "int8", "int8_fp8"):
-            raise ValueError(f"quantization: expected 'none', 'int8' or 'int8_fp8', got {self.quantization!r}")
+        check_quantization(self.quantization)
         if self.fp8 and self.tile_n % FP8_KEYS:
             raise ValueError(f"tile_n: expected a multiple of {FP8_KEYS} for {self.quantization!r}, got {self.tile_n}")
         if self.registers_needed > self.consumer_registers or self.shared_bytes > _SHARED_BYTES:

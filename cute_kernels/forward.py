@@ -16,7 +16,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from lite_attention.cute_kernels.config import FP8_KEYS, MAX_TILES, MAX_WORDS, KernelConfig
+from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig
 from lite_attention.cute_kernels.mainloop import Mainloop
 from lite_attention.cute_kernels.schedule import (
     BATCH,
@@ -32,7 +32,7 @@ from lite_attention.cute_kernels.schedule import (
 )
 from lite_attention.cute_kernels.walk import Walk
 from lite_attention.ops import control as c
-from lite_attention.ops.quantize import QUERY_ROWS
+from lite_attention.ops.quantize import FP8_KEYS, QUERY_ROWS
 
 DTYPES = {"bf16": "BFloat16", "fp16": "Float16"}
 _E4M3_ONE = 0x38

@@ -9,7 +9,6 @@ import torch
 
 from lite_attention.cute_kernels.cache import Kernel, get_kernel, has_compiler, library
 from lite_attention.cute_kernels.config import (
-    FP8_KEYS,
     KEY_BITS_PAD,
     KEY_CHUNK,
     MAX_TILES,
@@ -18,9 +17,9 @@ from lite_attention.cute_kernels.config import (
     QuantizeConfig,
 )
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
-from lite_attention.ops.quantize import QUERY_ROWS
+from lite_attention.ops.quantize import FP8_KEYS, LARGEST_FP8, QUERY_ROWS
 from lite_attention.ops.reference import LOG2_E, empty_output
-from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, ceil_div, tile_shape
+from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, allowed_in_tiles, ceil_div, tile_shape
 from lite_attention.ops.validate import (
     CallSignature,
     TensorSignature,
@@ -48,7 +47,6 @@ __all__ = [
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_STATE = (None,) * 5
 _NO_SCALES = (None,) * 4
-_LARGEST_FP8 = 448
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
@@ -101,10 +99,8 @@ def _run(kernel: Kernel, device: torch.device, *arguments: object) -> None:
 
 def _key_tables(key_mask: torch.Tensor, batch: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return bits a tile int32 [B, 2, words] (some key allowed; some key excluded), and bits a key, padded."""
-    seq_k = key_mask.shape[1]
-    key_mask = key_mask.expand(batch, seq_k)
-    tiles = ceil_div(seq_k, tile_n)
-    in_tiles = torch.nn.functional.pad(key_mask, (0, tiles * tile_n - seq_k)).view(batch, tiles, tile_n)
+    key_mask = key_mask.expand(batch, -1)
+    in_tiles = allowed_in_tiles(key_mask, tile_n)
     flags = torch.stack([in_tiles.any(-1), ~in_tiles.all(-1)], 1)
     return pack_bits(flags), pack_bits(torch.nn.functional.pad(key_mask, (0, KEY_BITS_PAD * WORD_BITS)))
 
@@ -360,4 +356,4 @@ def _quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[tor
     values = v.new_empty(shape, dtype=torch.float8_e4m3fn)
     kernel = _quantizer("quantize_value", v, VALUE_BLOCK, key_mask)
     _run(kernel, v.device, v, largest, _bytes(key_mask), values.view(torch.uint8))  # DLPack of old has no FP8
-    return values, largest / _LARGEST_FP8
+    return values, largest / LARGEST_FP8

@@ -35,7 +35,10 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.validate import check_keys, check_quantize_key, check_queries, check_values
 
 __all__ = [
+    "FP8_KEYS",
     "KEY_MEAN_SCHEMA",
+    "LARGEST_FP8",
+    "LARGEST_INT8",
     "QUANTIZE_KEY_SCHEMA",
     "QUANTIZE_QUERY_SCHEMA",
     "QUANTIZE_VALUE_SCHEMA",
@@ -59,10 +62,10 @@ QUANTIZE_VALUE_SCHEMA = "(Tensor v, Tensor? key_mask) -> (Tensor values, Tensor 
 
 QUERY_ROWS = 16  # that share a scale: those that one warp of the Hopper kernel holds
 
-_LARGEST = 127
-_LARGEST_FP8 = 448
+LARGEST_INT8 = 127
+LARGEST_FP8 = 448  # of e4m3
 _LARGEST_WEIGHT = 256  # leaves room for weights that grow before the kernel rescales a row
-_VALUE_KEYS = 32  # the keys of values are padded to a multiple: what one FP8 product takes
+FP8_KEYS = 32  # of one FP8 product: tiles, and the values in memory, are padded to a multiple
 # Key 8a + 2t + b of each 16 is at position 4t + 2a + b. So the scores of a thread of the kernel, whose columns of an
 # accumulator are 8a + 2t + b, are the weights that it has in the FP8 product as they lie.
 _KEYS_OF_16 = (2, 4, 2)  # a, t, b
@@ -124,10 +127,10 @@ def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torc
     if key_mask is not None:
         v = torch.where(key_mask[..., None, None], v, 0)
     largest = v.abs().amax(1)
-    values = _scaled(v, _factors(largest, _LARGEST_FP8).unsqueeze(1), _LARGEST_FP8).permute(0, 2, 3, 1)
-    values = torch.nn.functional.pad(values, (0, -v.shape[1] % _VALUE_KEYS))
+    values = _scaled(v, _factors(largest, LARGEST_FP8).unsqueeze(1), LARGEST_FP8).permute(0, 2, 3, 1)
+    values = torch.nn.functional.pad(values, (0, -v.shape[1] % FP8_KEYS))
     values = values.unflatten(3, (-1, *_KEYS_OF_16)).transpose(4, 5).flatten(3)
-    return values.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), largest / _LARGEST_FP8
+    return values.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), largest / LARGEST_FP8
 
 
 def _quantized(x: torch.Tensor, magnitudes: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +138,8 @@ def _quantized(x: torch.Tensor, magnitudes: torch.Tensor, rows: int) -> tuple[to
     groups = ceil_div(x.shape[1], rows)
     padded = torch.nn.functional.pad(magnitudes, (0, 0, 0, 0, 0, groups * rows - x.shape[1]))
     largest = padded.unflatten(1, (groups, rows)).amax((2, 4)).transpose(1, 2).contiguous()
-    values = _scaled(x, _each_row(_factors(largest, _LARGEST), rows, x.shape[1]), _LARGEST).round_()
-    return values.to(torch.int8, memory_format=torch.contiguous_format), largest / _LARGEST
+    values = _scaled(x, _each_row(_factors(largest, LARGEST_INT8), rows, x.shape[1]), LARGEST_INT8).round_()
+    return values.to(torch.int8, memory_format=torch.contiguous_format), largest / LARGEST_INT8
 
 
 def _factors(largest: torch.Tensor, limit: int) -> torch.Tensor:
@@ -227,7 +230,7 @@ def quantize_value_fake(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple
     """Return an empty result of `quantize_value`."""
     check_values(v, key_mask)
     batch, seq, heads, dim = v.shape
-    values = v.new_empty((batch, heads, dim, ceil_div(seq, _VALUE_KEYS) * _VALUE_KEYS), dtype=torch.float8_e4m3fn)
+    values = v.new_empty((batch, heads, dim, ceil_div(seq, FP8_KEYS) * FP8_KEYS), dtype=torch.float8_e4m3fn)
     return values, v.new_empty((batch, heads, dim), dtype=torch.float32)
 
 

@@ -27,7 +27,7 @@ from lite_attention.ops.control import (
     slot_word,
 )
 from lite_attention.ops.quantize import dequantized, rounded_weights
-from lite_attention.ops.tiles import ceil_div, check_quantization, visit_order
+from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, check_quantization, visit_order
 from lite_attention.ops.validate import call_signature, check_call
 
 __all__ = [
@@ -201,8 +201,7 @@ def skip_attention_reference(
     skipped = skipped_tiles(call, bits, initial_mask, k_tiles)
 
     allowed = torch.ones(1, seq_k, dtype=torch.bool, device=device) if key_mask is None else key_mask
-    allowed = torch.nn.functional.pad(allowed, (0, k_tiles * tile_n - seq_k)).unflatten(1, (k_tiles, tile_n))
-    allowed = allowed.expand(batch, k_tiles, tile_n)
+    allowed = allowed_in_tiles(allowed, tile_n).expand(batch, k_tiles, tile_n)
     some_allowed, all_allowed, excluded = allowed.any(-1), allowed.all(-1), ~allowed
     always = torch.zeros(k_tiles, dtype=torch.bool, device=device)
     if must_do is not None:

@@ -7,6 +7,7 @@ import torch
 __all__ = [
     "HOPPER_HEAD_DIMS",
     "QUANTIZATIONS",
+    "allowed_in_tiles",
     "ceil_div",
     "check_quantization",
     "diagonal_tile",
@@ -32,6 +33,13 @@ HOPPER_HEAD_DIMS = tuple(_HOPPER_TILE_SHAPES["none"])
 def ceil_div(a: int, b: int) -> int:
     """Return a / b rounded up; works on symbolic sizes too."""
     return (a + b - 1) // b
+
+
+def allowed_in_tiles(key_mask: torch.Tensor, tile_n: int) -> torch.Tensor:
+    """Return the keys that take part by tile, bool [B, k_tiles, tile_n], False past the end, from bool [B, Sk]."""
+    padded = torch.nn.functional.pad(key_mask, (0, -key_mask.shape[1] % tile_n))
+    in_tiles: torch.Tensor = padded.unflatten(1, (-1, tile_n))
+    return in_tiles
 
 
 def check_quantization(quantization: str) -> None:

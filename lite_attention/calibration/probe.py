@@ -23,9 +23,10 @@ from lite_attention.wiring import disable, enable, parts_of, reset, store_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["AttentionProbe", "CaughtCall", "Output"]
+__all__ = ["AttentionProbe", "CaughtCall", "Output", "Place"]
 
 Output = tuple[torch.Tensor, torch.Tensor]  # out, lse
+Place = tuple[str, int, int]  # site, slot, step
 
 
 class CaughtCall(NamedTuple):
@@ -38,6 +39,11 @@ class CaughtCall(NamedTuple):
     op: Any
     args: tuple[Any, ...]  # q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask
     kwargs: dict[str, Any]  # scale, tile_m, tile_n, quantization
+
+    @property
+    def place(self) -> Place:
+        """Site, slot and step."""
+        return self.site, self.control.slot, self.control.step
 
     @property
     def where(self) -> str:

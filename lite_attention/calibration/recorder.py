@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from lite_attention.calibration.error_report import Curve, ErrorReport, ErrorRow
-from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output
+from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output, Place
 from lite_attention.calibration.tile_statistics import METRICS, error_of, error_parts, measure_tiles
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
 
@@ -31,7 +31,6 @@ THRESHOLDS = (
     *(-5.5, -5.0, -4.5, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0),
 )
 
-Place = tuple[str, int, int]  # site, slot, step
 Choose = Callable[[Place, Curve], torch.Tensor]  # returns the choice of each head, [heads]
 ROWS = 10  # of tiles that are measured at a call, unless a stride is given: some hundred to a thousand queries
 HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
@@ -68,7 +67,7 @@ class _Measurement(AttentionProbe):
 
     def _merged(self, call: CaughtCall, curve: Curve) -> Curve:
         """Return the curve of a call joined with those of earlier prompts."""
-        known = self.curves.get(place_of(call))
+        known = self.curves.get(call.place)
         if known is None:
             return curve
         if known.errors.shape != curve.errors.shape:
@@ -89,10 +88,6 @@ class _Measurement(AttentionProbe):
     def _choice(self, place: Place, curve: Curve) -> torch.Tensor:
         """Return the choice of each head, [heads]."""
         return torch.zeros(curve.errors.shape[1], dtype=torch.int64)
-
-
-def place_of(call: CaughtCall) -> Place:
-    return call.site, call.control.slot, call.control.step
 
 
 class Recorder(_Measurement):
@@ -171,11 +166,11 @@ class Recorder(_Measurement):
         curve = self._merged(call, curve)
         skipped = call.skipped.clone()
         if voted is not None:
-            choice = self._choice(place_of(call), curve).to(voted.device)
+            choice = self._choice(call.place, curve).to(voted.device)
             skipped[:, :, ::stride] |= voted <= choice.view(-1, 1, 1)
         votes = found.votes(skipped)
         # Together, so that an interrupt leaves all or nothing.
-        self._masks[state], self._votes[state], self.curves[place_of(call)] = pack_bits(skipped), votes, curve
+        self._masks[state], self._votes[state], self.curves[call.place] = pack_bits(skipped), votes, curve
         self._slots[call.site] = skip_mask.shape[0]
         self._measured[state] = self._calls[state]
 
@@ -369,5 +364,5 @@ class Verification(_Measurement):
         left_out = call.skipped.sum((0, 2, 3)).double().cpu()
         tiles = call.skipped[:, 0].numel()
         curve = Curve(error_of(self.metric, parts).cpu().unsqueeze(0), left_out.unsqueeze(0), tiles)
-        self.curves[place_of(call)] = self._merged(call, curve)
+        self.curves[call.place] = self._merged(call, curve)
         return out, lse

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import torch
 
 from lite_attention.calibration.error_report import Curve, ErrorReport
-from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output
+from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output, Place
 from lite_attention.calibration.recorder import (
     THRESHOLDS,
     Calibration,
-    Place,
     Recorder,
     Verification,
 )

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.quantize import dequantized
 from lite_attention.ops.reference import LOG2_E
-from lite_attention.ops.tiles import ceil_div, visit_order
+from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, visit_order
 
 __all__ = ["METRICS", "TileStatistics", "error_of", "error_parts", "measure_tiles"]
 
@@ -123,7 +123,7 @@ def measure_tiles(
     never = len(thresholds) + 1
 
     allowed = torch.ones(1, seq_k, dtype=torch.bool, device=device) if key_mask is None else key_mask
-    allowed = pad(allowed, (0, k_tiles * tile_n - seq_k)).unflatten(1, (k_tiles, tile_n)).expand(batch, -1, -1)
+    allowed = allowed_in_tiles(allowed, tile_n).expand(batch, -1, -1)
     some_allowed, excluded = allowed.any(-1), ~allowed
     some_excluded = key_mask is not None or seq_k % tile_n != 0
     must = torch.zeros(k_tiles, dtype=torch.bool, device=device)
@@ -155,16 +155,13 @@ def measure_tiles(
                     choice = torch.where(some_allowed[b] & ~must, voted[b, h, place].long(), never)
                 choice.masked_fill_(before, 0)
 
-                weights = scores.sub_(tile_max.amax(-1)[..., None, None].clamp(min=torch.finfo(dtype).min)).exp2_()
-                if seq_q % tile_m:
-                    weights.mul_(rows_exist.unsqueeze(-1))
-                partial = weights.view(-1, k_tiles, tile_n).transpose(0, 1) @ values  # [k_tiles, count * tile_m, Dv]
                 # Row 0 sums over all tiles: the dense output. Row i + 1 sums over what choice i leaves.
                 summed = choice.unsqueeze(1) >= torch.arange(never + 1, device=device).unsqueeze(-1)
                 left_out[:, h] += (~summed[:, 1:]).sum((0, 2))
-                weighted = summed.to(dtype) @ partial.view(k_tiles, count, -1).transpose(0, 1)
-                total = summed.to(dtype) @ weights.sum(-1).transpose(1, 2)
-                out = weighted.view(*total.shape, value_dim) / total.where(total != 0, 1).unsqueeze(-1)
+                weights = scores.sub_(tile_max.amax(-1)[..., None, None].clamp(min=torch.finfo(dtype).min)).exp2_()
+                if seq_q % tile_m:
+                    weights.mul_(rows_exist.unsqueeze(-1))
+                out = _outputs(weights, values, summed.to(dtype))
                 parts[:, :, h] += error_parts(metric, out[:, 1:], out[:, :1]).sum(1)
 
     def votes(skipped: torch.Tensor) -> torch.Tensor:
@@ -178,6 +175,21 @@ def measure_tiles(
         return cast
 
     return TileStatistics(parts, left_out, batch * len(rows) * k_tiles, votes)
+
+
+def _outputs(weights: torch.Tensor, values: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
+    """Return the output of each sum over tiles, [rows of tiles, sums, tile_m, Dv].
+
+    Args:
+        weights: [rows of tiles, tile_m, k_tiles, tile_n].
+        values: [k_tiles, tile_n, Dv].
+        summed: [rows of tiles, sums, k_tiles], 1 = the tile is in the sum.
+    """
+    count, _, k_tiles, tile_n = weights.shape
+    partial = weights.view(-1, k_tiles, tile_n).transpose(0, 1) @ values  # [k_tiles, rows, Dv]
+    weighted = summed @ partial.view(k_tiles, count, -1).transpose(0, 1)
+    total = summed @ weights.sum(-1).transpose(1, 2)
+    return weighted.view(*total.shape, -1) / total.where(total != 0, 1).unsqueeze(-1)
 
 
 def _margins(

@@ -10,9 +10,8 @@ import torch
 
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
-from lite_attention.cute_kernels.config import FP8_KEYS
 from lite_attention.cute_kernels.device import column, element, four_weights
-from lite_attention.ops.quantize import quantize_value
+from lite_attention.ops.quantize import FP8_KEYS, quantize_value
 
 ROWS = 16  # of a warp
 
