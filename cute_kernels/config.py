@@ -12,6 +12,7 @@ __all__ = [
     "KEY_CHUNK",
     "MAX_TILES",
     "MAX_WORDS",
+    "PROMOTED_KEYS",
     "VALUE_BLOCK",
     "Config",
     "KernelConfig",
@@ -22,6 +23,7 @@ MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, 
 MAX_WORDS = MAX_TILES // 32
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
 KEY_CHUNK = 256  # keys that one thread block adds up for their mean, or whose largest values it finds
+PROMOTED_KEYS = 1536  # that FP8 products sum up before the sum goes on in float32
 VALUE_BLOCK = 128  # keys whose values one thread block transposes
 
 _REGISTERS_PER_SM = 65536
@@ -111,21 +113,16 @@ class KernelConfig:
 
     @property
     def registers_needed(self) -> int:
-        """Scores, output and perhaps a tile's part of it in float32, weights in 16 or 8 bits, and the rest."""
-        return self._registers(1 + self.promotes)
+        """Scores and output in float32, weights in 16 or 8 bits, and the rest."""
+        weights, others = (self.tile_n // 8, _OTHER_REGISTERS - 4) if self.fp8 else (self.tile_n // 4, _OTHER_REGISTERS)
+        return self.tile_n // 2 + self.value_columns // 2 + weights + others
 
     @property
-    def promotes(self) -> bool:
-        """Whether the product with V of each tile is added to the output outside of the tensor cores.
-
-        FP8 products cut what they add off 13 bits below the largest, so over a long row most would be lost. Tiles for
-        which registers are too few for it do without: they are for measuring.
+    def promoted_sums(self) -> int:
+        """Float32 sums in shared memory. FP8 products cut what they add off 13 bits below the largest, so over a long
+        row most would be lost: every PROMOTED_KEYS keys the output goes on in these sums.
         """
-        return self.fp8 and self._registers(2) <= self.consumer_registers
-
-    def _registers(self, outputs: int) -> int:
-        weights, others = (self.tile_n // 8, _OTHER_REGISTERS - 4) if self.fp8 else (self.tile_n // 4, _OTHER_REGISTERS)
-        return self.tile_n // 2 + outputs * self.value_columns // 2 + weights + others
+        return self.tile_m * self.head_dim if self.fp8 else 0
 
     @property
     def stages(self) -> int:
@@ -134,14 +131,14 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Q, the rings of K and V, what three jobs visit (bits) and keep (bytes), barriers and alignment."""
+        """Q, the rings of K and V, promoted sums, what three jobs visit (bits) and keep (bytes), and padding."""
         return self._shared_bytes(self.stages)
 
     def _shared_bytes(self, stages: int) -> int:
         walk = (3 + self.key_mask) * 4 * MAX_WORDS + 3 * MAX_TILES
         qk, v = 1 if self.int8 else 2, 1 if self.fp8 else 2  # bytes of an element
         ring = stages * self.tile_n * (qk * self.head_dim + v * self.value_columns)
-        return qk * self.head_dim * self.tile_m + ring + walk + 2 * 1024
+        return qk * self.head_dim * self.tile_m + ring + 4 * self.promoted_sums + walk + 2 * 1024
 
     @property
     def name(self) -> str:

@@ -39,6 +39,24 @@ def pack_e4m3(a, b, c, d, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def fma_saturated(a, b, c, *, loc=None, ip=None):
+    """a * b + c, at least 0 and at most 1; 0 for NaN."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Float32(_assembly(T.f32(), operands, "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f"))
+
+
+@dsl_user_op
+def pack_bytes(a, b, c, d, *, loc=None, ip=None):
+    """Four float32 from 0 to 1, times 128 and rounded, in one register, the first lowest."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c, d)]
+    # In fp16 numbers from 1024 to 2047 end in their integers' bits.
+    text = """{ .reg .b32 l, h, factor, base; mov.b32 factor, 0x58005800; mov.b32 base, 0x64006400;
+        cvt.rn.f16x2.f32 l, $2, $1; fma.rn.f16x2 l, l, factor, base;
+        cvt.rn.f16x2.f32 h, $4, $3; fma.rn.f16x2 h, h, factor, base; prmt.b32 $0, l, h, 0x6420; }"""
+    return Int32(_assembly(T.i32(), operands, text, "=r,f,f,f,f"))
+
+
+@dsl_user_op
 def max_nan(a, b, *, loc=None, ip=None):
     """Maximum that a NaN survives."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]

@@ -117,6 +117,7 @@ class SkipAttentionForward:
             kept: cute.struct.Align[cute.struct.MemRange[Uint8, RING * MAX_TILES], 16]
             partial: cute.struct.MemRange[Uint32, MAX_WORDS if self.config.key_mask else 1]
             k_scales: cute.struct.MemRange[Float32, self.stages]
+            sums: cute.struct.Align[cute.struct.MemRange[Float32, max(1, self.config.promoted_sums)], 16]
             q: q_buffer
             k: k_buffer
             v: v_buffer
@@ -200,6 +201,7 @@ class SkipAttentionForward:
         visited = storage.visited.get_tensor(cute.make_layout((RING, MAX_WORDS), stride=(MAX_WORDS, 1)))
         kept = storage.kept.get_tensor(cute.make_layout((RING, MAX_TILES), stride=(MAX_TILES, 1)))
         partial = storage.partial.get_tensor(cute.make_layout(MAX_WORDS if self.config.key_mask else 1))
+        sums = storage.sums.get_tensor(cute.make_layout(max(1, self.config.promoted_sums)))
         q_pipe = self.pipe(1, self.q_bytes, storage.q_bars)
         k_pipe = self.pipe(self.stages, self.k_bytes, storage.k_bars)
         v_pipe = self.pipe(self.stages, self.v_bytes, storage.v_bars)
@@ -240,7 +242,7 @@ class SkipAttentionForward:
             self.consume(
                 qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
                 initial_mask, must_do, key_bits, q_scales, v_scales, call, jobs, reach, entries, tile_scales, visited,
-                kept, scale, gq.shape[0], gk.shape[0],
+                kept, sums, scale, gq.shape[0], gk.shape[0],
             )  # fmt: skip
 
     def qk_op(self):
@@ -389,7 +391,7 @@ class SkipAttentionForward:
     def consume(
         self, qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
         initial_mask, must_do, key_bits, q_scales, v_scales, call, jobs, reach, entries, tile_scales, visited, kept,
-        scale: Float32, seq_q: Int32, seq_k: Int32,
+        sums, scale: Float32, seq_q: Int32, seq_k: Int32,
     ):  # fmt: skip
         """A consumer warpgroup: its rows of each job, and its part of writing the votes back."""
         thread, _, _ = cute.arch.thread_idx()
@@ -409,9 +411,9 @@ class SkipAttentionForward:
         )
         p = cute.make_rmem_tensor(weights_layout, self.v_dtype)
         out = cute.make_rmem_tensor(pv_mma.partition_shape_C((self.tile_m, self.config.value_columns)), Float32)
-        part = out
-        if const_expr(self.config.promotes):
-            part = cute.make_rmem_tensor(out.layout, Float32)
+        if const_expr(self.config.fp8):  # four at a time, so that threads next to each other are in memory too
+            layout = cute.make_layout((4, self.config.head_dim // 8), stride=(1, 4 * self.config.consumers))
+            sums = cute.make_tensor(sums.iterator + 4 * worker, layout)
         top, shift, total = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
         if group == self.groups - 1:  # the first turn is the first warpgroup's
             self.mainloop.pass_turn(group)
@@ -431,7 +433,7 @@ class SkipAttentionForward:
                 rows = cutlass.min(first_row // QUERY_ROWS, q_scales.shape[2] - 1)
                 scale = q_scales[jobs[ring, BATCH], jobs[ring, HEAD], rows]
             state = self.mainloop.attend(
-                qk_mma, pv_mma, rq, rk, rv, scores, p, part, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
+                qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
                 state, entries, tile_scales, kept[ring, None], count, group, key_bits, jobs[ring, BATCH], seq_k, scale,
                 limit, first_row < seq_q, first_row + 8 < seq_q,
             )  # fmt: skip

@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import PROMOTED_KEYS, KernelConfig
 from lite_attention.cute_kernels.device import column, element, max_nan, pack_bf16, pack_fp16, quad_sum
 from lite_attention.cute_kernels.softmax import OnlineSoftmax
 from lite_attention.cute_kernels.walk import TILE_BITS
@@ -30,6 +30,7 @@ class Mainloop:
         self.config = config
         self.pack = _PACKS[config.dtype]
         self.softmax = OnlineSoftmax(config, self.pack)
+        self.promoted_tiles = PROMOTED_KEYS // config.tile_n
 
     @cute.jit
     def issue_qk(self, mma, scores, rq, rk, stage):
@@ -42,21 +43,53 @@ class Mainloop:
         warpgroup.commit_group()
 
     @cute.jit
-    def issue_pv(self, mma, part, p, rv, stage):
-        """Start the product of the weights and a tile of V: to be promoted, or added to the output at once."""
+    def issue_pv(self, mma, out, p, rv, stage):
+        """Start the product of the weights and a tile of V."""
         atom = cute.make_mma_atom(mma.op)
         warpgroup.fence()
         for kk in cutlass.range_constexpr(cute.size(p, mode=[2])):
-            atom.set(warpgroup.Field.ACCUMULATE, not self.config.promotes or kk != 0)
-            cute.gemm(atom, part, p[None, None, kk], rv[None, None, kk, stage], part)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+            cute.gemm(atom, out, p[None, None, kk], rv[None, None, kk, stage], out)
         warpgroup.commit_group()
 
     @cute.jit
-    def promote(self, part, out):
-        """Add a tile's product with V to the output, if that has not been done."""
-        if const_expr(self.config.promotes):
-            for e in cutlass.range_constexpr(cute.size(out)):
-                out[e] = out[e] + part[e]
+    def take_totals(self, out, total, factor):
+        """Add what the columns of ones have summed up of a tile's weights, rescaled, and clear it."""
+        for half in cutlass.range_constexpr(2):
+            e = element(half, self.config.head_dim // 4)
+            total[half] = total[half] + out[e] * factor[half]
+            out[e] = Float32(0.0)
+
+    @cute.jit
+    def promote(self, sums, out, shift, sums_shift, factor):
+        """Add the output, rescaled, to the sums in shared memory, and leave a factor that clears it."""
+        lag = self.lag(shift, sums_shift)
+        for i in cutlass.range_constexpr(self.config.head_dim // 8):
+            four = cute.make_rmem_tensor(4, Float32)
+            cute.autovec_copy(sums[None, i], four)
+            for e in cutlass.range_constexpr(4):
+                four[e] = four[e] * lag[e // 2] + out[4 * i + e] * factor[e // 2]
+            cute.autovec_copy(four, sums[None, i])
+        factor.fill(0.0)
+
+    @cute.jit
+    def take_sums(self, sums, out, shift, sums_shift):
+        """Add the sums in shared memory to the output."""
+        lag = self.lag(shift, sums_shift)
+        for i in cutlass.range_constexpr(self.config.head_dim // 8):
+            four = cute.make_rmem_tensor(4, Float32)
+            cute.autovec_copy(sums[None, i], four)
+            for e in cutlass.range_constexpr(4):
+                out[4 * i + e] = out[4 * i + e] + four[e] * lag[e // 2]
+
+    @cute.jit
+    def lag(self, shift, sums_shift):
+        """What the sums must be rescaled by, since the last time that they were."""
+        factors = cute.make_rmem_tensor(2, Float32)
+        for half in cutlass.range_constexpr(2):
+            factors[half] = cute.math.exp2(sums_shift[half] - shift[half], fastmath=True)
+            sums_shift[half] = shift[half]
+        return factors
 
     @cute.jit
     def unit(self, scale: Float32, tile_scales, stage) -> Float32:
@@ -78,20 +111,26 @@ class Mainloop:
 
     @cute.jit
     def attend(
-        self, qk_mma, pv_mma, rq, rk, rv, scores, p, part, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
+        self, qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
         state, entries, tile_scales, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32,
         reach: Float32, votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
         x = cute.recast_tensor(scores, Float32)
         words = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
-        factor = cute.make_rmem_tensor(2, Float32)
+        factor, sums_shift = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         out.fill(0.0)
         top.fill(-Float32.inf)
         shift.fill(-1e30)
         factor.fill(1.0)
         total.fill(0.0)
         self.softmax.clear(x)
+        if const_expr(self.config.fp8):
+            sums_shift.fill(-1e30)
+            zeros = cute.make_rmem_tensor(4, Float32)
+            zeros.fill(0.0)
+            for i in cutlass.range_constexpr(self.config.head_dim // 8):
+                cute.autovec_copy(zeros, sums[None, i])
         if count > 0:
             k_pipe.consumer_wait(state)
             entry = cute.arch.make_warp_uniform(entries[state.index])
@@ -104,9 +143,9 @@ class Mainloop:
             k_pipe.consumer_release(state)
             if entry > TILE_BITS:
                 self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-            self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
-            self.softmax.convert(x, words)
-            for _ in cutlass.range(1, count, unroll=1):
+            _, _, left = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
+            self.softmax.convert(x, words, shift, unit, left)
+            for n in cutlass.range(1, count, unroll=1):
                 before = state.clone()
                 state.advance()
                 k_pipe.consumer_wait(state)
@@ -115,18 +154,24 @@ class Mainloop:
                 self.wait_turn(group)
                 self.issue_qk(qk_mma, scores, rq, rk, state.index)  # scores of this tile
                 v_pipe.consumer_wait(before)
-                self.issue_pv(pv_mma, part, p, rv, before.index)  # values of the tile before
+                self.issue_pv(pv_mma, out, p, rv, before.index)  # values of the tile before
                 self.pass_turn(group)
                 warpgroup.wait_group(1)
                 k_pipe.consumer_release(state)
                 j = entry & TILE_BITS
                 if entry > TILE_BITS:
                     self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-                moved, keep = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
+                moved, keep, left = self.softmax.step(
+                    x, top, shift, total, factor, unit, reach, votes_0, votes_1
+                )
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
-                self.promote(part, out)
-                self.softmax.convert(x, words)
+                self.softmax.convert(x, words, shift, unit, left)
+                if const_expr(self.config.fp8):
+                    self.take_totals(out, total, factor)
+                    if n % self.promoted_tiles == 0:
+                        self.promote(sums, out, shift, sums_shift, factor)
+                        moved = Boolean(True)
                 self.softmax.rescale(out, factor, moved)
                 if const_expr(self.config.skip):
                     if keep:
@@ -136,10 +181,13 @@ class Mainloop:
         q_pipe.consumer_release(q_state)
         if count > 0:
             v_pipe.consumer_wait(state)
-            self.issue_pv(pv_mma, part, p, rv, state.index)
+            self.issue_pv(pv_mma, out, p, rv, state.index)
             warpgroup.wait_group(0)
             v_pipe.consumer_release(state)
-            self.promote(part, out)
+            if const_expr(self.config.fp8):
+                factor.fill(1.0)
+                self.take_totals(out, total, factor)
+                self.take_sums(sums, out, shift, sums_shift)
             state.advance()
         return state
 
@@ -159,10 +207,7 @@ class Mainloop:
         """Divide by the sums, and write the output and the log-sum-exp."""
         lane = cute.arch.lane_idx()
         for half in cutlass.range_constexpr(2):
-            if const_expr(self.config.fp8):
-                row_sum = out[element(half, self.config.head_dim // 4)]  # of the columns of ones
-            else:
-                row_sum = quad_sum(total[half])
+            row_sum = total[half] if const_expr(self.config.fp8) else quad_sum(total[half])
             inverse = cute.arch.rcp_approx(row_sum)
             if row_sum == 0.0:
                 inverse = Float32(0.0)

@@ -13,8 +13,10 @@ from lite_attention.cute_kernels.device import (
     as_float,
     column,
     element,
+    fma_saturated,
     four_weights,
     max_nan,
+    pack_bytes,
     pack_e4m3,
     quad_max,
 )
@@ -23,6 +25,11 @@ RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and
 # FP8 weights start there, since e4m3 ends at 2^-9, and are rescaled before they pass 448, where it ends too.
 FP8_TOP = 8.0
 FP8_RESCALE_ABOVE = 8.8
+# Codes of e4m3 are 8 an octave, and linear between the powers of two. So 2^x is the code 8 (x + 7), at most 6 % too
+# much, and less what that is on average (log2 units) at most 4 % off, e4m3 itself being up to 6 % off. Below 2^-6,
+# where e4m3 gets coarse, this is too little, and 0 from 2^-7 on. That matters only where no weight is much larger.
+CODE_ZERO = 7.0 - 0.0576
+CODES_FROM = 0.0
 # INT8 scores are summed up on top of this float's bits. A sum moves the mantissa only, so the bits are then those of
 # ZERO + sum, exactly, and no integer is converted.
 ZERO = 12582912.0
@@ -30,8 +37,8 @@ ZERO = 12582912.0
 
 class OnlineSoftmax:
     """State of two rows a thread, in rmem tensors of two: top (maximum so far), shift (what is subtracted, log2 units,
-    at most RESCALE_ABOVE below the top), total (sum of this thread's weights; not in FP8, where the product with V
-    sums up what is really multiplied), factor (what the output is scaled by).
+    at most RESCALE_ABOVE below the top), total (sum of this thread's weights; in FP8 the product with V sums up what is
+    really multiplied), factor (what the output is scaled by).
 
     A score times `unit` is in log2 units. The unit of INT8 scores differs from tile to tile, so their maxima and the
     reach are in log2 units; those of other scores are not scaled.
@@ -74,15 +81,20 @@ class OnlineSoftmax:
 
         The common path has no shuffle: only when some thread of the warp sees a new maximum is the row's agreed on.
 
+        In FP8 tiles with large weights only are left for `convert`.
+
         Returns:
-            Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile.
+            Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile;
+            whether scores are still scores.
         """
         high_0, high_1 = self.row_high(x, 0, unit), self.row_high(x, 1, unit)
         keep = Boolean(True)
         if cutlass.const_expr(self.vote):
             # Negated, so that a NaN keeps. `reach` is NaN where nothing may be skipped.
             keep = (votes_0 & ~(high_0 - top[0] <= reach)) | (votes_1 & ~(high_1 - top[1] <= reach))
-        moved = Boolean(False)
+        moved, left = Boolean(False), Boolean(False)
+        if cutlass.const_expr(self.fp8):
+            factor.fill(1.0)
         if cute.arch.vote_any_sync(~(high_0 <= top[0]) | ~(high_1 <= top[1])):
             grown = Boolean(False)
             for half in cutlass.range_constexpr(2):
@@ -92,14 +104,22 @@ class OnlineSoftmax:
                 grown = grown | over
                 fresh = scaled - self.first if over else shift[half]
                 factor[half] = cute.math.exp2(shift[half] - fresh, fastmath=True)
-                if cutlass.const_expr(self.sums):
-                    total[half] = total[half] * factor[half]
+                total[half] = total[half] * factor[half]
                 shift[half] = fresh
             moved = cute.arch.vote_any_sync(grown)
+        if cutlass.const_expr(self.fp8):
+            left = cute.arch.vote_all_sync(
+                (high_0 - shift[0] >= CODES_FROM) & (high_1 - shift[1] >= CODES_FROM)  # False for NaN
+            )
+        if ~left:
+            self.exponentials(x, shift, total, unit)
+        return moved, keep, left
+
+    @cute.jit
+    def exponentials(self, x, shift, total, unit: Float32):
+        """Replace scores by weights, and add up the weights where the product with V does not."""
         for half in cutlass.range_constexpr(2):
-            offset = shift[half]
-            if cutlass.const_expr(self.int8):  # rounds to less than one step of the sums
-                offset = shift[half] + ZERO * unit
+            offset = self.offset(shift[half], unit)
             a, b = total[half], Float32(0.0)
             for i in cutlass.range_constexpr(0, self.columns, 2):
                 e, f = element(half, i), element(half, i + 1)
@@ -109,7 +129,13 @@ class OnlineSoftmax:
                     a, b = a + x[e], b + x[f]
             if cutlass.const_expr(self.sums):
                 total[half] = a + b
-        return moved, keep
+
+    @cute.jit
+    def offset(self, shift: Float32, unit: Float32) -> Float32:
+        """What a score times `unit` is too large by, in log2 units."""
+        if cutlass.const_expr(self.int8):
+            shift = shift + ZERO * unit  # rounds to less than one step of the sums
+        return shift
 
     @cute.jit
     def row_high(self, x, half: cutlass.Constexpr, unit: Float32):
@@ -126,18 +152,28 @@ class OnlineSoftmax:
         return max_nan(a, b)
 
     @cute.jit
-    def convert(self, x, words):
+    def convert(self, x, words, shift, unit: Float32, left: Boolean):
         """Weights to 16 or 8 bits: the order of the accumulator is that of the next operand.
 
         In FP8 four columns of a row are a register, and lie in the operand where V has its keys permuted to.
         """
         if cutlass.const_expr(self.fp8):
-            for w in cutlass.range_constexpr(self.columns // 2):
-                words[w] = pack_e4m3(*[x[e] for e in four_weights(w)])
+            if left:
+                self.codes(x, words, shift, unit)
+            else:
+                for w in cutlass.range_constexpr(self.columns // 2):
+                    words[w] = pack_e4m3(*[x[e] for e in four_weights(w)])
         else:
             for w in cutlass.range_constexpr(self.columns):
                 words[w] = self.pack(x[2 * w], x[2 * w + 1])
         self.clear(x)
+
+    @cute.jit
+    def codes(self, x, words, shift, unit: Float32):
+        """Scores to weights in e4m3 without an exponential, see CODE_ZERO."""
+        offsets = [(CODE_ZERO - self.offset(shift[half], unit)) * 0.0625 for half in range(2)]
+        for w in cutlass.range_constexpr(self.columns // 2):
+            words[w] = pack_bytes(*[fma_saturated(x[e], unit * 0.0625, offsets[w % 2]) for e in four_weights(w)])
 
     @cute.jit
     def clear(self, x):

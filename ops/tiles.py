@@ -22,7 +22,7 @@ _HOPPER_TILE_SHAPES = {
     "none": {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)},
     "int8": {64: (192, 128), 128: (192, 80)},
     # 32 keys at a time, and room for a second accumulator: see `KernelConfig.promotes`.
-    "int8_fp8": {64: (192, 96), 128: (128, 128)},
+    "int8_fp8": {64: (192, 128), 128: (192, 96)},
 }
 _TILE_SHAPE = (64, 64)  # elsewhere
 

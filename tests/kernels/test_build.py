@@ -112,12 +112,6 @@ def test_build_of_quantizers(config: QuantizeConfig, builds: Builds) -> None:
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) == loads
 
 
-@pytest.mark.parametrize(("head_dim", "tile_m", "tile_n"), [(128, 128, 128), (128, 128, 96), (64, 192, 96)])
-def test_tiles_that_leave_registers_for_promotion(head_dim: int, tile_m: int, tile_n: int) -> None:
-    assert KernelConfig("bf16", head_dim, tile_m, tile_n, quantization="int8_fp8").promotes
-    assert not KernelConfig("bf16", head_dim, tile_m, 64, quantization="int8").promotes
-
-
 def test_a_budget_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="registers"):
         KernelConfig("bf16", 128, 192, 128)
