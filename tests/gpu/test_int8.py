@@ -200,7 +200,7 @@ def test_error_of_long_sums_in_fp8(seq_k: int) -> None:
     assert (lse - want_lse).abs().max() < 0.01  # 0.5 without
 
 
-@pytest.mark.parametrize("sink", [6.0, 8.0, 10.0, 11.0])
+@pytest.mark.parametrize("sink", [6.0, 8.0, 10.0])
 def test_small_weights_beside_a_sink_count_in_fp8(sink: float) -> None:
     """One key outweighs any other by e^sink, and all of them together weigh as much: e4m3 still has their weights."""
     case = make_case(seq_q=192, seq_k=32_760, quantization="int8_fp8", threshold=-math.inf)
