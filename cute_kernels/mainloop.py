@@ -161,9 +161,7 @@ class Mainloop:
                 j = entry & TILE_BITS
                 if entry > TILE_BITS:
                     self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-                moved, keep, left = self.softmax.step(
-                    x, top, shift, total, factor, unit, reach, votes_0, votes_1
-                )
+                moved, keep, left = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
                 self.softmax.convert(x, words, shift, unit, left)

@@ -108,12 +108,19 @@ class OnlineSoftmax:
                 shift[half] = fresh
             moved = cute.arch.vote_any_sync(grown)
         if cutlass.const_expr(self.fp8):
-            left = cute.arch.vote_all_sync(
-                (high_0 - shift[0] >= CODES_FROM) & (high_1 - shift[1] >= CODES_FROM)  # False for NaN
-            )
+            # In each row of the warp, four threads, some weight is large. False for NaN, which a whole row is.
+            rows_0 = self.fold(cute.arch.vote_ballot_sync(high_0 - shift[0] >= CODES_FROM))
+            rows_1 = self.fold(cute.arch.vote_ballot_sync(high_1 - shift[1] >= CODES_FROM))
+            left = (rows_0 & rows_1 & 0x11111111) == 0x11111111
         if ~left:
             self.exponentials(x, shift, total, unit)
         return moved, keep, left
+
+    @cute.jit
+    def fold(self, bits):
+        """Or of each four bits, in the lowest of them."""
+        bits = bits | (bits >> 1)
+        return bits | (bits >> 2)
 
     @cute.jit
     def exponentials(self, x, shift, total, unit: Float32):
