@@ -80,8 +80,7 @@ class OnlineSoftmax:
         """Replace scores by weights, in place.
 
         The common path has no shuffle: only when some thread of the warp sees a new maximum is the row's agreed on.
-
-        In FP8 tiles with large weights only are left for `convert`.
+        In FP8, tiles with a large weight in each row are left as they are, for `convert`.
 
         Returns:
             Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile;

@@ -17,12 +17,11 @@ __all__ = [
 ]
 
 # (tile_m, tile_n) on Hopper by quantization and head dim. 192 x 80 and 192 x 128 measured best of many at 128 and 64;
-# the others are the widest tiles that compile without spills, see docs/performance.md.
+# the others are wide tiles that compile without spills, see docs/performance.md.
 _HOPPER_TILE_SHAPES = {
     "none": {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)},
     "int8": {64: (192, 128), 128: (192, 80)},
-    # 32 keys at a time, and room for a second accumulator: see `KernelConfig.promotes`.
-    "int8_fp8": {64: (192, 128), 128: (192, 96)},
+    "int8_fp8": {64: (192, 128), 128: (192, 96)},  # a product takes 32 keys at a time
 }
 _TILE_SHAPE = (64, 64)  # elsewhere
 

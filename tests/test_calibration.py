@@ -43,6 +43,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "key mask": {"seq_q": 70, "seq_k": 101, "batch": 2, "key_mask": True},
     "must do": {"seq_q": 96, "must_do": 0b10100},
 }
+CALLS["all of it"] = CALLS["uneven"] | CALLS["must do"] | {"seq_q": 90, "key_mask": True}
 
 
 def case(name: str, step: int = 0) -> tuple[Qkv, dict[str, torch.Tensor | None]]:
@@ -146,6 +147,69 @@ def test_chunks_and_strides_measure_the_same(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(one_by_one.parts, whole.parts)
     rows = [measure_tiles(q[:, i : i + 16], k, v, skipped[:, :, :1], stride=1, **options) for i in (0,)]
     assert rows[0].tiles == whole.tiles // 6
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_heads_at_once_measure_what_each_does_alone(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, k, v), others = case("all of it")
+    generator = torch.Generator().manual_seed(1)
+    skipped, after = (torch.rand(2, 4, 6, 9, generator=generator) < 0.3 for _ in range(2))
+    never = len(THRESHOLDS) + 1
+    voted = torch.randint(never + 1, (2, 4, 6, 9), generator=generator, dtype=torch.uint8)[:, :, ::stride]
+    options: dict[str, Any] = {"thresholds": THRESHOLDS, "tile_m": 16, "tile_n": 16, "stride": stride}
+
+    def measured(b: slice, h: slice, of_keys: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tensors = q[b, :, h], k[b, :, of_keys], v[b, :, of_keys], skipped[b, h], voted[b, h]
+        found = measure_tiles(*tensors, others["must_do"], others["key_mask"][b], **options)
+        assert found.tiles == skipped[b, 0, ::stride].numel()
+        return found.parts, found.left_out, found.votes(after[b, h])
+
+    alone = [[measured(slice(b, b + 1), slice(h, h + 1), slice(h // 2, h // 2 + 1)) for b in (0, 1)] for h in range(4)]
+    row = 16 * 9 * 16
+    for scores_at_once in (row, 6 * row, 18 * row, 1 << 20):  # from a row of tiles to all heads, by way of some
+        monkeypatch.setitem(tile_statistics._CHUNK, "cpu", scores_at_once)
+        parts, left_out, votes = measured(slice(2), slice(4), slice(2))
+        for h, of_head in enumerate(alone):
+            want_parts, want_left_out, want_votes = zip(*of_head, strict=True)
+            torch.testing.assert_close(parts[:, :, h], torch.stack(want_parts).sum(0)[:, :, 0], rtol=1e-4, atol=1e-4)
+            assert torch.equal(left_out[:, h], torch.stack(want_left_out).sum(0)[:, 0])
+            assert torch.equal(votes[:, h], torch.cat(want_votes)[:, 0])
+
+
+@pytest.mark.parametrize("stride", [2, 3, 5])
+def test_sampled_errors_are_those_of_some_queries(stride: int) -> None:
+    (q, k, v), _ = case("uneven")
+    skipped = torch.rand(2, 4, 6, 9, generator=torch.Generator().manual_seed(1)) < 0.3
+    found = measure_tiles(q, k, v, skipped, thresholds=(-1.0,), tile_m=16, tile_n=16, stride=stride)
+    visited = ~skipped.repeat_interleave(16, 2)[:, :, :90].repeat_interleave(16, 3)[..., :139]
+    of_heads = [x.repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in (q, k, v)]
+    attend = nn.functional.scaled_dot_product_attention
+    out, dense = (attend(*of_heads, attn_mask=mask).transpose(1, 2) for mask in (visited, None))
+    query = torch.arange(90)
+    sampled = (query // 16 % stride == 0) & (query % 16 % min(stride, 4) == 0)
+    want = plain_error("L1", out[:, sampled], dense[:, sampled]).double()
+    torch.testing.assert_close(error_of("L1", found.parts)[0], want, rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_errors_are_close_to_those_of_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = clustered_qkv(3, seq_q=3000, clusters=40, gain=1.2)
+    skipped = torch.zeros(1, 2, 94, 94, dtype=torch.bool)
+    options: dict[str, Any] = {"thresholds": THRESHOLDS, "tile_m": 32, "tile_n": 32}
+    votes = measure_tiles(q, k, v, skipped, **options).votes(skipped)
+
+    def error(stride: int) -> torch.Tensor:
+        return error_of("L1", measure_tiles(q, k, v, skipped, votes[:, :, ::stride], stride=stride, **options).parts)
+
+    exact = error(1)
+    assert bool((exact[-1] > 0.2).all())
+    for stride in (2, 3, 4):
+        sampled = error(stride)
+        with monkeypatch.context() as every_query:
+            every_query.setattr(tile_statistics, "_APART", 1)
+            of_the_same_tiles = error(stride)
+        assert bool((sampled != of_the_same_tiles).any())
+        torch.testing.assert_close(sampled, of_the_same_tiles, rtol=0.12, atol=0.001)
+        torch.testing.assert_close(sampled, exact, rtol=0.2, atol=0.001)
 
 
 # ---- models --------------------------------------------------------------------------------------------------------

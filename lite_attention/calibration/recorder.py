@@ -32,7 +32,7 @@ THRESHOLDS = (
 )
 
 Choose = Callable[[Place, Curve], torch.Tensor]  # returns the choice of each head, [heads]
-ROWS = 10  # of tiles that are measured at a call, unless a stride is given: some hundred to a thousand queries
+QUERIES = 2000  # whose tiles are measured at a call, unless a stride is given: errors are of a quarter of them
 HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
 
 _State = tuple[str, int, int]  # site, number of the state among those of that name, slot
@@ -155,7 +155,7 @@ class Recorder(_Measurement):
 
     def _measure(self, call: CaughtCall, state: _State) -> None:
         q, k, v, skip_mask, *_, must_do, key_mask = call.args
-        stride = self.stride or max(1, call.skipped.shape[2] // ROWS)
+        stride = self.stride or max(1, call.skipped.shape[2] * call.kwargs["tile_m"] // QUERIES)
         voted = None if call.control.fresh else self._votes.get(state)
         voted = None if voted is None else voted.to(q.device)
         found = measure_tiles(
@@ -273,8 +273,8 @@ class Calibration(Recorder):
             "Cossim" = 1 - cosine similarity.
         num_steps: denoising steps of a generation; None = as many as come.
         thresholds: candidates, ascending, in log2 units.
-        stride: measure only every so many rows of tiles, evenly spread, which costs so much less; None = so that about
-            `ROWS` are measured.
+        stride: measure only every so many rows of tiles, evenly spread, which costs so much less, and errors of only
+            every so many of their queries, at most 4; None = so that the tiles of about `QUERIES` are measured.
         autosave: file that is written after each forward, for `resume`.
         progress: show a bar with the time left; needs num_steps.
         settings: as for `enable`, of a model that is not enabled yet.

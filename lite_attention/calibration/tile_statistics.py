@@ -7,8 +7,7 @@ A vote takes effect at the next call: so classes are of the votes of one call, a
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,11 @@ __all__ = ["METRICS", "TileStatistics", "error_of", "error_parts", "measure_tile
 METRICS = ("L1", "Cossim", "RMSE")
 
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # scores held at once: what fits a cache, and what fills a GPU
+_APART = 4  # rows of a tile that errors are taken from, at most, where only some rows of tiles are measured
+
+# Which of the B * Hq heads; which rows of tiles; scores [rows of tiles, tile_m, heads, k_tiles, tile_n], log2 units,
+# heads within rows so that products of some rows and all tiles need no copy; values [heads, k_tiles, tile_n, Dv].
+_Piece = tuple[slice, slice, torch.Tensor, torch.Tensor]
 
 
 def error_parts(metric: str, out: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
@@ -40,7 +44,8 @@ def error_parts(metric: str, out: torch.Tensor, dense: torch.Tensor) -> torch.Te
         terms = [(out - dense).square(), dense.square()]
     else:
         terms = [out * dense, dense.square(), out.square()]
-    sums = [term.sum((-1, -2), dtype=torch.float64) for term in terms]
+    # Value dims first: a sum of everything in float64 makes a copy in float64 on the CPU.
+    sums = [term.sum(-1).sum(-1, dtype=torch.float64) for term in terms]
     return torch.stack(torch.broadcast_tensors(*sums, *[torch.zeros_like(sums[0])] * (3 - len(sums))))
 
 
@@ -91,7 +96,8 @@ def measure_tiles(
 
     Scores, votes and outputs are those of `lite_attention::skip_attention`, in float32 or better; what was skipped
     before casts no vote and is left out of every choice. The error is that of attention over the tiles left.
-    Work: one dense attention without a fused kernel, and a product of (thresholds + 2) / tile_n of its second half.
+    Work: the scores of dense attention without a fused kernel, and for the rows that errors are taken from its second
+    half, and a product of (thresholds + 2) / tile_n of that.
 
     Args:
         q: [B, Sq, Hq, D].
@@ -107,104 +113,176 @@ def measure_tiles(
         tile_m: query rows of a tile.
         tile_n: keys of a tile.
         quantization: as for the op, and for the dense output too; weights are not rounded.
-        stride: only every so many rows of tiles are measured; rows do not depend on each other.
+        stride: only every so many rows of tiles are measured; rows do not depend on each other. Votes are of all their
+            queries, errors of every min(stride, 4)-th one.
     """
     batch, seq_q, heads, head_dim = q.shape
-    seq_k, group, value_dim = k.shape[1], heads // k.shape[2], v.shape[3]
-    q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
+    seq_k, q_tiles, k_tiles = k.shape[1], ceil_div(seq_q, tile_m), ceil_div(k.shape[1], tile_n)
     device, dtype = q.device, torch.promote_types(q.dtype, torch.float32)
     to_log2 = (head_dim**-0.5 if scale is None else scale) * LOG2_E
     if quantization != "none":
         q, k, v, _ = dequantized(q, k, v, key_mask, quantization=quantization, scale=scale, tile_n=tile_n)
         to_log2 = 1.0
-    rows = torch.arange(0, q_tiles, stride, device=device)
-    order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in rows.tolist()], device=device)
     grid = torch.tensor(thresholds, dtype=dtype, device=device)
     never = len(thresholds) + 1
+    excluded, some_allowed, free = _of_keys(k, must_do, key_mask, tile_n)
 
-    allowed = torch.ones(1, seq_k, dtype=torch.bool, device=device) if key_mask is None else key_mask
-    allowed = allowed_in_tiles(allowed, tile_n).expand(batch, -1, -1)
-    some_allowed, excluded = allowed.any(-1), ~allowed
-    some_excluded = key_mask is not None or seq_k % tile_n != 0
-    must = torch.zeros(k_tiles, dtype=torch.bool, device=device)
-    if must_do is not None:
-        must = unpack_bits(must_do, k_tiles)
-    is_row = torch.arange(q_tiles * tile_m, device=device).view(q_tiles, tile_m) < seq_q
+    def choices(votes: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+        return votes.masked_fill(skipped, 0).masked_fill(~free, never)
 
-    peaks = torch.empty(batch, heads, len(rows), tile_m, k_tiles, dtype=dtype, device=device)
-    parts = torch.zeros(3, never, heads, dtype=torch.float64, device=device)
-    left_out = torch.zeros(never, heads, dtype=torch.float64, device=device)
-    places = torch.arange(len(rows), device=device).split(max(1, _CHUNK[device.type] // (tile_m * tile_n * k_tiles)))
-    for b in range(batch):
-        for h in range(heads):
-            if h % group == 0:
-                end = (0, 0, 0, k_tiles * tile_n - seq_k)
-                keys = pad(k[b, :, h // group].to(dtype), end)
-                values = pad(v[b, :, h // group].to(dtype), end).view(k_tiles, tile_n, value_dim)
-            queries = pad(q[b, :, h].to(dtype) * to_log2, (0, 0, 0, q_tiles * tile_m - seq_q)).view(q_tiles, tile_m, -1)
-            for place in places:
-                some = rows[place]
-                count, rows_exist = len(some), is_row[some].unsqueeze(-1)  # [count, tile_m, 1]
-                scores = (queries[some].flatten(0, 1) @ keys.T).view(count, tile_m, k_tiles, tile_n)
-                if some_excluded:
-                    scores.masked_fill_(excluded[b], -torch.inf)
-                tile_max = peaks[b, h, place] = scores.amax(-1)
-                before = skipped[b, h, some] & ~must & some_allowed[b]
-                choice = torch.full(before.shape, never, device=device)
-                if voted is not None:
-                    choice = torch.where(some_allowed[b] & ~must, voted[b, h, place].long(), never)
-                choice.masked_fill_(before, 0)
-
-                # Row 0 sums over all tiles: the dense output. Row i + 1 sums over what choice i leaves.
-                summed = choice.unsqueeze(1) >= torch.arange(never + 1, device=device).unsqueeze(-1)
-                left_out[:, h] += (~summed[:, 1:]).sum((0, 2))
-                weights = scores.sub_(tile_max.amax(-1)[..., None, None].clamp(min=torch.finfo(dtype).min)).exp2_()
-                if seq_q % tile_m:
-                    weights.mul_(rows_exist.unsqueeze(-1))
-                out = _outputs(weights, values, summed.to(dtype))
-                parts[:, :, h] += error_parts(metric, out[:, 1:], out[:, :1]).sum(1)
+    skipped = skipped[:, :, ::stride]
+    voted = torch.full_like(skipped, never, dtype=torch.uint8) if voted is None else voted
+    choice = choices(voted, skipped).flatten(0, 1)
+    rows = torch.arange(q_tiles * tile_m, device=device).view(q_tiles, tile_m)[::stride]
+    # Rows past the end are the last one again, which changes no vote.
+    pieces = _pieces(q, k, v, excluded, rows.clamp(max=seq_q - 1), to_log2, dtype, tile_n)
+    peaks, parts, left_out = _measured(pieces, choice, rows < seq_q, dtype, never, metric, min(stride, _APART))
+    parts, left_out = (x.unflatten(-2, (batch, heads)).sum(-3).mT for x in (parts, left_out))
+    order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in range(0, q_tiles, stride)])
 
     def votes(skipped: torch.Tensor) -> torch.Tensor:
-        cast = torch.empty(batch, heads, len(rows), k_tiles, dtype=torch.uint8, device=device)
-        for b, h in itertools.product(range(batch), range(heads)):
-            before = skipped[b, h, rows] & ~must & some_allowed[b]
-            visited = some_allowed[b] & ~before
-            margin = _margins(peaks[b, h], visited, is_row[rows].unsqueeze(-1), order)
-            vote = torch.where(visited & ~must, torch.bucketize(margin, grid) + 1, never)
-            cast[b, h] = vote.masked_fill(before, 0).to(torch.uint8)
-        return cast
+        skipped = skipped[:, :, ::stride]
+        visited = some_allowed & ~(skipped & free)
+        margins = _margins(peaks, visited.flatten(0, 1), order.to(device))
+        return choices((torch.bucketize(margins, grid) + 1).to(torch.uint8).view_as(skipped), skipped)
 
     return TileStatistics(parts, left_out, batch * len(rows) * k_tiles, votes)
 
 
-def _outputs(weights: torch.Tensor, values: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
-    """Return the output of each sum over tiles, [rows of tiles, sums, tile_m, Dv].
+def _of_keys(
+    k: torch.Tensor, must_do: torch.Tensor | None, key_mask: torch.Tensor | None, tile_n: int
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Return excluded keys, tiles with other keys, and those of them that may be left out.
 
-    Args:
-        weights: [rows of tiles, tile_m, k_tiles, tile_n].
-        values: [k_tiles, tile_n, Dv].
-        summed: [rows of tiles, sums, k_tiles], 1 = the tile is in the sum.
+    Bool [B, k_tiles, tile_n], True also past the end, None = there are none; bool [B, 1, 1, k_tiles]; likewise.
+    Arguments are those of `measure_tiles`.
     """
-    count, _, k_tiles, tile_n = weights.shape
-    partial = weights.view(-1, k_tiles, tile_n).transpose(0, 1) @ values  # [k_tiles, rows, Dv]
-    weighted = summed @ partial.view(k_tiles, count, -1).transpose(0, 1)
-    total = summed @ weights.sum(-1).transpose(1, 2)
-    return weighted.view(*total.shape, -1) / total.where(total != 0, 1).unsqueeze(-1)
+    batch, seq_k = k.shape[:2]
+    allowed = torch.ones(1, seq_k, dtype=torch.bool, device=k.device) if key_mask is None else key_mask
+    allowed = allowed_in_tiles(allowed, tile_n).expand(batch, -1, -1)
+    some_allowed = allowed.any(-1)[:, None, None]
+    free = some_allowed if must_do is None else some_allowed & ~unpack_bits(must_do, allowed.shape[1])
+    return None if key_mask is None and seq_k % tile_n == 0 else ~allowed, some_allowed, free
 
 
-def _margins(
-    tile_max: torch.Tensor, visited: torch.Tensor, rows_exist: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
-    """Return [rows of tiles, k_tiles]: the lowest threshold that drops a tile; inf for the first one visited.
+def _pieces(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    excluded: torch.Tensor | None,
+    rows: torch.Tensor,
+    to_log2: float,
+    dtype: torch.dtype,
+    tile_n: int,
+) -> Iterator[_Piece]:
+    """Yield as many heads at once as fit, and where not even one does, its rows of tiles in pieces.
 
     Args:
-        tile_max: row maxima [rows of tiles, tile_m, k_tiles], log2 units.
-        visited: bool [rows of tiles, k_tiles].
-        rows_exist: bool [rows of tiles, tile_m, 1], False past the end of the sequence.
+        q: [B, Sq, Hq, D].
+        k: [B, Sk, Hkv, D].
+        v: [B, Sk, Hkv, Dv].
+        excluded: bool [B, k_tiles, tile_n], no scores of these; None = there are none.
+        rows: [rows of tiles, tile_m], the queries.
+        to_log2: factor of the scores.
+        dtype: of scores and values.
+        tile_n: keys of a tile.
+    """
+    batch, heads, seq_k, tile_m = q.shape[0], q.shape[2], k.shape[1], rows.shape[1]
+    k_tiles = ceil_div(seq_k, tile_n)
+    of_tiles, chunk = tile_m * k_tiles * tile_n, _CHUNK[q.device.type]
+    rows_at_once = min(len(rows), max(1, chunk // of_tiles))
+    heads_at_once = max(1, chunk // (rows_at_once * of_tiles))
+    of_batch = torch.arange(batch, device=q.device).repeat_interleave(heads)
+    shared = torch.arange(batch * heads, device=q.device) // (heads // k.shape[2])
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # a copy where there are several in the batch
+    for first in range(0, batch * heads, heads_at_once):
+        at = slice(first, first + heads_at_once)
+        end = (0, 0, 0, k_tiles * tile_n - seq_k)
+        keys, values = (pad(x.index_select(0, shared[at]), end).to(dtype) for x in (k, v))
+        for start in range(0, len(rows), rows_at_once):
+            place = slice(start, start + rows_at_once)
+            queries = q[at].index_select(1, rows[place].flatten()).to(dtype) * to_log2
+            scores = queries.new_empty(queries.shape[1], len(queries), k_tiles * tile_n)
+            torch.bmm(queries, keys.mT, out=scores.transpose(0, 1))
+            scores = scores.view(-1, tile_m, len(queries), k_tiles, tile_n)
+            if excluded is not None:
+                scores.masked_fill_(excluded[of_batch[at]], -torch.inf)
+            yield at, place, scores, values.unflatten(1, (k_tiles, tile_n))
+
+
+def _measured(
+    pieces: Iterator[_Piece],
+    choice: torch.Tensor,
+    rows_exist: torch.Tensor,
+    dtype: torch.dtype,
+    choices: int,
+    metric: str,
+    apart: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return row maxima of tiles, error parts, and how many tiles are left out.
+
+    [heads, rows of tiles, tile_m, k_tiles]; float64 [3, heads, choices]; float64 [heads, choices].
+
+    Args:
+        pieces: see `_pieces`; scores are overwritten.
+        choice: [heads, rows of tiles, k_tiles], the first one that leaves out a tile.
+        rows_exist: bool [rows of tiles, tile_m], False past the end of the sequence.
+        dtype: of the scores.
+        choices: how many.
+        metric: one of METRICS.
+        apart: errors are of every so many rows of a tile.
+    """
+    peaks = choice.new_empty(*choice.shape[:2], *rows_exist.shape[1:], choice.shape[2], dtype=dtype)
+    parts = choice.new_zeros(3, len(choice), choices, dtype=torch.float64)
+    left_out = choice.new_zeros(len(choice), choices, dtype=torch.float64)
+    for at, place, scores, values in pieces:
+        tile_max = scores.amax(-1)
+        peaks[at, place] = tile_max.movedim(2, 0)
+        # Row 0 sums over all tiles: the dense output. Row i + 1 sums over what choice i leaves.
+        summed = choice[at, place].unsqueeze(2) >= torch.arange(choices + 1, device=choice.device).unsqueeze(-1)
+        left_out[at] += (~summed[:, :, 1:]).sum((1, 3))
+        measured = rows_exist[place, ::apart]
+        out = _outputs(scores[:, ::apart], tile_max[:, ::apart], values, summed.to(dtype), measured)
+        parts[:, at] += error_parts(metric, out[:, :, 1:], out[:, :, :1]).sum(2)
+    return peaks, parts, left_out
+
+
+def _outputs(
+    scores: torch.Tensor, tile_max: torch.Tensor, values: torch.Tensor, summed: torch.Tensor, rows_exist: torch.Tensor
+) -> torch.Tensor:
+    """Return the output of each sum over tiles, [heads, rows of tiles, sums, tile_m, Dv]; 0 past the end.
+
+    Args:
+        scores: [rows of tiles, tile_m, heads, k_tiles, tile_n], log2 units; become weights.
+        tile_max: their row maxima [rows of tiles, tile_m, heads, k_tiles].
+        values: [heads, k_tiles, tile_n, Dv].
+        summed: [heads, rows of tiles, sums, k_tiles], 1 = the tile is in the sum.
+        rows_exist: bool [rows of tiles, tile_m], False past the end of the sequence.
+    """
+    heads, count, _, k_tiles = summed.shape
+    top = tile_max.amax(-1).clamp(min=torch.finfo(scores.dtype).min)
+    weights = scores.sub_(top[..., None, None]).exp2_()
+    partial = weights.flatten(2, 3).flatten(0, 1).transpose(0, 1) @ values.flatten(0, 1)  # [heads * k_tiles, rows, Dv]
+    weighted = summed @ partial.view(heads, k_tiles, count, -1).transpose(1, 2)
+    total = summed @ weights.sum(-1).permute(2, 0, 3, 1)
+    total = total.where(total != 0, 1).masked_fill_(~rows_exist.unsqueeze(1), torch.inf)
+    return weighted.view(*total.shape, -1).div_(total.unsqueeze(-1))
+
+
+def _margins(peaks: torch.Tensor, visited: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return [heads, rows of tiles, k_tiles]: the lowest threshold that drops a tile; inf for the first one visited.
+
+    Args:
+        peaks: row maxima of tiles [heads, rows of tiles, tile_m, k_tiles], log2 units.
+        visited: bool [heads, rows of tiles, k_tiles].
         order: [rows of tiles, k_tiles], tiles in visiting order.
     """
-    peaks = tile_max.masked_fill(~visited.unsqueeze(1), -torch.inf)
-    peaks = peaks.gather(-1, order.unsqueeze(1).expand_as(peaks))
-    rise = (peaks[..., 1:] - peaks.cummax(-1).values[..., :-1]).masked_fill(~rows_exist, -torch.inf)
-    margin = pad(rise.amax(1), (1, 0), value=torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return torch.empty_like(margin).scatter_(-1, order, margin)
+    margins = torch.empty(visited.shape, dtype=peaks.dtype, device=peaks.device)
+    heads_at_once = max(1, _CHUNK[peaks.device.type] // peaks[0].numel())
+    for some, visits, margin in zip(*(x.split(heads_at_once) for x in (peaks, visited, margins)), strict=True):
+        ordered = some.masked_fill(~visits.unsqueeze(2), -torch.inf)
+        ordered = ordered.gather(-1, order.unsqueeze(1).expand_as(ordered))
+        rise = (ordered[..., 1:] - ordered.cummax(-1).values[..., :-1]).amax(2)
+        rise = pad(rise, (1, 0), value=torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        margin.scatter_(-1, order.expand_as(rise), rise)
+    return margins
