@@ -12,6 +12,7 @@ trying the script out on a CPU. Methods:
     rendered                  no sample, but a rendered scene of the prompt: the truest there can be
     threshold:T[,STEPS]       LiteAttention, the first so many steps dense and without votes; -inf skips nothing, and
                               shows what another kernel's rounding does
+    tile3d:T[,STEPS]          likewise, with the tokens in blocks of the video, see lite_attention.token_order
     int8:T[,STEPS]            likewise, with scores from INT8 queries and keys
     fp8:T[,STEPS]             likewise, with weights and values in FP8 besides
     table:NAME                LiteAttention with the thresholds of the file NAME.toml out of --tables or --calibrate
@@ -63,10 +64,11 @@ from benchmarks.quality_report import DENSE, FIDELITY, TRUTH, Record, Results, V
 from examples.moving_shapes.judge import Judge, load_judge, measure, path_distance
 from examples.moving_shapes.model import Config, VideoDiT, load_weights
 from lite_attention import masks
+from lite_attention.token_order import Block, block_of, tile3d_order
 
 METHODS = (
     RENDERED, DENSE, *(f"threshold:{t}" for t in ("-inf", "-6", "-4", "-3", "-2", "-1", "-3,4", "-1,4")),
-    "int8:-inf", "int8:-3", "fp8:-inf", "fp8:-3",
+    "tile3d:-3", "tile3d:-1", "int8:-inf", "int8:-3", "fp8:-inf", "fp8:-3",
     "radial", "spatial-temporal:4", "window:12,16,16", "window:8,16,16", "window:4,16,16", "random:threshold:-6",
     "random:threshold:-3", "random:threshold:-1", "steps:threshold:-6", "steps:threshold:-3", "steps:threshold:-1",
 )  # fmt: skip
@@ -126,6 +128,7 @@ class Bench:
         """Return uint8 videos (B, 3, F, H, W), and the share of tiles skipped, (B, sites, steps)."""
         setup, model = self.setup, self.setup.model
         family, _, value = method.partition(":")
+        model.order = tile3d_order(*setup.grid, self._block, setup.device) if family == "tile3d" else None
         if family == RENDERED:
             rendered = [scene(prompt).render(setup.size) for prompt, _ in pairs]
             return to_bytes(torch.cat(rendered)).to(setup.device), torch.zeros(len(pairs), 1, 1)
@@ -151,6 +154,10 @@ class Bench:
         if family == "table":
             path = self.setup.tables[value]
             lite_attention.LiteAttentionRegistry.from_model(self.setup.model, mode="load", filename=path)
+
+    @property
+    def _block(self) -> Block:
+        return block_of("tile3d", self.setup.tile_shape[0])
 
     @functools.cached_property
     def _pattern(self) -> Callable[[str], masks.Pattern]:

@@ -27,7 +27,7 @@ from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div, diagonal_tile
 
 RENDERED = "rendered"
-VOTING = ("threshold", "int8", "fp8")  # at a threshold
+VOTING = ("threshold", "tile3d", "int8", "fp8")  # at a threshold
 _FAMILIES = (DENSE, RENDERED, *VOTING, "table", "radial", "spatial-temporal", "window", "random", "steps")
 _OWN_PROMPTS = HOLD_OUT + 2**30  # seeds of scenes that neither the model nor the judge has seen
 CALIBRATION = 1_000_000  # prompts from here on are only calibrated on

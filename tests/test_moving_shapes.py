@@ -187,6 +187,16 @@ def test_prompt_time_and_every_token_matter() -> None:
     )
 
 
+def test_the_order_of_tokens_changes_nothing() -> None:
+    model = tiny_model()
+    video, time, prompt = torch.randn(2, 3, 5, 16, 24), torch.tensor([0.2, 0.9]), scenes(2).prompt()
+    want = model(video, time, prompt)
+    model.order = torch.randperm(5 * 4 * 6)
+    torch.testing.assert_close(model(video, time, prompt), want)
+    model.blocks[0].register_forward_pre_hook(lambda module, args: (args[0].flip(1), *args[1:]))
+    assert not torch.allclose(model(video, time, prompt), want)  # positions and tokens must go together
+
+
 def test_a_config_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="whole heads"):
         Config(width=100, head_dim=64)
