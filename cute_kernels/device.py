@@ -47,7 +47,7 @@ def fma_saturated(a, b, c, *, loc=None, ip=None):
 
 @dsl_user_op
 def pack_bytes(a, b, c, d, *, loc=None, ip=None):
-    """Four float32 from 0 to 1, times 128 and rounded, in one register, the first lowest."""
+    """Four float32 from 0 to 1, times 128 and rounded, in one register, the first lowest. In e4m3 127 is a NaN."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c, d)]
     # In fp16 numbers from 1024 to 2047 end in their integers' bits.
     text = """{ .reg .b32 l, h, factor, base; mov.b32 factor, 0x58005800; mov.b32 base, 0x64006400;

@@ -1,7 +1,8 @@
 """One q-tile in one consumer warpgroup: scores, softmax and votes, values, and the output to memory.
 
-Scores, weights and output live in registers; the weights are the A operand of the second product as they lie. The
-product with V of one tile runs under the softmax of the next, and warpgroups take turns to issue their products.
+Scores, weights and output live in registers, in FP8 sums of the output in shared memory too; the weights are the A
+operand of the second product as they lie. The product with V of one tile runs under the softmax of the next, and
+warpgroups take turns to issue their products.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ FP8_RESCALE_ABOVE = 8.8
 # where e4m3 gets coarse, this is too little, and 0 from 2^-7 on. That matters only where no weight is much larger.
 CODE_ZERO = 7.0 - 0.0576
 CODES_FROM = 0.0
+CODES_UNIT = 2.0**-6  # at most, of a step of the scores: what is rounded then leaves FP8_RESCALE_ABOVE at code 126, 448
 # INT8 scores are summed up on top of this float's bits. A sum moves the mantissa only, so the bits are then those of
 # ZERO + sum, exactly, and no integer is converted.
 ZERO = 12582912.0
@@ -37,7 +38,7 @@ ZERO = 12582912.0
 
 class OnlineSoftmax:
     """State of two rows a thread, in rmem tensors of two: top (maximum so far), shift (what is subtracted, log2 units,
-    at most RESCALE_ABOVE below the top), total (sum of this thread's weights; in FP8 the product with V sums up what is
+    at most `most` below the top), total (sum of this thread's weights; in FP8 the product with V sums up what is
     really multiplied), factor (what the output is scaled by).
 
     A score times `unit` is in log2 units. The unit of INT8 scores differs from tile to tile, so their maxima and the
@@ -110,7 +111,7 @@ class OnlineSoftmax:
             # In each row of the warp, four threads, some weight is large. False for NaN, which a whole row is.
             rows_0 = self.fold(cute.arch.vote_ballot_sync(high_0 - shift[0] >= CODES_FROM))
             rows_1 = self.fold(cute.arch.vote_ballot_sync(high_1 - shift[1] >= CODES_FROM))
-            left = (rows_0 & rows_1 & 0x11111111) == 0x11111111
+            left = ((rows_0 & rows_1 & 0x11111111) == 0x11111111) & (unit <= CODES_UNIT)
         if ~left:
             self.exponentials(x, shift, total, unit)
         return moved, keep, left

@@ -163,6 +163,15 @@ def test_maxima_that_creep_up_keep_weights_below_448() -> None:
         check_step(case)
 
 
+@pytest.mark.parametrize("magnitude", [10.0, 30.0, 100.0])
+def test_large_steps_of_scores_in_fp8(magnitude: float) -> None:
+    """Rounding of large scores must not make a weight's code the one behind 448, which is NaN."""
+    case = make_case(seq_q=300, seq_k=2000, quantization="int8_fp8", threshold=-math.inf)
+    case.q[..., 0] *= magnitude
+    case.k[..., 0] *= magnitude
+    check_step(case)
+
+
 def sqnr(out: torch.Tensor, want: torch.Tensor) -> float:
     return 10 * math.log10(want.double().square().mean() / (out.double() - want.double()).square().mean())
 
