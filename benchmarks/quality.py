@@ -64,7 +64,7 @@ from benchmarks.quality_report import DENSE, FIDELITY, TRUTH, Record, Results, V
 from examples.moving_shapes.judge import Judge, load_judge, measure, path_distance
 from examples.moving_shapes.model import Config, VideoDiT, load_weights
 from lite_attention import masks
-from lite_attention.token_order import Block, block_of, tile3d_order
+from lite_attention.token_order import block_of, tile3d_order
 
 METHODS = (
     RENDERED, DENSE, *(f"threshold:{t}" for t in ("-inf", "-6", "-4", "-3", "-2", "-1", "-3,4", "-1,4")),
@@ -128,7 +128,9 @@ class Bench:
         """Return uint8 videos (B, 3, F, H, W), and the share of tiles skipped, (B, sites, steps)."""
         setup, model = self.setup, self.setup.model
         family, _, value = method.partition(":")
-        model.order = tile3d_order(*setup.grid, self._block, setup.device) if family == "tile3d" else None
+        model.order = None
+        if family == "tile3d":
+            model.order = tile3d_order(*setup.grid, block_of("tile3d", setup.tile_shape[0]), setup.device)
         if family == RENDERED:
             rendered = [scene(prompt).render(setup.size) for prompt, _ in pairs]
             return to_bytes(torch.cat(rendered)).to(setup.device), torch.zeros(len(pairs), 1, 1)
@@ -154,10 +156,6 @@ class Bench:
         if family == "table":
             path = self.setup.tables[value]
             lite_attention.LiteAttentionRegistry.from_model(self.setup.model, mode="load", filename=path)
-
-    @property
-    def _block(self) -> Block:
-        return block_of("tile3d", self.setup.tile_shape[0])
 
     @functools.cached_property
     def _pattern(self) -> Callable[[str], masks.Pattern]:

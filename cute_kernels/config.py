@@ -114,8 +114,8 @@ class KernelConfig:
     @property
     def registers_needed(self) -> int:
         """Scores and output in float32, weights in 16 or 8 bits, and the rest."""
-        weights, others = (self.tile_n // 8, _OTHER_REGISTERS - 4) if self.fp8 else (self.tile_n // 4, _OTHER_REGISTERS)
-        return self.tile_n // 2 + self.value_columns // 2 + weights + others
+        weights = self.tile_n // (8 if self.fp8 else 4)
+        return self.tile_n // 2 + self.value_columns // 2 + weights + _OTHER_REGISTERS
 
     @property
     def promoted_sums(self) -> int:

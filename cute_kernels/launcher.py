@@ -17,9 +17,9 @@ from lite_attention.cute_kernels.config import (
     QuantizeConfig,
 )
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
-from lite_attention.ops.quantize import FP8_KEYS, LARGEST_FP8, QUERY_ROWS
+from lite_attention.ops.quantize import LARGEST_FP8, QUERY_ROWS, empty_quantized, empty_quantized_value
 from lite_attention.ops.reference import LOG2_E, empty_output
-from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, allowed_in_tiles, ceil_div, tile_shape
+from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, QUANTIZATIONS, allowed_in_tiles, ceil_div, tile_shape
 from lite_attention.ops.validate import (
     CallSignature,
     TensorSignature,
@@ -304,7 +304,7 @@ def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torc
 def _check_quantizable(op: str, x: torch.Tensor) -> list[int]:
     """Return the keys of a tile, by quantization, if there are kernels for queries, keys or values like these."""
     _check_supported(op, x.shape[3], x.shape[3], x.dtype, x.device)
-    tiles = [tile_shape(x.shape[3], x.dtype, x.device, quantization)[1] for quantization in ("int8", "int8_fp8")]
+    tiles = [tile_shape(x.shape[3], x.dtype, x.device, quantization)[1] for quantization in QUANTIZATIONS[1:]]
     return list(dict.fromkeys(tiles))
 
 
@@ -328,8 +328,7 @@ def _quantize_query(
     q: torch.Tensor, mean: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, seq, heads, _ = q.shape
-    values = q.new_empty(q.shape, dtype=torch.int8)
-    scales = q.new_empty((batch, heads, ceil_div(seq, QUERY_ROWS)), dtype=torch.float32)
+    values, scales = empty_quantized(q, QUERY_ROWS)
     lse_shift = q.new_empty((batch, heads, seq), dtype=torch.float32)
     kernel = _quantizer("quantize_query", q, QUERY_ROWS)
     _run(kernel, q.device, q, mean, None, values, scales, lse_shift, scale)
@@ -339,9 +338,7 @@ def _quantize_query(
 def _quantize_key(
     k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, tile_n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, seq, heads, _ = k.shape
-    values = k.new_empty(k.shape, dtype=torch.int8)
-    scales = k.new_empty((batch, heads, ceil_div(seq, tile_n)), dtype=torch.float32)
+    values, scales = empty_quantized(k, tile_n)
     kernel = _quantizer("quantize_key", k, tile_n, key_mask)
     _run(kernel, k.device, k, mean, _bytes(key_mask), values, scales, None, 1.0)
     return values, scales
@@ -352,8 +349,7 @@ def _quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[tor
     parts = v.new_empty((batch, heads, ceil_div(seq, KEY_CHUNK), head_dim), dtype=torch.float32)
     _run(_quantizer("value_max", v, KEY_CHUNK, key_mask), v.device, v, _bytes(key_mask), parts)
     largest = parts.amax(2)
-    shape = (batch, heads, head_dim, ceil_div(seq, FP8_KEYS) * FP8_KEYS)
-    values = v.new_empty(shape, dtype=torch.float8_e4m3fn)
+    values = empty_quantized_value(v)
     kernel = _quantizer("quantize_value", v, VALUE_BLOCK, key_mask)
     _run(kernel, v.device, v, largest, _bytes(key_mask), values.view(torch.uint8))  # DLPack of old has no FP8
     return values, largest / LARGEST_FP8

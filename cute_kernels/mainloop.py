@@ -144,8 +144,8 @@ class Mainloop:
             k_pipe.consumer_release(state)
             if entry > TILE_BITS:
                 self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-            _, _, left = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
-            self.softmax.convert(x, words, shift, unit, left)
+            _, _, as_codes = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
+            self.softmax.convert(x, words, shift, unit, as_codes)
             for n in cutlass.range(1, count, unroll=1):
                 before = state.clone()
                 state.advance()
@@ -162,10 +162,10 @@ class Mainloop:
                 j = entry & TILE_BITS
                 if entry > TILE_BITS:
                     self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-                moved, keep, left = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
+                moved, keep, as_codes = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
-                self.softmax.convert(x, words, shift, unit, left)
+                self.softmax.convert(x, words, shift, unit, as_codes)
                 if const_expr(self.config.fp8):
                     self.take_totals(out, total, factor)
                     if n % self.promoted_tiles == 0:

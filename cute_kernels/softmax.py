@@ -29,6 +29,7 @@ FP8_RESCALE_ABOVE = 8.8
 # much, and less what that is on average (log2 units) at most 4 % off, e4m3 itself being up to 6 % off. Below 2^-6,
 # where e4m3 gets coarse, this is too little, and 0 from 2^-7 on. That matters only where no weight is much larger.
 CODE_ZERO = 7.0 - 0.0576
+OCTAVES = 128 // 8  # of all codes of one sign
 CODES_FROM = 0.0
 CODES_UNIT = 2.0**-6  # at most, of a step of the scores: what is rounded then leaves FP8_RESCALE_ABOVE at code 126, 448
 # INT8 scores are summed up on top of this float's bits. A sum moves the mantissa only, so the bits are then those of
@@ -51,7 +52,7 @@ class OnlineSoftmax:
         self.pack = pack
         self.vote = config.skip
         self.int8 = config.int8
-        self.fp8, self.sums = config.fp8, not config.fp8
+        self.fp8 = config.fp8
         self.first, self.most = (FP8_TOP, FP8_RESCALE_ABOVE) if config.fp8 else (0.0, RESCALE_ABOVE)
 
     @cute.jit
@@ -85,14 +86,14 @@ class OnlineSoftmax:
 
         Returns:
             Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile;
-            whether scores are still scores.
+            whether the scores are still there, to become codes.
         """
         high_0, high_1 = self.row_high(x, 0, unit), self.row_high(x, 1, unit)
         keep = Boolean(True)
         if cutlass.const_expr(self.vote):
             # Negated, so that a NaN keeps. `reach` is NaN where nothing may be skipped.
             keep = (votes_0 & ~(high_0 - top[0] <= reach)) | (votes_1 & ~(high_1 - top[1] <= reach))
-        moved, left = Boolean(False), Boolean(False)
+        moved, as_codes = Boolean(False), Boolean(False)
         if cutlass.const_expr(self.fp8):
             factor.fill(1.0)
         if cute.arch.vote_any_sync(~(high_0 <= top[0]) | ~(high_1 <= top[1])):
@@ -111,10 +112,10 @@ class OnlineSoftmax:
             # In each row of the warp, four threads, some weight is large. False for NaN, which a whole row is.
             rows_0 = self.fold(cute.arch.vote_ballot_sync(high_0 - shift[0] >= CODES_FROM))
             rows_1 = self.fold(cute.arch.vote_ballot_sync(high_1 - shift[1] >= CODES_FROM))
-            left = ((rows_0 & rows_1 & 0x11111111) == 0x11111111) & (unit <= CODES_UNIT)
-        if ~left:
+            as_codes = ((rows_0 & rows_1 & 0x11111111) == 0x11111111) & (unit <= CODES_UNIT)
+        if ~as_codes:
             self.exponentials(x, shift, total, unit)
-        return moved, keep, left
+        return moved, keep, as_codes
 
     @cute.jit
     def fold(self, bits):
@@ -132,9 +133,9 @@ class OnlineSoftmax:
                 e, f = element(half, i), element(half, i + 1)
                 x[e] = cute.math.exp2(x[e] * unit - offset, fastmath=True)
                 x[f] = cute.math.exp2(x[f] * unit - offset, fastmath=True)
-                if cutlass.const_expr(self.sums):
+                if cutlass.const_expr(not self.fp8):
                     a, b = a + x[e], b + x[f]
-            if cutlass.const_expr(self.sums):
+            if cutlass.const_expr(not self.fp8):
                 total[half] = a + b
 
     @cute.jit
@@ -159,13 +160,13 @@ class OnlineSoftmax:
         return max_nan(a, b)
 
     @cute.jit
-    def convert(self, x, words, shift, unit: Float32, left: Boolean):
+    def convert(self, x, words, shift, unit: Float32, as_codes: Boolean):
         """Weights to 16 or 8 bits: the order of the accumulator is that of the next operand.
 
         In FP8 four columns of a row are a register, and lie in the operand where V has its keys permuted to.
         """
         if cutlass.const_expr(self.fp8):
-            if left:
+            if as_codes:
                 self.codes(x, words, shift, unit)
             else:
                 for w in cutlass.range_constexpr(self.columns // 2):
@@ -178,9 +179,9 @@ class OnlineSoftmax:
     @cute.jit
     def codes(self, x, words, shift, unit: Float32):
         """Scores to weights in e4m3 without an exponential, see CODE_ZERO."""
-        offsets = [(CODE_ZERO - self.offset(shift[half], unit)) * 0.0625 for half in range(2)]
+        offsets = [(CODE_ZERO - self.offset(shift[half], unit)) / OCTAVES for half in range(2)]
         for w in cutlass.range_constexpr(self.columns // 2):
-            words[w] = pack_bytes(*[fma_saturated(x[e], unit * 0.0625, offsets[w % 2]) for e in four_weights(w)])
+            words[w] = pack_bytes(*[fma_saturated(x[e], unit / OCTAVES, offsets[w % 2]) for e in four_weights(w)])
 
     @cute.jit
     def clear(self, x):

@@ -44,6 +44,8 @@ __all__ = [
     "QUANTIZE_VALUE_SCHEMA",
     "QUERY_ROWS",
     "dequantized",
+    "empty_quantized",
+    "empty_quantized_value",
     "key_mean",
     "key_mean_fake",
     "quantize_key",
@@ -79,11 +81,8 @@ def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         ValueError: an argument does not fit.
     """
     check_keys(k, key_mask)
-    count: int | torch.Tensor = k.shape[1]
-    if key_mask is not None:
-        k = torch.where(key_mask[..., None, None], k, 0)
-        count = key_mask.sum(1).clamp(min=1)[:, None, None]
-    return (k.sum(1, dtype=torch.float64) / count).to(torch.float32)  # the same for any strides
+    count = k.shape[1] if key_mask is None else key_mask.sum(1).clamp(min=1)[:, None, None]
+    return (_allowed(k, key_mask).sum(1, dtype=torch.float64) / count).to(torch.float32)  # the same for any strides
 
 
 def quantize_query(
@@ -112,8 +111,7 @@ def quantize_key(
     """
     check_quantize_key(k, mean, key_mask, tile_n)
     k = k.to(torch.float32) - mean.unsqueeze(1)
-    counted = k.abs() if key_mask is None else torch.where(key_mask[..., None, None], k.abs(), 0)
-    return _quantized(k, counted, tile_n)
+    return _quantized(k, _allowed(k.abs(), key_mask), tile_n)
 
 
 def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,14 +121,17 @@ def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torc
         ValueError: an argument does not fit.
     """
     check_values(v, key_mask)
-    v = v.to(torch.float32)
-    if key_mask is not None:
-        v = torch.where(key_mask[..., None, None], v, 0)
+    v = _allowed(v.to(torch.float32), key_mask)
     largest = v.abs().amax(1)
     values = _scaled(v, _factors(largest, LARGEST_FP8).unsqueeze(1), LARGEST_FP8).permute(0, 2, 3, 1)
     values = torch.nn.functional.pad(values, (0, -v.shape[1] % FP8_KEYS))
     values = values.unflatten(3, (-1, *_KEYS_OF_16)).transpose(4, 5).flatten(3)
     return values.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), largest / LARGEST_FP8
+
+
+def _allowed(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return x [B, Sk, Hkv, D] with 0 for excluded keys, whatever they hold."""
+    return x if key_mask is None else torch.where(key_mask[..., None, None], x, 0)
 
 
 def _quantized(x: torch.Tensor, magnitudes: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +215,7 @@ def quantize_query_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return an empty result of `quantize_query`."""
     check_queries(q, mean, scale)
-    values, scales = _empty_quantized(q, QUERY_ROWS)
+    values, scales = empty_quantized(q, QUERY_ROWS)
     return values, scales, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
@@ -223,18 +224,26 @@ def quantize_key_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return an empty result of `quantize_key`."""
     check_quantize_key(k, mean, key_mask, tile_n)
-    return _empty_quantized(k, tile_n)
+    return empty_quantized(k, tile_n)
 
 
 def quantize_value_fake(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return an empty result of `quantize_value`."""
     check_values(v, key_mask)
-    batch, seq, heads, dim = v.shape
-    values = v.new_empty((batch, heads, dim, ceil_div(seq, FP8_KEYS) * FP8_KEYS), dtype=torch.float8_e4m3fn)
-    return values, v.new_empty((batch, heads, dim), dtype=torch.float32)
+    return empty_quantized_value(v), v.new_empty((v.shape[0], *v.shape[2:]), dtype=torch.float32)
 
 
-def _empty_quantized(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+# ---- empty results, of the fakes and of the CUDA kernels -----------------------------------------------------------
+
+
+def empty_quantized(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return empty values and scales of queries or keys [B, S, H, D], of which so many rows share a scale."""
     batch, seq, heads, _ = x.shape
     scales = x.new_empty((batch, heads, ceil_div(seq, rows)), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scales
+
+
+def empty_quantized_value(v: torch.Tensor) -> torch.Tensor:
+    """Return empty FP8 values of v [B, Sk, Hkv, D]."""
+    batch, seq, heads, dim = v.shape
+    return v.new_empty((batch, heads, dim, ceil_div(seq, FP8_KEYS) * FP8_KEYS), dtype=torch.float8_e4m3fn)

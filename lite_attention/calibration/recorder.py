@@ -32,7 +32,7 @@ THRESHOLDS = (
 )
 
 Choose = Callable[[Place, Curve], torch.Tensor]  # returns the choice of each head, [heads]
-QUERIES = 2000  # or more, whose tiles are measured at a call of many, unless a stride is given
+QUERIES = 2000  # of a head, at least, whose rows of tiles are measured at a call, unless a stride is given
 HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
 
 _State = tuple[str, int, int]  # site, number of the state among those of that name, slot

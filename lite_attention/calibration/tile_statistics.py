@@ -138,12 +138,13 @@ def measure_tiles(
     pieces = _pieces(q, k, v, excluded, rows.clamp(max=seq_q - 1), to_log2, dtype, tile_n)
     peaks, parts, left_out = _measured(pieces, choice, rows < seq_q, dtype, never, metric, min(stride, _APART))
     parts, left_out = (x.unflatten(-2, (batch, heads)).sum(-3).mT for x in (parts, left_out))
-    order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in range(0, q_tiles, stride)])
+    visits = [visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in range(0, q_tiles, stride)]
+    order = torch.tensor(visits, device=device)
 
     def votes(skipped: torch.Tensor) -> torch.Tensor:
         skipped = skipped[:, :, ::stride]
         visited = some_allowed & ~(skipped & free)
-        margins = _margins(peaks, visited.flatten(0, 1), order.to(device))
+        margins = _margins(peaks, visited.flatten(0, 1), order)
         return choices((torch.bucketize(margins, grid) + 1).to(torch.uint8).view_as(skipped), skipped)
 
     return TileStatistics(parts, left_out, batch * len(rows) * k_tiles, votes)
