@@ -39,21 +39,41 @@ def pack_e4m3(a, b, c, d, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def fma_saturated(a, b, c, *, loc=None, ip=None):
-    """a * b + c, at least 0 and at most 1; 0 for NaN."""
-    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
-    return Float32(_assembly(T.f32(), operands, "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f"))
+def multiply_add(a, b, c, *, loc=None, ip=None):
+    """a * b + c, the low 32 bits, in one instruction: the compiler would take a factor out of a sum of products."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Int32(_assembly(T.i32(), operands, "mad.lo.s32 $0, $1, $2, $3;", "=r,r,r,r"))
 
 
 @dsl_user_op
-def pack_bytes(a, b, c, d, *, loc=None, ip=None):
-    """Four float32 from 0 to 1, times 128 and rounded, in one register, the first lowest. In e4m3 127 is a NaN."""
-    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c, d)]
-    # In fp16 numbers from 1024 to 2047 end in their integers' bits.
-    text = """{ .reg .b32 l, h, factor, base; mov.b32 factor, 0x58005800; mov.b32 base, 0x64006400;
-        cvt.rn.f16x2.f32 l, $2, $1; fma.rn.f16x2 l, l, factor, base;
-        cvt.rn.f16x2.f32 h, $4, $3; fma.rn.f16x2 h, h, factor, base; prmt.b32 $0, l, h, 0x6420; }"""
-    return Int32(_assembly(T.i32(), operands, text, "=r,f,f,f,f"))
+def add_pairs(a, b, dtype, *, loc=None, ip=None):
+    """Sums of two pairs of bf16 or fp16."""
+    kind = {"bf16": "bf16x2", "fp16": "f16x2"}[dtype]
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    return Int32(_assembly(T.i32(), operands, f"add.rn.{kind} $0, $1, $2;", "=r,r,r"))
+
+
+@dsl_user_op
+def sum_of_pair(pair, dtype, *, loc=None, ip=None):
+    """Sum of two bf16 or fp16, in float32."""
+    kind = {"bf16": "bf16", "fp16": "f16"}[dtype]
+    text = f"{{ .reg .b16 l, h; .reg .f32 a, b; mov.b32 {{l, h}}, $1; cvt.f32.{kind} a, l; cvt.f32.{kind} b, h; "
+    operand = Int32(pair).ir_value(loc=loc, ip=ip)
+    return Float32(_assembly(T.f32(), [operand], text + "add.f32 $0, a, b; }", "=f,r"))
+
+
+def sum_of_pairs(pairs, dtype):
+    """Sum of pairs of bf16 or fp16: of the pairs as they are, by twos, so that few roundings meet; then in float32."""
+    while len(pairs) > 1:
+        odd = pairs[-1:] if len(pairs) % 2 else []
+        pairs = [add_pairs(a, b, dtype) for a, b in zip(pairs[::2], pairs[1::2], strict=False)] + odd
+    return sum_of_pair(pairs[0], dtype)
+
+
+@dsl_user_op
+def to_int(x, *, loc=None, ip=None):
+    """The nearest integer; beyond int32 the last one there, 0 for NaN."""
+    return Int32(_assembly(T.i32(), [Float32(x).ir_value(loc=loc, ip=ip)], "cvt.rni.s32.f32 $0, $1;", "=r,f"))
 
 
 @dsl_user_op
@@ -73,9 +93,28 @@ def round_to_int8(a, b, c, d, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def add_squares(four, total, *, loc=None, ip=None):
+    """The total, and the squares of the four int8 of a register."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (four, total)]
+    return Int32(_assembly(T.i32(), operands, "dp4a.s32.s32 $0, $1, $1, $2;", "=r,r,r"))
+
+
+@dsl_user_op
 def as_float(bits, *, loc=None, ip=None):
     """The float32 whose bits these are."""
     return Float32(llvm.bitcast(T.f32(), Int32(bits).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@dsl_user_op
+def as_int(x, *, loc=None, ip=None):
+    """The bits of a float32."""
+    return Int32(llvm.bitcast(T.i32(), Float32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@cute.jit
+def uniform_float(x: Float32) -> Float32:
+    """A float32 that all threads of a warp have, said so."""
+    return as_float(cute.arch.make_warp_uniform(as_int(x)))
 
 
 @cute.jit

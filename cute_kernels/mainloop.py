@@ -39,7 +39,7 @@ class Mainloop:
         atom = cute.make_mma_atom(mma.op)
         warpgroup.fence()
         for kk in cutlass.range_constexpr(cute.size(rq, mode=[2])):
-            atom.set(warpgroup.Field.ACCUMULATE, self.config.int8 or kk != 0)
+            atom.set(warpgroup.Field.ACCUMULATE, kk != 0)
             cute.gemm(atom, scores, rq[None, None, kk], rk[None, None, kk, stage], scores)
         warpgroup.commit_group()
 
@@ -101,6 +101,14 @@ class Mainloop:
         return unit
 
     @cute.jit
+    def bound(self, norm: Float32, tile_norms, stage) -> Float32:
+        """What no score of a tile exceeds in magnitude, in log2 units; of use for integers."""
+        bound = norm
+        if const_expr(self.config.int8):
+            bound = norm * tile_norms[stage]
+        return bound
+
+    @cute.jit
     def wait_turn(self, group):
         """Wait until the warpgroup before has issued its products."""
         cute.arch.barrier(barrier_id=2 + group, number_of_threads=256)
@@ -113,19 +121,18 @@ class Mainloop:
     @cute.jit
     def attend(
         self, qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
-        state, entries, tile_scales, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32,
-        reach: Float32, votes_0: Boolean, votes_1: Boolean,
+        state, entries, tile_scales, tile_norms, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32,
+        scale: Float32, norm: Float32, reach: Float32, votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
-        x = cute.recast_tensor(scores, Float32)
         words = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
         factor, sums_shift = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        origin = cute.make_rmem_tensor(2, Int32)
         out.fill(0.0)
         top.fill(-Float32.inf)
         shift.fill(-1e30)
         factor.fill(1.0)
         total.fill(0.0)
-        self.softmax.clear(x)
         if const_expr(self.config.fp8):
             sums_shift.fill(-1e30)
             zeros = cute.make_rmem_tensor(4, Float32)
@@ -135,7 +142,7 @@ class Mainloop:
         if count > 0:
             k_pipe.consumer_wait(state)
             entry = cute.arch.make_warp_uniform(entries[state.index])
-            unit = self.unit(scale, tile_scales, state.index)
+            unit, bound = self.unit(scale, tile_scales, state.index), self.bound(norm, tile_norms, state.index)
             j = entry & TILE_BITS
             if const_expr(self.config.skip):
                 kept[j] = Uint8(1)  # the first tile always is
@@ -143,15 +150,18 @@ class Mainloop:
             warpgroup.wait_group(0)
             k_pipe.consumer_release(state)
             if entry > TILE_BITS:
-                self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-            _, _, as_codes = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
-            self.softmax.convert(x, words, shift, unit, as_codes)
+                self.softmax.exclude(scores, j * self.config.tile_n, seq_k, key_bits, batch)
+            _, _, slope, clamp = self.softmax.step(
+                scores, top, shift, total, factor, origin, unit, bound, entry > TILE_BITS, reach, votes_0, votes_1
+            )
+            self.softmax.convert(scores, words, origin, slope, clamp)
             for n in cutlass.range(1, count, unroll=1):
                 before = state.clone()
                 state.advance()
                 k_pipe.consumer_wait(state)
                 entry = cute.arch.make_warp_uniform(entries[state.index])
-                unit = self.unit(scale, tile_scales, state.index)
+                unit, bound = self.unit(scale, tile_scales, state.index), self.bound(norm, tile_norms, state.index)
+                self.softmax.add_up(words, total)
                 self.wait_turn(group)
                 self.issue_qk(qk_mma, scores, rq, rk, state.index)  # scores of this tile
                 v_pipe.consumer_wait(before)
@@ -161,11 +171,13 @@ class Mainloop:
                 k_pipe.consumer_release(state)
                 j = entry & TILE_BITS
                 if entry > TILE_BITS:
-                    self.softmax.exclude(x, j * self.config.tile_n, seq_k, key_bits, batch)
-                moved, keep, as_codes = self.softmax.step(x, top, shift, total, factor, unit, reach, votes_0, votes_1)
+                    self.softmax.exclude(scores, j * self.config.tile_n, seq_k, key_bits, batch)
+                moved, keep, slope, clamp = self.softmax.step(
+                    scores, top, shift, total, factor, origin, unit, bound, entry > TILE_BITS, reach, votes_0, votes_1
+                )
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
-                self.softmax.convert(x, words, shift, unit, as_codes)
+                self.softmax.convert(scores, words, origin, slope, clamp)
                 if const_expr(self.config.fp8):
                     self.take_totals(out, total, factor)
                     if n % self.promoted_tiles == 0:
@@ -180,6 +192,7 @@ class Mainloop:
         q_pipe.consumer_release(q_state)
         if count > 0:
             v_pipe.consumer_wait(state)
+            self.softmax.add_up(words, total)
             self.issue_pv(pv_mma, out, p, rv, state.index)
             warpgroup.wait_group(0)
             v_pipe.consumer_release(state)
