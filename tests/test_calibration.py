@@ -274,6 +274,39 @@ def parts(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, Sampler, 
 Parts = tuple[nn.Module, Sampler, dict[str, Any]]
 
 
+@pytest.fixture
+def unlike(monkeypatch: pytest.MonkeyPatch) -> Parts:
+    """Two sites of 4 heads and of 2, whose head dims have tiles of their own: 5 x 5 of them, and 3 x 10."""
+    monkeypatch.setattr("lite_attention.compile.settings.tile_shape", lambda dim, *_: {8: (16, 16), 16: (32, 8)}[dim])
+    model = Toy(layers=2)
+    model.blocks[0].attn1.heads = model.blocks[0].attn1.kv_heads = 4
+    return model, Sampler(model, context(seq=5), seq=80), {}
+
+
+def test_sites_weigh_as_much_as_all_their_tiles(unlike: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them are measured."""
+    model, sampler, _ = unlike
+    monkeypatch.setattr(recorder, "QUERIES", 32)  # 3 of 5 rows of tiles, and 1 of 3
+    with Calibration(model, target_error=BOUND, num_steps=STEPS) as calibration:
+        sampler()
+    table = calibration.table()
+    with Verification(model, table, num_steps=STEPS) as verification:
+        sampler()
+    assert {site: threshold.shape for site, threshold in table.items()} == {
+        "blocks.0.attn1": (2, STEPS, 4),
+        "blocks.1.attn1": (2, STEPS, 2),
+    }
+    for report in (calibration.report, verification.report):
+        assert {row.site: (row.tiles, len(row.error)) for row in report.rows} == {
+            "blocks.0.attn1": (25, 4),
+            "blocks.1.attn1": (30, 2),
+        }
+        left_out = {site: sum(r.sparsity.sum() for r in report.rows if r.site == site) for site in table}
+        whole = (25 * left_out["blocks.0.attn1"] + 30 * left_out["blocks.1.attn1"]) / (25 * 4 + 30 * 2) / (2 * STEPS)
+        assert report["sparsity"] == pytest.approx(float(whole))
+        assert 0.01 < report["sparsity"] < 0.9
+
+
 def dense_outputs(parts: Parts) -> list[torch.Tensor]:
     model, sampler, settings = parts
     with recorder.AttentionProbe(model, STEPS, **settings) as probe:

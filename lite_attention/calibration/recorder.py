@@ -162,8 +162,10 @@ class Recorder(_Measurement):
             q, k, v, call.skipped, voted, must_do, key_mask, thresholds=self.thresholds, metric=self.metric,
             stride=stride, **call.kwargs,
         )  # fmt: skip
-        curve = Curve(error_of(self.metric, found.parts).cpu(), found.left_out.cpu(), float(found.tiles))
-        curve = self._merged(call, curve)
+        tiles = float(call.skipped[:, 0].numel())
+        # As many as in all rows: sites of other lengths or tiles measure another share of theirs.
+        left_out = found.left_out.cpu() * (tiles / found.tiles)
+        curve = self._merged(call, Curve(error_of(self.metric, found.parts).cpu(), left_out, tiles))
         skipped = call.skipped.clone()
         if voted is not None:
             choice = self._choice(call.place, curve).to(voted.device)
