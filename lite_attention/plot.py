@@ -83,7 +83,7 @@ def skip_maps(
     Args:
         model_or_states: a model or pipeline that has run, or a dict of `SkipState` by site name.
         sites: their names, as `report` prints them; None = four, spread evenly.
-        heads: their numbers; None = the first four.
+        heads: their numbers; None = the first four, or as many as all of the sites have.
         slot: the branch; 0 is the first that ran.
         path: where to save it; None = nowhere.
 
@@ -94,7 +94,8 @@ def skip_maps(
     if not states:
         raise ValueError("model_or_states: expected sites that have run, got none")
     sites = _spread(list(states)) if sites is None else sites
-    heads = range(min(_SHOWN, *(state.capacity[1] for state in states.values()))) if heads is None else heads
+    counts = [states[site].capacity[1] for site in sites if site in states]
+    heads = range(min([_SHOWN, *counts])) if heads is None else heads
     unknown = [site for site in sites if site not in states]
     if unknown or not sites or not heads:
         raise ValueError(f"sites, heads: expected some, sites out of {list(states)}, got {list(sites)}, {list(heads)}")

@@ -72,6 +72,20 @@ def test_skip_maps_of_states_show_only_the_tiles_of_the_last_call() -> None:
     assert figure.get_supylabel() == "4 query tiles"
 
 
+def test_skip_maps_of_sites_that_differ_in_heads_and_tiles() -> None:
+    states = {}
+    for heads, tile_n in ((6, 64), (3, 32)):
+        q = torch.randn(1, 200, heads, 8)
+        state = states[f"{heads} heads"] = SkipState.for_inputs(q, q, tile_m=64, tile_n=tile_n, threshold=-1.0)
+        skip_attention(q, q, q, state)
+    figure = plot.skip_maps(states)
+    assert [_image(axes).shape for axes in figure.axes] == [(4, 4)] * 3 + [(4, 7)] * 3
+    assert figure.get_supxlabel() == "4 to 7 key tiles"
+    assert len(plot.skip_maps(states, sites=["6 heads"]).axes) == 4
+    with pytest.raises(ValueError, match=r"below 2 and 3 for 3 heads, got 0 and \[0, 5\]"):
+        plot.skip_maps(states, heads=[0, 5])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
