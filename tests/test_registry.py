@@ -426,6 +426,39 @@ def test_the_real_calibration(make: Callable[[], nn.Module], tmp_path: Path) -> 
         assert torch.equal(state.skip_mask, _states(model)[site].skip_mask)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_sites_may_differ_in_heads_and_tiles(compile: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {8: (16, 16), 16: (32, 8)}  # by head dim
+    monkeypatch.setattr("lite_attention.compile.settings.tile_shape", lambda dim, *_: tiles[dim])
+
+    def enabled() -> nn.Module:
+        model = _enabled(compile, tile_shape=None)
+        model.blocks[0].attn1.heads = model.blocks[0].attn1.kv_heads = 4
+        return model
+
+    path, model, other = tmp_path / "a.toml", enabled(), enabled()
+    registry = from_model(model, "calib", filename=path, calib_config={"target_error": 0.05})
+    for step in range(STEPS):
+        _run(model, step)
+    registry.save_if_calib()
+    table = ThresholdTable.load(path)
+    assert table.tile_shapes == dict(zip(SITES, tiles.values(), strict=True))
+    registry = from_model(other, "load", filename=path)
+    for step in range(STEPS):
+        assert torch.equal(_run(model, step), _run(other, step))
+    registry.check()
+    assert [state.capacity[1] for state in _states(other).values()] == [4, 2]
+    assert min(state.sparsity() for state in _states(other).values()) > 0.03
+    for site, threshold in _thresholds(other).items():
+        assert torch.equal(threshold[:1], table.thresholds[site].expand(1, *threshold.shape[1:]))
+
+    tiles[16] = (16, 16)
+    changed = enabled()
+    _run(changed)
+    with pytest.raises(ValueError, match=rf"tile shape: \(32, 8\) in the file, \(16, 16\) in the model: {SITES[1]}$"):
+        from_model(changed, "load", filename=path)
+
+
 # ---- what it refuses -----------------------------------------------------------------------------------------------
 
 
