@@ -130,7 +130,8 @@ class Bench:
         family, _, value = method.partition(":")
         model.order = None
         if family == "tile3d":
-            model.order = tile3d_order(*setup.grid, block_of("tile3d", setup.tile_shape[0]), setup.device)
+            tile_m = max(tile_m for tile_m, _ in setup.tile_shapes.values())  # there is only one up to head dim 128
+            model.order = tile3d_order(*setup.grid, block_of("tile3d", tile_m), setup.device)
         if family == RENDERED:
             rendered = [scene(prompt).render(setup.size) for prompt, _ in pairs]
             return to_bytes(torch.cat(rendered)).to(setup.device), torch.zeros(len(pairs), 1, 1)
@@ -236,7 +237,7 @@ def calibrate(setup: Setup, target: str, path: Path, prompts: int, held_out: int
     reached = {f"{name} {key}": value for name in ("calibration", "verification", "held_out")
                for key, value in getattr(found, name).items()}  # fmt: skip
     table = lite_attention.ThresholdTable(
-        found.table, tile_shapes=dict.fromkeys(found.table, setup.tile_shape), num_steps=setup.steps,
+        found.table, tile_shapes=setup.tile_shapes, num_steps=setup.steps,
         resolution=setup.size, metric="L1", target_error=goal.get("target_error"), reached=reached,
         model_class=type(setup.model).__name__, date=datetime.date.today().isoformat(),
     )  # fmt: skip
@@ -257,9 +258,10 @@ def markdown(
         f"{prompts} prompts x {seeds} seeds, {size} (frames x height x width), {results.about['tokens']} tokens, "
         f"{results.about['steps']} steps, guidance {results.about['guidance']}; {where}.",
         "",
-        "`skipped` is the mean over steps, the first one included; `attention computed` counts tiles against dense "
-        f"attention with {results.about['steps']} steps. In brackets: 95 % intervals, bootstrapped over prompts with "
-        "all their seeds, not corrected for how many there are.",
+        "`skipped` is the share of tiles, the mean over blocks, which all cost the same, and over steps, the first one "
+        f"included; `attention computed` is held against dense attention with {results.about['steps']} steps. In "
+        "brackets: 95 % intervals, bootstrapped over prompts with all their seeds, not corrected for how many there "
+        "are.",
         "",
         "## Fidelity to the dense video of the same prompt and seed",
         "",
@@ -297,7 +299,7 @@ def tiny() -> tuple[VideoDiT, Judge]:
     """Return an untrained model whose every part matters, and an untrained judge."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = VideoDiT(Config(width=64, layers=2, head_dim=32, mlp_ratio=2, cross_width=32))
+        model = VideoDiT(Config(width=64, layers=2, head_dims=(16, 32), mlp_ratio=2, cross_width=32))
         for parameter in model.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -361,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()[:12] if args.weights else "untrained"
     about = {
         "weights": weights, "model": asdict(model.config), "size": args.size, "tokens": math.prod(setup.grid),
-        "steps": args.steps, "guidance": args.guidance, "tile": setup.tile_shape,
+        "steps": args.steps, "guidance": args.guidance, "tiles": setup.tile_shapes,
         "dtype": str(model.to_patch.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU",
         "date": datetime.date.today().isoformat(),

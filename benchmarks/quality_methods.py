@@ -72,9 +72,16 @@ class Setup:
         return frames, height // PATCH, width // PATCH
 
     @property
-    def tile_shape(self) -> tuple[int, int]:
-        weight = self.model.to_patch.weight
-        return self.tile or tile_shape(self.model.config.head_dim, weight.dtype, weight.device)
+    def sites(self) -> list[str]:
+        """Names of the self-attention, in the order of the calls."""
+        return [f"blocks.{block}.self_attention" for block in range(len(self.model.blocks))]
+
+    @property
+    def tile_shapes(self) -> dict[str, tuple[int, int]]:
+        """Tiles by site, where nothing is quantised."""
+        weight, dims = self.model.to_patch.weight, self.model.config.head_dim_of_blocks
+        shapes = [self.tile or tile_shape(dim, weight.dtype, weight.device) for dim in dims]
+        return dict(zip(self.sites, shapes, strict=True))
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------
@@ -139,6 +146,8 @@ def to_floats(video: torch.Tensor) -> torch.Tensor:
 
 class SkipShares:
     """Notes which share of its tiles each site skips in each step of a generation.
+
+    All sites cost the same when they skip nothing: whatever their head dims, their heads make up the same width.
 
     Args:
         model: given to `enable`.
@@ -227,9 +236,9 @@ def head_classes(setup: Setup, pattern: masks.Pattern) -> dict[str, torch.Tensor
     lite_attention.disable(setup.model)
     with _HeadClasses(pattern) as classes:
         sample(setup, [(CALIBRATION, 0)], setup.steps)
-    sites = [f"blocks.{i}.self_attention" for i in range(len(setup.model.blocks))]
-    by_site = torch.stack(classes.found).view(-1, len(sites), classes.found[0].numel()).float().mean(0) > 0.5
-    return {site: of_site.long() for site, of_site in zip(sites, by_site, strict=True)}
+    count = len(setup.sites)
+    calls = {site: torch.stack(classes.found[i::count]) for i, site in enumerate(setup.sites)}  # (calls, heads)
+    return {site: (of_site.float().mean(0) > 0.5).long() for site, of_site in calls.items()}
 
 
 def pattern_of(setup: Setup, method: str) -> masks.Pattern:

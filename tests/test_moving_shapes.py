@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +36,10 @@ def scenes(batch: int = 16, seed: int = 0) -> Scenes:
     return draw_scenes(batch, torch.Generator().manual_seed(seed))
 
 
-def tiny_model(seed: int = 0, **sizes: int) -> VideoDiT:
+def tiny_model(head_dims: tuple[int, ...] = (16, 32)) -> VideoDiT:
     """A model whose every part matters: fresh ones predict zero."""
-    torch.manual_seed(seed)
-    model = VideoDiT(Config(**{"width": 64, "layers": 2, "head_dim": 32, "mlp_ratio": 2, "cross_width": 32, **sizes}))
+    torch.manual_seed(0)
+    model = VideoDiT(Config(width=64, layers=2, head_dims=head_dims, mlp_ratio=2, cross_width=32))
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -155,22 +157,30 @@ def test_prompts_in_words() -> None:
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def test_scores_depend_on_distances_alone() -> None:
-    q, k = torch.randn(2, 1, 1, 1, 64)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_depend_on_distances_alone(head_dim: int) -> None:
+    q, k = torch.randn(2, 1, 1, 1, head_dim, generator=torch.Generator().manual_seed(0))
     places = torch.tensor([(0.0, 2.0, 1.0), (3.0, 5.0, 4.0)])
 
     def score(shift: float) -> torch.Tensor:
-        turned = rotary(places + shift, 64)
+        turned = rotary(places + shift, head_dim)
         return (rotate(q, turned[:, :1]) * rotate(k, turned[:, 1:])).sum()
 
     torch.testing.assert_close(score(0.0), score(7.0))
     assert (score(0.0) - (q * k).sum()).abs() > 0.1
-    torch.testing.assert_close(rotate(q, rotary(places[:1], 64)).norm(), q.norm())
+    torch.testing.assert_close(rotate(q, rotary(places[:1], head_dim)).norm(), q.norm())
 
 
-@pytest.mark.parametrize("head_dim", [32, 64])
-def test_takes_videos_of_any_size(head_dim: int) -> None:
-    model = tiny_model(head_dim=head_dim)
+def test_blocks_take_head_dims_in_turn() -> None:
+    model = VideoDiT(Config(width=96, layers=5, head_dims=(16, 48), cross_width=32))
+    generate(lite_attention.enable(model, compile=False, min_tiles=1), prompt_ids(), SIZE, steps=1)
+    shapes = [row.q_shape[2:] for row in silent_report(model).swapped]
+    assert shapes == [(6, 16), (2, 48)] * 2 + [(6, 16)]
+
+
+@pytest.mark.parametrize("head_dims", [(32,), (64,), (16, 32)])
+def test_takes_videos_of_any_size(head_dims: tuple[int, ...]) -> None:
+    model = tiny_model(head_dims)
     for size in ((1, 8, 8), (3, 12, 20)):
         video = torch.randn(2, 3, *size)
         assert model(video, torch.tensor([0.2, 0.9]), prompt_ids().expand(2, -1)).shape == video.shape
@@ -197,15 +207,25 @@ def test_the_order_of_tokens_changes_nothing() -> None:
     assert not torch.allclose(model(video, time, prompt), want)  # positions and tokens must go together
 
 
-def test_a_config_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="whole heads"):
-        Config(width=100, head_dim=64)
+@pytest.mark.parametrize("head_dims", [(), (64, 100), (64, 4), (64, 0), [64, 128], 64])
+def test_head_dims_that_do_not_fit_are_refused(head_dims: Any) -> None:
+    wanted = f"head_dims: expected a tuple of multiples of 8 that divide the width, 384, got {head_dims}"
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        Config(head_dims=head_dims)
+
+
+@pytest.mark.parametrize("cross_width", [0, 100])
+def test_a_cross_width_that_does_not_fit_is_refused(cross_width: int) -> None:
+    with pytest.raises(ValueError, match=f"cross_width: expected at most 64, or a multiple of it, got {cross_width}"):
+        Config(cross_width=cross_width)
 
 
 def test_the_weights_fit_into_the_repository() -> None:
     with torch.device("meta"):
         model = VideoDiT(Config())
-    assert sum(parameter.numel() for parameter in model.parameters()) * 2 < 25e6
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count / 1e6:.1f}" == "11.6"  # as the README says
+    assert count * 2 < 25e6
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -296,7 +316,7 @@ def test_resuming_changes_nothing(tmp_path: Path) -> None:
     for one, other in ((straight.model.state_dict(), second.model.state_dict()), (straight.averaged, second.averaged)):
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     with pytest.raises(ValueError, match="checkpoint: expected"):
-        Trainer(Config(width=64, layers=1, head_dim=32), TINY[1]).load(tmp_path / "checkpoint.pt")
+        Trainer(replace(TINY[0], head_dims=(32, 16)), TINY[1]).load(tmp_path / "checkpoint.pt")
 
 
 def test_begins_with_weights_whose_checkpoint_is_lost() -> None:

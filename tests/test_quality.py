@@ -23,6 +23,7 @@ from benchmarks.quality_metrics import Pair, bootstrap, difference, psnr, ssim, 
 from examples.moving_shapes.sample import generate
 from examples.moving_shapes.scenes import Size
 from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output
+from lite_attention.compile import settings
 from lite_attention.inspection import named_states
 from lite_attention.ops.tiles import diagonal_tile
 
@@ -316,7 +317,7 @@ def test_random_skips_are_as_many_nested_and_never_on_the_diagonal() -> None:
             )
             assert step == 0 or not (~kept[step - 1][site] & ~skipped).any()
         assert (kept[2][site][0, 0, 0] != kept[2][site][0, 0, 1]).any()  # each head has its own
-    assert (random._ranks[0] != random._ranks[1]).any()  # and so has each site
+    assert (random._ranks[0][:, :, :2] != random._ranks[1]).any()  # and so has each site
     lite_attention.disable(of.model)
     assert (methods.sample(of, [(0, 0), (1, 0)], STEPS) != sampled).flatten(1).any(1).all()
 
@@ -327,18 +328,37 @@ def test_heads_are_classified_by_what_they_look_at(monkeypatch: pytest.MonkeyPat
 
     def classify(pattern: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
         seen.append(tuple(query.shape))
-        site = (len(seen) - 1) % 2
-        return torch.tensor([site, 1 - site])
+        return torch.arange(query.shape[2]) % 2
 
     monkeypatch.setattr(methods.masks, "classify_heads", classify)
     pattern = methods.pattern_of(of, "spatial-temporal:1,0")
-    assert seen == [(1, 216, 2, 32)] * (2 * 2 * STEPS)  # both blocks and branches; no cross-attention
+    assert seen == [(1, 216, 4, 16), (1, 216, 2, 32)] * (2 * STEPS)  # blocks, by branch and step; no cross-attention
     plain = lite_attention.masks.spatial_temporal(*of.grid, near_frames=1, near_tokens=0).tiles(16, 16)
     assert (plain[0] != plain[1]).any()
     lite_attention.enable(of.model, threshold=-math.inf, initial_mask=pattern, compile=False, tile_shape=(16, 16))
     methods.sample(of, [(0, 0)], 1)
-    for site, state in enumerate(named_states(of.model).values()):
-        torch.testing.assert_close(~state.kept_tiles()[0, 0, :, :14, :14], plain[[site, 1 - site]])
+    for classes, state in zip(([0, 1, 0, 1], [0, 1]), named_states(of.model).values(), strict=True):
+        torch.testing.assert_close(~state.kept_tiles()[0, 0, :, :14, :14], plain[classes])
+
+
+def test_each_site_has_the_tiles_of_its_head_dim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (methods, settings):
+        monkeypatch.setattr(module, "tile_shape", lambda head_dim, *_: {16: (16, 24), 32: (16, 12)}[head_dim])
+    bench, pair, path = bench_of(tmp_path, tile=None), (0, 0), tmp_path / "error.toml"
+    quality.calibrate(bench.setup, "error=0.1", path, prompts=1, held_out=0)
+    bench.setup.tables = {"error": path}
+    bench.run("table:error", [pair])
+    table = lite_attention.LiteAttentionRegistry.from_model(bench.setup.model, "load", filename=path).table
+    assert table is not None
+    assert list(table.tile_shapes.values()) == [(16, 24), (16, 12)]
+    assert [threshold.shape[2] for threshold in table.thresholds.values()] == [4, 2]
+    for method in ("random:table:error", "tile3d:-1", "radial", "spatial-temporal:1,0"):
+        bench.run(method, [pair])
+        states = named_states(bench.setup.model)
+        assert {site: (state.tile_m, state.tile_n) for site, state in states.items()} == table.tile_shapes
+        assert 0.02 < bench.results.of(method)[pair]["skipped"] < 0.9
+    by_table, at_random = (bench.results.of(method)[pair] for method in ("table:error", "random:table:error"))
+    assert at_random["skipped"] == pytest.approx(by_table["skipped"], abs=0.5 / (14 * 9))
 
 
 @pytest.mark.parametrize(

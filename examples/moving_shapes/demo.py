@@ -152,10 +152,9 @@ def _tokens(size: Size) -> int:
 
 def _say(result: Result) -> None:
     options, sparsity = result.options, result.sparsity
-    heads = result.kept.shape[1]
     print(
-        f"VideoDiT, trained, {sparsity.shape[1]} layers of {heads} heads; {options.size[0]} frames of "
-        f"{options.size[1]} x {options.size[2]} pixels, {_tokens(options.size):,} tokens; {options.steps} steps; "
+        f"VideoDiT, trained, {sparsity.shape[1]} layers; {options.size[0]} frames of {options.size[1]} x "
+        f"{options.size[2]} pixels, {_tokens(options.size):,} tokens; {options.steps} steps; "
         f"threshold {options.threshold:g}, tiles of {options.tile} x {options.tile}\n"
     )
     layers = [f"layer {layer}" for layer in range(sparsity.shape[1])]
@@ -172,8 +171,8 @@ def _say(result: Result) -> None:
     table[0] += ["", ""]
     print(f"What the judge sees\n{text_table(['', *result.dense.seen, 'certainty', 'time'], table)}\n")
     print(
-        f"Skipped: {float(sparsity.mean()):.0%} of all attention tiles, {float(sparsity[-1].mean()):.0%} in the last "
-        f"step.\nSkip-aware against dense: PSNR {result.psnr:.1f} dB, paths of the main shape "
+        f"Skipped: {float(sparsity.mean()):.0%} of all attention, {float(sparsity[-1].mean()):.0%} in the last step.\n"
+        f"Skip-aware against dense: PSNR {result.psnr:.1f} dB, paths of the main shape "
         f"{result.path_distance:.4f} of a side apart, {result.skip_aware.seconds / result.dense.seconds:.2f} of the "
         "time.\nNo measure of speed: this is a CPU, at few tokens. docs/performance.md has figures of GPUs."
     )
@@ -190,7 +189,7 @@ def draw(result: Result) -> Figure:
         13,
         9.5,
         f"{', '.join(options.prompt)}: {_tokens(options.size):,} tokens, {options.steps} steps, "
-        f"threshold {options.threshold:g}, {float(result.sparsity.mean()):.0%} of the attention tiles skipped",
+        f"threshold {options.threshold:g}, {float(result.sparsity.mean()):.0%} of the attention skipped",
     )
     panels: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     upper, (left, right) = panels[0], panels[1].subfigures(1, 2, width_ratios=(1.5, 1))

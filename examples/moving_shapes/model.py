@@ -36,7 +36,7 @@ class Config:
     Args:
         width: of a token.
         layers: number of blocks.
-        head_dim: of self-attention; 64 and 128 fit the default width.
+        head_dims: of self-attention, taken in turn by the blocks: 6 heads of 64, then 3 of 128, in the default width.
         mlp_ratio: hidden width of a block's MLP, in widths.
         cross_width: of queries and keys in cross-attention, which has few tokens to look at.
 
@@ -46,27 +46,34 @@ class Config:
 
     width: int = 384
     layers: int = 6
-    head_dim: int = 64
+    head_dims: tuple[int, ...] = (64, 128)
     mlp_ratio: int = 3
     cross_width: int = 128
 
     def __post_init__(self) -> None:
-        if self.width % self.head_dim or self.head_dim % 8 or self.cross_width % min(64, self.cross_width):
+        dims = self.head_dims
+        if not isinstance(dims, tuple) or not dims or any(dim < 1 or dim % 8 or self.width % dim for dim in dims):
             raise ValueError(
-                "width, head_dim, cross_width: expected whole heads, head_dim a multiple of 8, "
-                f"got {self.width}, {self.head_dim}, {self.cross_width}"
+                f"head_dims: expected a tuple of multiples of 8 that divide the width, {self.width}, got {dims!r}"
             )
+        if self.cross_width < 1 or self.cross_width % min(64, self.cross_width):
+            raise ValueError(f"cross_width: expected at most 64, or a multiple of it, got {self.cross_width}")
+
+    @property
+    def head_dim_of_blocks(self) -> list[int]:
+        """Head dim of the self-attention of each block."""
+        return [self.head_dims[block % len(self.head_dims)] for block in range(self.layers)]
 
 
 class SelfAttention(nn.Module):
     """Attention of all tokens of the video to each other, with normalised queries and keys."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.to_qkv = nn.Linear(config.width, 3 * config.width)
-        self.norm_q, self.norm_k = (nn.Parameter(torch.ones(config.head_dim)) for _ in range(2))
-        self.to_out = nn.Linear(config.width, config.width)
+        self.head_dim = head_dim
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.norm_q, self.norm_k = (nn.Parameter(torch.ones(head_dim)) for _ in range(2))
+        self.to_out = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         """Take and return tokens [B, N, width]; see `rotary` for the rotation."""
@@ -101,11 +108,11 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention and an MLP; the time shifts, scales and gates the first and the last."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, head_dim: int) -> None:
         super().__init__()
         width = config.width
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, 1e-6, elementwise_affine=False) for _ in range(3))
-        self.self_attention, self.cross_attention = SelfAttention(config), CrossAttention(config)
+        self.self_attention, self.cross_attention = SelfAttention(width, head_dim), CrossAttention(config)
         self.mlp = nn.Sequential(
             nn.Linear(width, config.mlp_ratio * width), nn.GELU("tanh"), nn.Linear(config.mlp_ratio * width, width)
         )
@@ -139,7 +146,7 @@ class VideoDiT(nn.Module):
         self.embed_prompt = nn.ModuleList(nn.Embedding(values + 1, width) for values in NULL_PROMPT)
         self.embed_time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, head_dim) for head_dim in config.head_dim_of_blocks)
         self.norm_out = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.modulate_out = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.to_patch = nn.Linear(width, _CHANNELS)
@@ -160,7 +167,7 @@ class VideoDiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def compile_repeated_blocks(self, **options: Any) -> None:
-        """Compile the blocks in place, as diffusers' method of this name; they share one compiled code."""
+        """Compile the blocks in place, as diffusers' method of this name; those of a head dim share compiled code."""
         for block in self.blocks:
             block.compile(**options)
 
@@ -178,7 +185,7 @@ class VideoDiT(nn.Module):
         places = _places(frames, rows, columns, video.device)
         if self.order is not None:
             patches, places = patches[:, self.order], places[self.order]
-        rotation = rotary(places, self.config.head_dim)
+        rotations = {head_dim: rotary(places, head_dim) for head_dim in self.config.head_dims}
         features = _fourier(places[:, 1:] / _SIDE).expand(len(video), -1, -1)
         # The residual stream has the dtype of the weights, also where autocast gives layers another.
         x = self.embed_patch(torch.cat([patches, features], -1).to(dtype)).to(dtype)
@@ -186,8 +193,8 @@ class VideoDiT(nn.Module):
         said = torch.stack([embed(field) for embed, field in zip(self.embed_prompt, prompt.unbind(1), strict=True)], 1)
         now = self.embed_time(_time_features(time).to(dtype)) + said.mean(1)
         modulation = self.modulate(now).unflatten(-1, (6, -1))
-        for block in self.blocks:
-            x = block(x, said, modulation, rotation)
+        for block, head_dim in zip(self.blocks, self.config.head_dim_of_blocks, strict=True):
+            x = block(x, said, modulation, rotations[head_dim])
         shift, scale = self.modulate_out(now).unsqueeze(1).chunk(2, -1)
         x = self.to_patch(self.norm_out(x) * (1 + scale) + shift)
         if self.order is not None:
@@ -277,6 +284,7 @@ def load_weights(path: Path = WEIGHTS) -> VideoDiT:
     else:
         content = torch.load(path, weights_only=True)
         config, weights = content["config"], content["weights"]
+    config["head_dims"] = tuple(config["head_dims"])  # JSON has lists alone
     model = VideoDiT(Config(**config))
     model.load_state_dict(weights)
     return model

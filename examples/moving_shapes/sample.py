@@ -91,7 +91,7 @@ def save_videos(videos: torch.Tensor, path: Path) -> None:
 
 
 def skipped(model: VideoDiT) -> float:
-    """Return the share of attention tiles that the last step of a generation skipped."""
+    """Return the share of attention tiles that the last step of a generation skipped, the mean over blocks."""
     return float(torch.stack([state.sparsity() for state in named_states(model).values()]).mean())
 
 

@@ -59,7 +59,7 @@ class Recipe:
 
 
 TINY = (
-    Config(width=64, layers=2, head_dim=32, mlp_ratio=2, cross_width=32),
+    Config(width=64, layers=2, head_dims=(16, 32), mlp_ratio=2, cross_width=32),
     Recipe(sizes=((4, 16, 16), (4, 24, 24)), shares=(0.5, 0.5), tokens=512, warm_up=10, log_every=10),
 )
 
@@ -113,7 +113,9 @@ class Trainer:
         self.steps = 0  # done
         self.seconds = 0.0  # trained, in all pieces
         if device.startswith("cuda"):
-            # Code for each size: some seconds of compiling each, once a machine, but it runs faster than one for all.
+            # Code for each size and head dim: some seconds of compiling each, once a machine, but it runs faster than
+            # one for all. Eight pieces of code are the most that dynamo makes of one function unless it is told.
+            torch._dynamo.config.recompile_limit = 64
             self.model.compile_repeated_blocks(dynamic=False, fullgraph=True)
 
     def step(self, decay: float = 1.0) -> tuple[Size, torch.Tensor, torch.Tensor]:
