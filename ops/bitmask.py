@@ -15,9 +15,9 @@ def pack_bits(bits: torch.Tensor) -> torch.Tensor:
     """Pack a bool tensor [..., n] into int32 words [..., ceil(n / 32)]; bits past n are 0."""
     words = ceil_div(bits.shape[-1], WORD_BITS)
     padded = torch.nn.functional.pad(bits, (0, words * WORD_BITS - bits.shape[-1]))
-    shifts = torch.arange(WORD_BITS, device=bits.device)
-    packed = (padded.unflatten(-1, (words, WORD_BITS)).long() << shifts).sum(-1)
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    powers = 1 << torch.arange(WORD_BITS, dtype=torch.int32, device=bits.device)  # the last one is negative
+    in_words: torch.Tensor = padded.unflatten(-1, (words, WORD_BITS))
+    return (in_words * powers).sum(-1, dtype=torch.int32)
 
 
 def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
