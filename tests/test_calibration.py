@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from toys import TILE, Attention, Toy, context, tokens
 
 import lite_attention
-from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, tile_statistics
+from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, search, tile_statistics
 from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.recorder import HEADROOM
 from lite_attention.calibration.search import calibrate
@@ -180,7 +181,9 @@ def test_heads_at_once_measure_what_each_does_alone(stride: int, monkeypatch: py
 def test_sampled_errors_are_those_of_some_queries(stride: int) -> None:
     (q, k, v), _ = case("uneven")
     skipped = torch.rand(2, 4, 6, 9, generator=torch.Generator().manual_seed(1)) < 0.3
-    found = measure_tiles(q, k, v, skipped, thresholds=(-1.0,), tile_m=16, tile_n=16, stride=stride)
+    found = measure_tiles(
+        q, k, v, skipped, thresholds=(-1.0,), tile_m=16, tile_n=16, stride=stride, apart=min(stride, 4)
+    )
     visited = ~skipped.repeat_interleave(16, 2)[:, :, :90].repeat_interleave(16, 3)[..., :139]
     of_heads = [x.repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in (q, k, v)]
     attend = nn.functional.scaled_dot_product_attention
@@ -191,22 +194,20 @@ def test_sampled_errors_are_those_of_some_queries(stride: int) -> None:
     torch.testing.assert_close(error_of("L1", found.parts)[0], want, rtol=1e-4, atol=1e-6)
 
 
-def test_sampled_errors_are_close_to_those_of_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_errors_are_close_to_those_of_all_queries() -> None:
     q, k, v = clustered_qkv(3, seq_q=3000, clusters=40, gain=1.2)
     skipped = torch.zeros(1, 2, 94, 94, dtype=torch.bool)
     options: dict[str, Any] = {"thresholds": THRESHOLDS, "tile_m": 32, "tile_n": 32}
     votes = measure_tiles(q, k, v, skipped, **options).votes(skipped)
 
-    def error(stride: int) -> torch.Tensor:
-        return error_of("L1", measure_tiles(q, k, v, skipped, votes[:, :, ::stride], stride=stride, **options).parts)
+    def error(stride: int, apart: int) -> torch.Tensor:
+        options["stride"], options["apart"] = stride, apart
+        return error_of("L1", measure_tiles(q, k, v, skipped, votes[:, :, ::stride], **options).parts)
 
-    exact = error(1)
+    exact = error(1, 1)
     assert bool((exact[-1] > 0.2).all())
     for stride in (2, 3, 4):
-        sampled = error(stride)
-        with monkeypatch.context() as every_query:
-            every_query.setattr(tile_statistics, "_APART", 1)
-            of_the_same_tiles = error(stride)
+        sampled, of_the_same_tiles = error(stride, stride), error(stride, 1)
         assert bool((sampled != of_the_same_tiles).any())
         torch.testing.assert_close(sampled, of_the_same_tiles, rtol=0.12, atol=0.001)
         torch.testing.assert_close(sampled, exact, rtol=0.2, atol=0.001)
@@ -283,11 +284,11 @@ def unlike(monkeypatch: pytest.MonkeyPatch) -> Parts:
     return model, Sampler(model, context(seq=5), seq=80), {}
 
 
-def test_sites_weigh_as_much_as_all_their_tiles(unlike: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_weigh_as_much_as_all_their_tiles(unlike: Parts) -> None:
     """However many of them are measured."""
     model, sampler, _ = unlike
-    monkeypatch.setattr(recorder, "QUERIES", 32)  # 3 of 5 rows of tiles, and 1 of 3
-    with Calibration(model, target_error=BOUND, num_steps=STEPS) as calibration:
+    # 3 of 5 rows of tiles, and 1 of 3
+    with Calibration(model, target_error=BOUND, num_steps=STEPS, queries=32) as calibration:
         sampler()
     table = calibration.table()
     with Verification(model, table, num_steps=STEPS) as verification:
@@ -464,6 +465,18 @@ def test_steps_that_miss_the_bound_vote_nothing_and_are_reported() -> None:
     torch.testing.assert_close(limits, (HEADROOM * 0.02) ** 2 / third.error)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "queries", "want"), [(96, 64, (1, 4)), (400, 2000, (1, 1)), (8192, 2000, (4, 4)), (8192, 500, (16, 4))]
+)
+def test_a_part_of_the_queries_is_measured(tokens: int, queries: int, want: tuple[int, int]) -> None:
+    q_tiles, tile_m = math.ceil(tokens / (192 if tokens > 400 else 16)), 192 if tokens > 400 else 16
+    call: Any = types.SimpleNamespace(skipped=torch.empty(1, 1, q_tiles, 1), kwargs={"tile_m": tile_m})
+    with Calibration(ByHand(), target_error=BOUND, queries=queries) as calibration:
+        assert calibration._sampling(call) == want
+    with Calibration(ByHand(), target_error=BOUND, queries=queries, stride=3) as calibration:
+        assert calibration._sampling(call) == (3, 3)
+
+
 def test_what_was_voted_out_already_may_not_be_made_up_for() -> None:
     """Leaving out more may make the error smaller by chance; a head over the bound still votes nothing."""
     errors = torch.tensor([[0.2, 0.1, 0.0], [0.1, 0.3, 0.1], [0.1, 0.1, 0.4]])
@@ -533,11 +546,21 @@ def test_resumed_is_as_if_never_interrupted(parts: Parts, tmp_path: Path, monkey
         )
 
     with Calibration(model, **{**options, "target_error": 0.1}) as other:
-        with pytest.raises(ValueError, match=r"calibration.pt: expected a calibration with .*0\.1.*, got .*0\.05"):
+        with pytest.raises(
+            ValueError, match=r"calibration.pt: expected a calibration with {'rule': .*0\.1'}, got .*0\.05'}$"
+        ):
             other.resume(file)
         generate(other)
         with pytest.raises(ValueError, match="resume: expected a calibration that has not run yet, got"):
             other.resume(file)
+    earlier = torch.load(file)  # as written before there was a choice of queries
+    del earlier["options"]["queries"]
+    torch.save(earlier, file)
+    with (
+        Calibration(model, **options) as later,
+        pytest.raises(ValueError, match=r"expected a calibration with {'queries': \(2000, 4\)}, got {'queries': None}"),
+    ):
+        later.resume(file)
 
 
 def test_nan_stops_with_the_place_named(parts: Parts) -> None:
@@ -620,6 +643,33 @@ def test_budget_beats_one_threshold_for_all_on_held_out_inputs() -> None:
     assert result.held_out["error"] < 0.7 * uniform["error"]
     again = calibrate(model, generate, target_sparsity=0.4, prompts=(0, 1), progress=False, **settings)
     assert torch.equal(again.table[""], result.table[""])
+
+
+def test_a_price_counts_what_stays_out() -> None:
+    """Found again by trying prices; a choice of one step is one of those after it too, where states have them."""
+    generator = torch.Generator().manual_seed(0)
+    curves = {}
+    for site, slot, step in [("a", 0, 0), ("a", 0, 1), ("a", 0, 2), ("b", 0, 0), ("a", 1, 0), ("a", 1, 1)]:
+        errors, left_out = (torch.rand(6, 2, generator=generator).double().cumsum(0) for _ in range(2))
+        curves[site, slot, step] = Curve(errors.square(), left_out, 10.0)
+
+    def reached(price: float) -> dict[str, float]:
+        figures: dict[str, list[torch.Tensor]] = {"error": [], "sparsity": []}
+        choices: dict[tuple[str, int, int], int] = {}
+        for (site, slot, _), curve in curves.items():
+            for head in range(2):
+                first = choices.get((site, slot, head), 0)
+                costs = (curve.errors - price * curve.left_out)[first:, head]
+                choice = choices[site, slot, head] = first + int(costs.argmin())
+                figures["error"].append(curve.errors[choice, head])
+                figures["sparsity"].append(curve.left_out[choice, head] / 10)
+        return {name: float(torch.stack(values).mean()) for name, values in figures.items()}
+
+    for name, target in (("error", 2.0), ("sparsity", 0.2)):
+        price = search._price_for(curves, name, target)
+        below, above = reached(price * (1 - 1e-6))[name], reached(price * (1 + 1e-6))[name]
+        assert below <= target <= above
+        assert below < above  # a staircase, of which this is the step
 
 
 def test_budget_of_error() -> None:
@@ -723,6 +773,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         ({"thresholds": (-1.0, -2.0)}, r"thresholds: expected 1 to 250 ascending numbers of at most 0, got \[-1.0"),
         ({"thresholds": (-1.0, 1.0)}, "thresholds: expected 1 to 250 ascending"),
         ({"stride": 0}, "stride: expected at least 1, got 0"),
+        ({"queries": 0}, "queries: expected at least 1, got 0"),
     ],
 )
 def test_mistakes_are_told(options: dict[str, Any], message: str) -> None:

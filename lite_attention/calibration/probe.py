@@ -13,7 +13,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lite_attention.module import LiteAttention
-from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.control import FLAG_DENSE, FLAGS
 from lite_attention.ops.reference import Call, read_control, skipped_tiles, write_control
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
@@ -68,10 +67,9 @@ class CaughtCall(NamedTuple):
             return self.run_dense()
         return ATTENTION(q, k, v, key_mask, scale=self.kwargs["scale"])  # type: ignore[no-any-return]
 
-    def finish(self, skipped: torch.Tensor) -> None:
-        """Do to the state what the op would have done, with these votes: bool [B, Hq, q_tiles, k_tiles]."""
+    def finish(self, words: torch.Tensor) -> None:
+        """Do to the state what the op would have done, with this mask after it: int32 [B, Hq, q_tiles, k_words]."""
         q, k, _, skip_mask, control, *_ = self.args
-        words = pack_bits(skipped)
         batch, heads, q_tiles, k_words = words.shape
         skip_mask[self.control.slot, :batch, :heads, :q_tiles, :k_words] = words
         write_control(control, self.control, (q.shape[0], q.shape[1], k.shape[1]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ from tqdm import tqdm
 from lite_attention.calibration.error_report import Curve, ErrorReport, ErrorRow
 from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output, Place
 from lite_attention.calibration.tile_statistics import METRICS, error_of, error_parts, measure_tiles
-from lite_attention.ops.bitmask import pack_bits, unpack_bits
+from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.tiles import ceil_div
 
-__all__ = ["THRESHOLDS", "Calibration", "Recorder", "Verification"]
+__all__ = ["QUERIES", "THRESHOLDS", "Calibration", "Choose", "Recorder", "Verification", "now"]
 
 # Candidates, log2 units: finer where the error moves fast.
 THRESHOLDS = (
@@ -33,9 +35,17 @@ THRESHOLDS = (
 
 Choose = Callable[[Place, Curve], torch.Tensor]  # returns the choice of each head, [heads]
 QUERIES = 2000  # of a head, at least, whose rows of tiles are measured at a call, unless a stride is given
+APART = 4  # errors are of at least a so many-th of these
 HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
 
 _State = tuple[str, int, int]  # site, number of the state among those of that name, slot
+
+
+def now() -> float:
+    """Return the time in seconds, when the device has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class _Measurement(AttentionProbe):
@@ -50,19 +60,18 @@ class _Measurement(AttentionProbe):
         self.curves: dict[Place, Curve] = {}
         super().__init__(model_or_pipe, num_steps, **settings)
 
-    def _check(self, call: CaughtCall, dense: torch.Tensor) -> None:
-        """Check a call, and its dense output [B, Sq, Hq, Dv].
-
-        Raises:
-            FloatingPointError: the output is not finite.
-            ValueError: the step is past the last.
-        """
+    def _check(self, call: CaughtCall) -> None:
+        """Raise ValueError where the step of a call is past the last."""
         if self.num_steps is not None and call.control.step >= self.num_steps:
             raise ValueError(
                 f"num_steps: expected at least the steps of a generation, got {self.num_steps}, and this call is "
                 f"{call.where}: begin each generation with lite_attention.reset(model), or give the states num_steps"
             )
-        if not bool(dense.isfinite().all()):
+
+    def _check_finite(self, call: CaughtCall, dense: torch.Tensor) -> None:
+        """Raise FloatingPointError where a dense output [B, Sq, Hq, Dv] is not finite. Waits for the device."""
+        # A sum is one launch, and keeps what is not finite; it may overflow where no value does.
+        if not (math.isfinite(dense.sum(dtype=torch.float32)) or bool(dense.isfinite().all())):
             raise FloatingPointError(f"{call.where}: attention gives NaN or infinity")
 
     def _merged(self, call: CaughtCall, curve: Curve) -> Curve:
@@ -111,6 +120,7 @@ class Recorder(_Measurement):
         num_steps: int | None = None,
         thresholds: Sequence[float] = THRESHOLDS,
         stride: int | None = None,
+        queries: int = QUERIES,
         autosave: str | Path | None = None,
         progress: bool = False,
         **settings: Any,
@@ -120,8 +130,12 @@ class Recorder(_Measurement):
             raise ValueError(f"thresholds: expected 1 to 250 ascending numbers of at most 0, got {list(thresholds)}")
         if stride is not None and stride < 1:
             raise ValueError(f"stride: expected at least 1, got {stride}")
-        self.thresholds, self.stride, self._choose = tuple(map(float, thresholds)), stride, choose
+        if queries < 1:
+            raise ValueError(f"queries: expected at least 1, got {queries}")
+        self.thresholds, self.stride, self.queries = tuple(map(float, thresholds)), stride, queries
+        self._choose = choose
         self._options: dict[str, Any] = {"rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride}
+        self._options["queries"] = (queries, APART)
         self._options["thresholds"] = list(self.thresholds)
         self._autosave = None if autosave is None else Path(autosave)
         self._calls: Counter[_State] = Counter()
@@ -129,6 +143,7 @@ class Recorder(_Measurement):
         self._masks: dict[_State, torch.Tensor] = {}  # words [B, Hq, q_tiles, k_words] of the last one measured
         self._votes: dict[_State, torch.Tensor] = {}  # that it cast
         self._slots: dict[str, int] = {}  # of a site's states
+        self.seconds = 0.0  # spent with measuring
         self._bar = tqdm(total=num_steps, desc="calibrating", unit="step") if progress and num_steps else None
         super().__init__(model_or_pipe, metric, bound, num_steps, settings)
 
@@ -136,45 +151,57 @@ class Recorder(_Measurement):
 
     def attend(self, call: CaughtCall) -> Output:
         """Measure a call, decide, and return its dense output."""
+        self._check(call)
         dense = call.run_stateless()
-        self._check(call, dense[0])
         state = (call.site, call.ordinal, call.control.slot)
         self._show(state, call.control.step)
         self._calls[state] += 1
         if self._calls[state] > self._measured[state]:
-            self._measure(call, state)
-        words = self._masks[state]
-        batch, heads, q_tiles, k_tiles = call.skipped.shape
+            self._measure(call, state, dense[0])
+        else:
+            self._check_finite(call, dense[0])
+        words, (batch, heads, q_tiles, _) = self._masks[state], call.skipped.shape
         if words.shape[:3] != (batch, heads, q_tiles):
             raise ValueError(
                 f"{call.where}: expected (batch, heads, q_tiles) = {tuple(words.shape[:3])}, as before the interrupt, "
                 f"got {(batch, heads, q_tiles)}: repeat the same generations in the same order"
             )
-        call.finish(unpack_bits(words.to(call.skipped.device), k_tiles))
+        call.finish(words)
         return dense
 
-    def _measure(self, call: CaughtCall, state: _State) -> None:
+    def _measure(self, call: CaughtCall, state: _State, dense: torch.Tensor) -> None:
+        start = now()
         q, k, v, skip_mask, *_, must_do, key_mask = call.args
-        stride = self.stride or max(1, call.skipped.shape[2] * call.kwargs["tile_m"] // QUERIES)
+        stride, apart = self._sampling(call)
         voted = None if call.control.fresh else self._votes.get(state)
         voted = None if voted is None else voted.to(q.device)
         found = measure_tiles(
             q, k, v, call.skipped, voted, must_do, key_mask, thresholds=self.thresholds, metric=self.metric,
-            stride=stride, **call.kwargs,
+            stride=stride, apart=apart, **call.kwargs,
         )  # fmt: skip
+        self._check_finite(call, dense)
         tiles = float(call.skipped[:, 0].numel())
-        # As many as in all rows: sites of other lengths or tiles measure another share of theirs.
-        left_out = found.left_out.cpu() * (tiles / found.tiles)
-        curve = self._merged(call, Curve(error_of(self.metric, found.parts).cpu(), left_out, tiles))
-        skipped = call.skipped.clone()
+        # As many as in all rows: sites of other lengths or tiles, and other passes, measure another share of theirs.
+        left_out = found.left_out * (tiles / found.tiles)
+        curve = self._merged(call, Curve(error_of(self.metric, found.parts), left_out, tiles))
+        skipped = call.skipped
         if voted is not None:
-            choice = self._choice(call.place, curve).to(voted.device)
+            choice = self._choice(call.place, curve).to(voted)
             skipped[:, :, ::stride] |= voted <= choice.view(-1, 1, 1)
         votes = found.votes(skipped)
         # Together, so that an interrupt leaves all or nothing.
         self._masks[state], self._votes[state], self.curves[call.place] = pack_bits(skipped), votes, curve
         self._slots[call.site] = skip_mask.shape[0]
         self._measured[state] = self._calls[state]
+        self.seconds += now() - start
+
+    def _sampling(self, call: CaughtCall) -> tuple[int, int]:
+        """Return every how many-th row of tiles is measured, and every how many-th of their queries for errors."""
+        rows, tile_m = call.skipped.shape[2], call.kwargs["tile_m"]
+        if self.stride is not None:
+            return self.stride, min(self.stride, APART)
+        stride = max(1, rows * tile_m // self.queries)
+        return stride, min(max(1, ceil_div(rows, stride) * tile_m * APART // self.queries), APART)
 
     def _choice(self, place: Place, curve: Curve) -> torch.Tensor:
         choice = self._choose(place, curve)
@@ -245,8 +272,11 @@ class Recorder(_Measurement):
                 f"resume: expected a calibration that has not run yet, got one with {len(self.curves)} steps"
             )
         content = torch.load(path, weights_only=True, map_location="cpu")
-        if content["options"] != self._options:
-            raise ValueError(f"{path}: expected a calibration with {self._options}, got {content['options']}")
+        saved = content["options"]
+        differing = [name for name in {**self._options, **saved} if self._options.get(name) != saved.get(name)]
+        if differing:
+            expected, got = ({name: options.get(name) for name in differing} for options in (self._options, saved))
+            raise ValueError(f"{path}: expected a calibration with {expected}, got {got}")
         self.curves = {place: Curve(*curve) for place, curve in content["curves"].items()}
         self._measured, self._masks = Counter(content["measured"]), dict(content["masks"])
         self._votes = dict(content["votes"])
@@ -276,7 +306,8 @@ class Calibration(Recorder):
         num_steps: denoising steps of a generation; None = as many as come.
         thresholds: candidates, ascending, in log2 units.
         stride: measure only every so many rows of tiles, evenly spread, which costs so much less, and errors of only
-            every so many of their queries, at most 4; None = so that the tiles of about `QUERIES` are measured.
+            every so many of their queries, at most `APART`; None = by `queries`.
+        queries: measure the rows of tiles of at least so many, and errors of at least a quarter as many.
         autosave: file that is written after each forward, for `resume`.
         progress: show a bar with the time left; needs num_steps.
         settings: as for `enable`, of a model that is not enabled yet.
@@ -357,14 +388,16 @@ class Verification(_Measurement):
         threshold = self._table.get(call.site)
         if threshold is None:
             raise ValueError(f"table: expected thresholds for {call.site}, got them for {sorted(self._table)}")
-        dense, _ = call.run_dense()  # by the kernel that skips, so that its rounding is no error
-        self._check(call, dense)
+        self._check(call)
+        dense, _ = call.run_stateless()
         threshold = self._table[call.site] = threshold.to(dense.device)
         out, lse = call.run(threshold)
         precise = torch.promote_types(out.dtype, torch.float32)
-        parts = error_parts(self.metric, out.transpose(1, 2).to(precise), dense.transpose(1, 2).to(precise)).sum(1)
-        left_out = call.skipped.sum((0, 2, 3)).double().cpu()
+        parts = error_parts(self.metric, *(x.transpose(1, 2).to(precise) for x in (out, dense))).sum(1)
+        left_out = call.skipped.sum((0, 2, 3), dtype=torch.float64)
+        parts, left_out = torch.cat([parts, left_out.unsqueeze(0)]).cpu().split([3, 1])
+        self._check_finite(call, dense)
         tiles = call.skipped[:, 0].numel()
-        curve = Curve(error_of(self.metric, parts).cpu().unsqueeze(0), left_out.unsqueeze(0), tiles)
+        curve = Curve(error_of(self.metric, parts).unsqueeze(0), left_out, tiles)
         self.curves[call.place] = self._merged(call, curve)
         return out, lse

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from lite_attention.calibration.error_report import Curve, ErrorReport
-from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output, Place
+from lite_attention.calibration.probe import AttentionProbe, Place
 from lite_attention.calibration.recorder import (
+    QUERIES,
     THRESHOLDS,
     Calibration,
+    Choose,
     Recorder,
     Verification,
+    now,
 )
 from lite_attention.inspection import text_table
 
 __all__ = ["CalibrationResult", "calibrate"]
 
 _Kind = TypeVar("_Kind", bound=Recorder)
+
+_SCOUTED = 4  # of the queries of a pass, the first one measures a so many-th
 
 _log = logging.getLogger("lite_attention")
 
@@ -39,7 +44,8 @@ class CalibrationResult:
     verification: ErrorReport  # on the sparse trajectory, calibration prompts
     held_out: ErrorReport  # on the sparse trajectory, held-out prompts; empty without any
     sample_error: float | None  # sum|sparse - dense| / sum|dense| of what `generate` returned, the mean of the prompts
-    cost: dict[str, float] = field(default_factory=dict)  # wall time for a prompt, in dense generations
+    # Wall time for a prompt, in dense generations, which are those of the calibration without what was measured.
+    cost: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return the figures of the whole."""
@@ -70,12 +76,13 @@ def calibrate(
 ) -> CalibrationResult:
     """Find thresholds for a model, and measure on the sparse trajectory what they do.
 
-    With `target_error` alone it is a bound for every site, branch, step and head, see `Calibration`; a second pass
-    lowers the limits of those heads whose error grew above it after their tiles had been voted out. With
-    `target_sparsity`, or `budget`, the target is one of the whole, and is spread so that the last tile left out costs
-    the same error everywhere: the candidate of least error - price * tiles left out is taken. The price is found by
-    bisection on the curves of a first pass. Further passes follow the tiles voted out from step to step, and correct
-    what the first could not know of that.
+    A first pass over the dense trajectory, which measures less, finds what the further ones aim at. With `target_error`
+    alone it is a bound for every site, branch, step and head, see `Calibration`; further passes lower the limits of
+    those heads whose error grew above it after their tiles had been voted out. With `target_sparsity`, or `budget`, the
+    target is one of the whole, and is spread so that the last tile left out costs the same error everywhere: the
+    candidate of least error - price * tiles left out is taken. The price is found by bisection on the curves of the
+    first pass. Further passes follow the tiles voted out from step to step, and correct what the first could not know
+    of that.
 
     Args:
         model_or_pipe: as for `Calibration`.
@@ -103,47 +110,23 @@ def calibrate(
     _check(target_error, target_sparsity, passes, prompts)
     common = {"metric": metric, "num_steps": num_steps, **settings}
     runs = _Runs(generate)
-
-    def record(kind: Callable[..., _Kind], number: int = 0, **rule: Any) -> _Kind:
-        """Run one pass, or what is left of it after an interrupt."""
-        file = None if autosave is None else Path(f"{autosave}.{number}" if number else autosave)
-        options = {"thresholds": thresholds, "stride": stride, "autosave": file, "progress": progress, **common}
-        recorder = kind(model_or_pipe, **rule, **options)
-        with recorder:
-            if file is not None and file.exists():
-                recorder.resume(file)
-            runs(recorder, "calibration", prompts)
-        if not recorder.curves:
-            raise ValueError(
-                "generate: expected calls of skip-aware attention, got none; lite_attention.report(model) tells, after "
-                "enable(model, compile=False) and a call, what is left alone and why"
-            )
-        return recorder
-
-    def record_at(price: float, number: int) -> Recorder:
-        def choose(_: Place, curve: Curve) -> torch.Tensor:
-            return (curve.errors - price * curve.left_out).argmin(0)
-
-        return record(Recorder, number, choose=choose, rule=f"error - {price} * tiles left out")
-
+    options = {"thresholds": thresholds, "stride": stride, "progress": progress, **common}
+    record = _Passes(model_or_pipe, runs, prompts, autosave, options)
     found: Recorder
     if target_error is not None and not budget:
-        found = _bounded(
-            lambda limits, number: record(Calibration, number, target_error=target_error, limits=limits), passes
-        )
+        found = _bounded(record, target_error, passes)
     else:
         name, target = ("error", target_error) if target_sparsity is None else ("sparsity", target_sparsity)
-        found = _spread(record_at, name, float(target or 0), passes)
+        found = _spread(record, name, float(target or 0), passes)
     table = found.table()
     calibrated = runs.samples["calibration"]
-    with _Dense(model_or_pipe, num_steps, **settings) as dense:
-        runs(dense, "dense", prompts[:1])
     reports = {}
     for kind, numbers in (("verification", prompts), ("held out", held_out)):
         with Verification(model_or_pipe, table, bound=found.bound, **common) as verification:
             runs(verification, kind, numbers)
         reports[kind] = verification.report
-    cost = {name: runs.seconds[name] / len(prompts) / runs.seconds["dense"] for name in ("calibration", "verification")}
+    dense = (runs.seconds["calibration"] - record.measuring) / runs.generations["calibration"]
+    cost = {name: runs.seconds[name] / len(prompts) / dense for name in ("calibration", "verification")}
     sample_error = _sample_error(runs.samples["verification"], calibrated)
     return CalibrationResult(table, found.report, reports["verification"], reports["held out"], sample_error, cost)
 
@@ -169,6 +152,7 @@ class _Runs:
     def __init__(self, generate: Callable[[int], Any]) -> None:
         self.generate = generate
         self.seconds: dict[str, float] = defaultdict(float)
+        self.generations: Counter[str] = Counter()
         self.samples: dict[str, list[Any]] = {}
 
     def __call__(self, probe: AttentionProbe, kind: str, numbers: Sequence[int]) -> None:
@@ -176,37 +160,73 @@ class _Runs:
         self.samples[kind] = []
         for i in numbers:
             probe.start_fresh()
-            start = _now()
+            start = now()
             with torch.no_grad():
                 self.samples[kind].append(self.generate(i))
-            self.seconds[kind] += _now() - start
+            self.seconds[kind] += now() - start
+            self.generations[kind] += 1
 
 
-def _now() -> float:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+class _Passes:
+    """Runs passes over the dense trajectories of all prompts, or what is left of them after an interrupt.
+
+    Args:
+        model_or_pipe: as for `calibrate`, as is autosave.
+        runs: what runs the generations.
+        prompts: numbers of them.
+        options: of every pass.
+    """
+
+    def __init__(
+        self,
+        model_or_pipe: Any,
+        runs: _Runs,
+        prompts: Sequence[int],
+        autosave: str | Path | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._model, self._runs, self._prompts = model_or_pipe, runs, prompts
+        self._autosave, self._options = autosave, options
+        self.measuring = 0.0  # seconds, of all passes
+
+    def __call__(self, kind: Callable[..., _Kind], number: int, **rule: Any) -> _Kind:
+        """Run the pass of a number; the first one, 0, only finds what the others aim at, and measures less."""
+        file = self._autosave
+        if file is not None:
+            file = Path(f"{file}.{number}" if number else file)
+        queries = QUERIES if number else QUERIES // _SCOUTED
+        recorder = kind(self._model, autosave=file, queries=queries, **rule, **self._options)
+        with recorder:
+            if file is not None and file.exists():
+                recorder.resume(file)
+            self._runs(recorder, "calibration", self._prompts)
+        self.measuring += recorder.seconds
+        if not recorder.curves:
+            raise ValueError(
+                "generate: expected calls of skip-aware attention, got none; lite_attention.report(model) tells, after "
+                "enable(model, compile=False) and a call, what is left alone and why"
+            )
+        return recorder
 
 
-def _bounded(
-    record_with: Callable[[dict[tuple[str, int], torch.Tensor] | None, int], Calibration], passes: int
-) -> Calibration:
+def _bounded(record: _Passes, target_error: float, passes: int) -> Calibration:
     """Return the pass with the fewest misses of the bound, and of those the one that leaves out most."""
-    tried = [record_with(None, 0)]
+    found, tried = record(Calibration, 0, target_error=target_error), []
     for number in range(1, passes + 1):
-        if not tried[-1].report["missed"]:
+        found = record(Calibration, number, target_error=target_error, limits=found.limits_after())
+        tried.append(found)
+        if not found.report["missed"]:
             break
-        tried.append(record_with(tried[-1].limits_after(), number))
     return min(tried, key=lambda found: (found.report["missed"], -found.report["sparsity"]))
 
 
-def _spread(record_at: Callable[[float, int], Recorder], name: str, target: float, passes: int) -> Recorder:
+def _spread(record: _Passes, name: str, target: float, passes: int) -> Recorder:
     """Return the pass whose "error" or "sparsity" came nearest to a target of the whole."""
-    curves = [*record_at(0.0, 0).curves.values()]
+    curves = record(Recorder, 0, choose=_at(0.0), rule="least error").curves
     aim, tried = target, []
     for number in range(1, passes + 1):
         price = _price_for(curves, name, aim)
-        recorder = record_at(price, number)
+        recorder = record(Recorder, number, choose=_at(price), rule=f"error - {price} * tiles left out")
         reached = recorder.report[name]
         _log.info("calibrate: pass %d, price %.3g a tile: %s %.4f of %.4f", number, price, name, reached, target)
         tried.append((abs(reached - target), number, recorder))
@@ -217,13 +237,11 @@ def _spread(record_at: Callable[[float, int], Recorder], name: str, target: floa
     return min(tried)[2]
 
 
-class _Dense(AttentionProbe):
-    """Runs a model densely, as fast as we can."""
+def _at(price: float) -> Choose:
+    def choose(_: Place, curve: Curve) -> torch.Tensor:
+        return (curve.errors - price * curve.left_out).argmin(0)
 
-    def attend(self, call: CaughtCall) -> Output:
-        dense = call.run_stateless()
-        call.finish(call.skipped)
-        return dense
+    return choose
 
 
 def _sample_error(sparse: list[Any], dense: list[Any]) -> float | None:
@@ -234,19 +252,39 @@ def _sample_error(sparse: list[Any], dense: list[Any]) -> float | None:
     return sum(errors) / len(errors) if errors else None
 
 
-def _price_for(curves: Sequence[Curve], name: str, target: float) -> float:
+def _price_for(curves: Mapping[Place, Curve], name: str, target: float) -> float:
     """Return the error that a tile may cost for the choices of all curves to reach a mean "error" or a "sparsity".
 
     The choices at a price are corners of the lower convex hulls of error over tiles, those where the slope passes the
-    price: no others can be the least. Both figures grow with the price.
+    price: no others can be the least. What is out stays out: so no choice is below that of the step before, although
+    the curves are of single steps. Both figures grow with the price.
     """
-    errors = torch.cat([curve.errors for curve in curves], 1)
-    left_out = torch.cat([curve.left_out for curve in curves], 1)
-    tiles = sum(curve.tiles * curve.errors.shape[1] for curve in curves)
+    steps = [*_by_step(curves)]
+    tiles = sum(curve.tiles * curve.errors.shape[1] for curve in curves.values())
+    heads = sum(errors.shape[1] for errors, _ in steps)
+
+    def reached(price: float) -> float:
+        total, choice = 0.0, torch.zeros(steps[0][0].shape[1], dtype=torch.int64)
+        for errors, left_out in steps:
+            costs, lowest = errors - price * left_out, choice[: errors.shape[1]]
+            costs.masked_fill_(torch.arange(len(costs)).unsqueeze(1) < lowest, math.inf)
+            choice = costs.argmin(0)
+            total += float((errors if name == "error" else left_out).gather(0, choice.unsqueeze(0)).sum())
+        return total / (heads if name == "error" else tiles)
+
     low, high = math.log(1e-12), math.log(1e6)
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
-        choice = (errors - math.exp(middle) * left_out).argmin(0, keepdim=True)
-        reached = errors.gather(0, choice).mean() if name == "error" else left_out.gather(0, choice).sum() / tiles
-        low, high = (middle, high) if reached < target else (low, middle)
+        low, high = (middle, high) if reached(math.exp(middle)) < target else (low, middle)
     return math.exp(low if name == "error" else high)
+
+
+def _by_step(curves: Mapping[Place, Curve]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield errors and tiles left out of each step, [choices, heads of all sites and slots]; those with more first."""
+    states: dict[tuple[str, int], list[Curve]] = defaultdict(list)
+    for site, slot, step in sorted(curves):
+        states[site, slot].append(curves[site, slot, step])
+    longest_first = sorted(states.values(), key=len, reverse=True)
+    for of_step in zip_longest(*longest_first):
+        there = [curve for curve in of_step if curve is not None]
+        yield torch.cat([curve.errors for curve in there], 1), torch.cat([curve.left_out for curve in there], 1)

@@ -7,6 +7,7 @@ A vote takes effect at the next call: so classes are of the votes of one call, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,11 +23,10 @@ __all__ = ["METRICS", "TileStatistics", "error_of", "error_parts", "measure_tile
 
 METRICS = ("L1", "Cossim", "RMSE")
 
-_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # scores held at once: what fits a cache, and what fills a GPU
-_APART = 4  # rows of a tile that errors are taken from, at most, where only some rows of tiles are measured
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}  # scores held at once: what fits a cache, and what fills a GPU
 
-# Which of the B * Hq heads; which rows of tiles; scores [rows of tiles, tile_m, heads, k_tiles, tile_n], log2 units,
-# heads within rows so that products of some rows and all tiles need no copy; values [heads, k_tiles, tile_n, Dv].
+# Which of the B * Hq heads; which rows of tiles; scores [heads, rows of tiles, tile_m, k_tiles, tile_n], to be scaled;
+# values [heads, k_tiles, tile_n, Dv + 8], with a one behind each, so that products have the sums of weights too.
 _Piece = tuple[slice, slice, torch.Tensor, torch.Tensor]
 
 
@@ -39,14 +39,17 @@ def error_parts(metric: str, out: torch.Tensor, dense: torch.Tensor) -> torch.Te
         dense: what it should be, [..., rows, Dv].
     """
     if metric == "L1":
-        terms = [(out - dense).abs(), dense.abs()]
+        sums = [(out - dense).abs_().sum(-1), dense.abs().sum(-1)]
     elif metric == "RMSE":
-        terms = [(out - dense).square(), dense.square()]
+        sums = [torch.linalg.vecdot(x, x) for x in (out - dense, dense)]
     else:
-        terms = [out * dense, dense.square(), out.square()]
+        sums = [torch.linalg.vecdot(x, y) for x, y in ((out, dense), (dense, dense), (out, out))]
     # Value dims first: a sum of everything in float64 makes a copy in float64 on the CPU.
-    sums = [term.sum(-1).sum(-1, dtype=torch.float64) for term in terms]
-    return torch.stack(torch.broadcast_tensors(*sums, *[torch.zeros_like(sums[0])] * (3 - len(sums))))
+    sums = [x.sum(-1, dtype=torch.float64) for x in sums]
+    parts = sums[0].new_zeros(3, *sums[0].shape)
+    for part, x in zip(parts, sums, strict=False):
+        part.copy_(x)
+    return parts
 
 
 def error_of(metric: str, parts: torch.Tensor) -> torch.Tensor:
@@ -66,8 +69,8 @@ def error_of(metric: str, parts: torch.Tensor) -> torch.Tensor:
 class TileStatistics(NamedTuple):
     """One call, measured. Choice 0 leaves out what was skipped, choice i also what thresholds[i - 1] had voted out."""
 
-    parts: torch.Tensor  # float64 [3, choices, Hq], see `error_parts`
-    left_out: torch.Tensor  # float64 [choices, Hq], tiles
+    parts: torch.Tensor  # float64 [3, choices, Hq] on the CPU, see `error_parts`
+    left_out: torch.Tensor  # float64 [choices, Hq] on the CPU, tiles
     tiles: int  # of one head
     # From what the call skips, bool [B, Hq, q_tiles, k_tiles], to its votes, uint8 [B, Hq, rows of tiles, k_tiles]: the
     # first choice of the next call that leaves out a tile.
@@ -91,13 +94,14 @@ def measure_tiles(
     tile_n: int,
     quantization: str = "none",
     stride: int = 1,
+    apart: int = 1,
 ) -> TileStatistics:
     """Return the error against the dense output of each threshold of the call before, and what this one votes.
 
     Scores, votes and outputs are those of `lite_attention::skip_attention`, in float32 or better; what was skipped
     before casts no vote and is left out of every choice. The error is that of attention over the tiles left.
-    Work: the scores of dense attention without a fused kernel, and for the rows that errors are taken from its second
-    half, and a product of (thresholds + 2) / tile_n of that.
+    Work: the scores of dense attention without a fused kernel, and for the queries that errors are taken from its
+    second half, and a product of (thresholds + 2) / tile_n of that. Waits for the device once.
 
     Args:
         q: [B, Sq, Hq, D].
@@ -113,66 +117,93 @@ def measure_tiles(
         tile_m: query rows of a tile.
         tile_n: keys of a tile.
         quantization: as for the op, and for the dense output too; weights are not rounded.
-        stride: only every so many rows of tiles are measured; rows do not depend on each other. Votes are of all their
-            queries, errors of every min(stride, 4)-th one.
+        stride: only every so many rows of tiles are measured; rows do not depend on each other.
+        apart: errors are of every so many queries of these; votes are of all.
     """
     batch, seq_q, heads, head_dim = q.shape
-    seq_k, q_tiles, k_tiles = k.shape[1], ceil_div(seq_q, tile_m), ceil_div(k.shape[1], tile_n)
-    device, dtype = q.device, torch.promote_types(q.dtype, torch.float32)
-    to_log2 = (head_dim**-0.5 if scale is None else scale) * LOG2_E
+    seq_k = k.shape[1]
+    scale = head_dim**-0.5 if scale is None else scale
     if quantization != "none":
         q, k, v, _ = dequantized(q, k, v, key_mask, quantization=quantization, scale=scale, tile_n=tile_n)
-        to_log2 = 1.0
-    grid = torch.tensor(thresholds, dtype=dtype, device=device)
+        scale = 1 / LOG2_E
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if not scale > 0:  # row maxima are taken before scores are scaled
+        q, scale = q.to(dtype) * scale, 1.0
+    rows, order, grid = _constants((seq_q, seq_k), (tile_m, tile_n), stride, tuple(thresholds), q.device, dtype)
     never = len(thresholds) + 1
-    excluded, some_allowed, free = _of_keys(k, must_do, key_mask, tile_n)
+    some_allowed, free = _of_keys(must_do, key_mask, tile_n, order.shape[1])
 
     def choices(votes: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
-        return votes.masked_fill(skipped, 0).masked_fill(~free, never)
+        votes = votes.masked_fill(skipped, 0)
+        return votes if free is None else votes.masked_fill(~free, never)
 
+    some_past_end = seq_q % tile_m > 0 and (skipped.shape[2] - 1) % stride == 0
     skipped = skipped[:, :, ::stride]
     voted = torch.full_like(skipped, never, dtype=torch.uint8) if voted is None else voted
     choice = choices(voted, skipped).flatten(0, 1)
-    rows = torch.arange(q_tiles * tile_m, device=device).view(q_tiles, tile_m)[::stride]
-    # Rows past the end are the last one again, which changes no vote.
-    pieces = _pieces(q, k, v, excluded, rows.clamp(max=seq_q - 1), to_log2, dtype, tile_n)
-    peaks, parts, left_out = _measured(pieces, choice, rows < seq_q, dtype, never, metric, min(stride, _APART))
-    parts, left_out = (x.unflatten(-2, (batch, heads)).sum(-3).mT for x in (parts, left_out))
-    visits = [visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in range(0, q_tiles, stride)]
-    order = torch.tensor(visits, device=device)
+    # Past the end the last one again, which changes no vote.
+    pieces = _pieces(q, k, v, key_mask, rows.clamp(max=seq_q - 1), dtype, tile_n)
+    rows_exist = rows < seq_q if some_past_end else None
+    peaks, sums = _measured(pieces, choice, scale, rows_exist, never, metric, apart)
+    sums = sums.cpu()
+    if key_mask is not None:
+        sums.nan_to_num_(0)  # of an element of the batch without any key
+    sums = sums.unflatten(1, (batch, heads)).sum(1).mT
 
     def votes(skipped: torch.Tensor) -> torch.Tensor:
         skipped = skipped[:, :, ::stride]
-        visited = some_allowed & ~(skipped & free)
+        visited = ~(skipped if free is None else skipped & free)
+        visited = visited if some_allowed is None else visited & some_allowed
         margins = _margins(peaks, visited.flatten(0, 1), order)
-        return choices((torch.bucketize(margins, grid) + 1).to(torch.uint8).view_as(skipped), skipped)
+        first = torch.bucketize(margins, grid, out_int32=True) + 1  # a NaN is behind the last threshold
+        return choices(first.to(torch.uint8).view_as(skipped), skipped)
 
-    return TileStatistics(parts, left_out, batch * len(rows) * k_tiles, votes)
+    tiles = batch * order.numel()
+    return TileStatistics(sums[:3], tiles - sums[3], tiles, votes)
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(
+    lengths: tuple[int, int],
+    tile: tuple[int, int],
+    stride: int,
+    thresholds: tuple[float, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what calls of a size share, made and moved to the device once.
+
+    The queries measured, [rows of tiles, tile_m], the last perhaps past the end; the visiting order of their tiles,
+    [rows of tiles, k_tiles]; the thresholds in natural units.
+    """
+    (seq_q, seq_k), (tile_m, tile_n) = lengths, tile
+    measured = range(0, ceil_div(seq_q, tile_m), stride)
+    rows = torch.tensor(measured).unsqueeze(1) * tile_m + torch.arange(tile_m)
+    order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in measured])
+    grid = torch.tensor(thresholds, dtype=torch.float64) / LOG2_E
+    return rows.to(device), order.to(device), grid.to(device, dtype)
 
 
 def _of_keys(
-    k: torch.Tensor, must_do: torch.Tensor | None, key_mask: torch.Tensor | None, tile_n: int
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Return excluded keys, tiles with other keys, and those of them that may be left out.
+    must_do: torch.Tensor | None, key_mask: torch.Tensor | None, tile_n: int, k_tiles: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return tiles with keys that take part, and those of them that may be left out; None = all.
 
-    Bool [B, k_tiles, tile_n], True also past the end, None = there are none; bool [B, 1, 1, k_tiles]; likewise.
-    Arguments are those of `measure_tiles`.
+    Bool [B or 1, 1, 1, k_tiles]; bool that broadcasts to it. Arguments are those of `measure_tiles`.
     """
-    batch, seq_k = k.shape[:2]
-    allowed = torch.ones(1, seq_k, dtype=torch.bool, device=k.device) if key_mask is None else key_mask
-    allowed = allowed_in_tiles(allowed, tile_n).expand(batch, -1, -1)
-    some_allowed = allowed.any(-1)[:, None, None]
-    free = some_allowed if must_do is None else some_allowed & ~unpack_bits(must_do, allowed.shape[1])
-    return None if key_mask is None and seq_k % tile_n == 0 else ~allowed, some_allowed, free
+    some_allowed = None if key_mask is None else allowed_in_tiles(key_mask, tile_n).any(-1)[:, None, None]
+    if must_do is None:
+        return some_allowed, some_allowed
+    free = ~unpack_bits(must_do, k_tiles)
+    return some_allowed, free if some_allowed is None else some_allowed & free
 
 
 def _pieces(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    excluded: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     rows: torch.Tensor,
-    to_log2: float,
     dtype: torch.dtype,
     tile_n: int,
 ) -> Iterator[_Piece]:
@@ -182,108 +213,122 @@ def _pieces(
         q: [B, Sq, Hq, D].
         k: [B, Sk, Hkv, D].
         v: [B, Sk, Hkv, Dv].
-        excluded: bool [B, k_tiles, tile_n], no scores of these; None = there are none.
+        key_mask: bool [B or 1, Sk], True = the key takes part; None = all do.
         rows: [rows of tiles, tile_m], the queries.
-        to_log2: factor of the scores.
         dtype: of scores and values.
         tile_n: keys of a tile.
     """
-    batch, heads, seq_k, tile_m = q.shape[0], q.shape[2], k.shape[1], rows.shape[1]
+    (batch, seq_k, kv_heads, value_dim), heads, tile_m = v.shape, q.shape[2], rows.shape[1]
     k_tiles = ceil_div(seq_k, tile_n)
     of_tiles, chunk = tile_m * k_tiles * tile_n, _CHUNK[q.device.type]
     rows_at_once = min(len(rows), max(1, chunk // of_tiles))
     heads_at_once = max(1, chunk // (rows_at_once * of_tiles))
-    of_batch = torch.arange(batch, device=q.device).repeat_interleave(heads)
-    shared = torch.arange(batch * heads, device=q.device) // (heads // k.shape[2])
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # a copy where there are several in the batch
+    shared = torch.arange(batch * heads, device=q.device) // (heads // kv_heads) if heads > kv_heads else None
+    excluded = None if key_mask is None else ~key_mask.expand(batch, -1).repeat_interleave(heads, 0).unsqueeze(1)
     for first in range(0, batch * heads, heads_at_once):
         at = slice(first, first + heads_at_once)
-        end = (0, 0, 0, k_tiles * tile_n - seq_k)
-        keys, values = (pad(x.index_select(0, shared[at]), end).to(dtype) for x in (k, v))
+        some_k, some_v = (x[at] if shared is None else x.index_select(0, shared[at]) for x in (k, v))
+        keys = pad(some_k, (0, 0, 0, k_tiles * tile_n - seq_k)).mT
+        values = v.new_zeros(len(keys), k_tiles * tile_n, value_dim + 8, dtype=dtype)
+        values[:, :seq_k, :value_dim] = some_v
+        values[..., value_dim] = 1
         for start in range(0, len(rows), rows_at_once):
             place = slice(start, start + rows_at_once)
-            queries = q[at].index_select(1, rows[place].flatten()).to(dtype) * to_log2
-            scores = queries.new_empty(queries.shape[1], len(queries), k_tiles * tile_n)
-            torch.bmm(queries, keys.mT, out=scores.transpose(0, 1))
-            scores = scores.view(-1, tile_m, len(queries), k_tiles, tile_n)
+            scores = _products(q[at].index_select(1, rows[place].flatten()), keys, dtype)
+            scores[..., seq_k:] = -torch.inf
             if excluded is not None:
-                scores.masked_fill_(excluded[of_batch[at]], -torch.inf)
-            yield at, place, scores, values.unflatten(1, (k_tiles, tile_n))
+                scores[..., :seq_k].masked_fill_(excluded[at], -torch.inf)
+            yield at, place, scores.view(len(scores), -1, tile_m, k_tiles, tile_n), values.unflatten(1, (k_tiles, -1))
+
+
+def _products(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x @ y of batches of matrices, summed in a dtype; on a GPU, halves are multiplied as they are."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(x, y, out_dtype=dtype)
+    return torch.bmm(x.to(dtype), y.to(dtype))
 
 
 def _measured(
     pieces: Iterator[_Piece],
     choice: torch.Tensor,
-    rows_exist: torch.Tensor,
-    dtype: torch.dtype,
+    scale: float,
+    rows_exist: torch.Tensor | None,
     choices: int,
     metric: str,
     apart: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return row maxima of tiles, error parts, and how many tiles are left out.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return row maxima of tiles, [heads, rows of tiles, tile_m, k_tiles], and sums, float64 [4, heads, choices].
 
-    [heads, rows of tiles, tile_m, k_tiles]; float64 [3, heads, choices]; float64 [heads, choices].
+    The sums are the parts of errors, and how many tiles are visited.
 
     Args:
-        pieces: see `_pieces`; scores are overwritten.
+        pieces: see `_pieces`.
         choice: [heads, rows of tiles, k_tiles], the first one that leaves out a tile.
-        rows_exist: bool [rows of tiles, tile_m], False past the end of the sequence.
-        dtype: of the scores.
+        scale: factor of the scores.
+        rows_exist: bool [rows of tiles, tile_m], False past the end of the sequence; None = all do.
         choices: how many.
         metric: one of METRICS.
         apart: errors are of every so many rows of a tile.
     """
-    peaks = choice.new_empty(*choice.shape[:2], *rows_exist.shape[1:], choice.shape[2], dtype=dtype)
-    parts = choice.new_zeros(3, len(choice), choices, dtype=torch.float64)
-    left_out = choice.new_zeros(len(choice), choices, dtype=torch.float64)
+    peaks = []
+    sums = choice.new_zeros(4, len(choice), choices, dtype=torch.float64)
+    each = torch.arange(choices + 1, device=choice.device).unsqueeze(-1)
     for at, place, scores, values in pieces:
-        tile_max = scores.amax(-1)
-        peaks[at, place] = tile_max.movedim(2, 0)
+        peaks.append(scores.amax(-1))
         # Row 0 sums over all tiles: the dense output. Row i + 1 sums over what choice i leaves.
-        summed = choice[at, place].unsqueeze(2) >= torch.arange(choices + 1, device=choice.device).unsqueeze(-1)
-        left_out[at] += (~summed[:, :, 1:]).sum((1, 3))
-        measured = rows_exist[place, ::apart]
-        out = _outputs(scores[:, ::apart], tile_max[:, ::apart], values, summed.to(dtype), measured)
-        parts[:, at] += error_parts(metric, out[:, :, 1:], out[:, :, :1]).sum(2)
-    return peaks, parts, left_out
+        summed = (choice[at, place].unsqueeze(2) >= each).to(scores.dtype)
+        out = _outputs(_weights(scores[:, :, ::apart], scale), values, summed)
+        if rows_exist is not None:
+            out.masked_fill_(~rows_exist[place, None, ::apart, None], 0)
+        sums[:3, at] += error_parts(metric, out[:, :, 1:], out[:, :, :1]).sum(2)
+        sums[3, at] += summed[:, :, 1:].sum((1, 3))
+    return scale * torch.cat([x.flatten(0, 1) for x in peaks]).unflatten(0, choice.shape[:2]), sums
 
 
-def _outputs(
-    scores: torch.Tensor, tile_max: torch.Tensor, values: torch.Tensor, summed: torch.Tensor, rows_exist: torch.Tensor
-) -> torch.Tensor:
-    """Return the output of each sum over tiles, [heads, rows of tiles, sums, tile_m, Dv]; 0 past the end.
+def _weights(scores: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the softmax [rows of tiles, queries, heads, k_tiles * tile_n] of scores as `_pieces` yields them.
+
+    Heads within rows, so that products of some rows and all tiles need no copy.
+    """
+    heads, count, queries, k_tiles, tile_n = scores.shape
+    scaled = scores.new_empty(count, queries, heads, k_tiles, tile_n)
+    torch.mul(scores.permute(1, 2, 0, 3, 4), scale, out=scaled)
+    return scaled.flatten(3).softmax(-1)
+
+
+def _outputs(weights: torch.Tensor, values: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
+    """Return the output of each sum over tiles, [heads, rows of tiles, sums, queries, Dv]; 0 where there is no weight.
 
     Args:
-        scores: [rows of tiles, tile_m, heads, k_tiles, tile_n], log2 units; become weights.
-        tile_max: their row maxima [rows of tiles, tile_m, heads, k_tiles].
-        values: [heads, k_tiles, tile_n, Dv].
+        weights: [rows of tiles, queries, heads, k_tiles * tile_n].
+        values: [heads, k_tiles, tile_n, Dv + 8], see `_Piece`.
         summed: [heads, rows of tiles, sums, k_tiles], 1 = the tile is in the sum.
-        rows_exist: bool [rows of tiles, tile_m], False past the end of the sequence.
     """
-    heads, count, _, k_tiles = summed.shape
-    top = tile_max.amax(-1).clamp(min=torch.finfo(scores.dtype).min)
-    weights = scores.sub_(top[..., None, None]).exp2_()
-    partial = weights.flatten(2, 3).flatten(0, 1).transpose(0, 1) @ values.flatten(0, 1)  # [heads * k_tiles, rows, Dv]
-    weighted = summed @ partial.view(heads, k_tiles, count, -1).transpose(1, 2)
-    total = summed @ weights.sum(-1).permute(2, 0, 3, 1)
-    total = total.where(total != 0, 1).masked_fill_(~rows_exist.unsqueeze(1), torch.inf)
-    return weighted.view(*total.shape, -1).div_(total.unsqueeze(-1))
+    heads, k_tiles, tile_n, width = values.shape
+    count, queries = weights.shape[:2]
+    by_tile = weights.view(count * queries, heads * k_tiles, tile_n).transpose(0, 1)
+    partial = (by_tile @ values.flatten(0, 1)).view(heads, k_tiles, count, queries * width)
+    sums: torch.Tensor = (summed @ partial.transpose(1, 2)).unflatten(-1, (queries, width))
+    weighted, total = sums[..., :-8], sums[..., -8:-7]
+    return weighted / total.clamp(min=torch.finfo(sums.dtype).tiny)
 
 
 def _margins(peaks: torch.Tensor, visited: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Return [heads, rows of tiles, k_tiles]: the lowest threshold that drops a tile; inf for the first one visited.
 
+    Of tiles that are not visited, anything.
+
     Args:
-        peaks: row maxima of tiles [heads, rows of tiles, tile_m, k_tiles], log2 units.
+        peaks: row maxima of tiles [heads, rows of tiles, tile_m, k_tiles].
         visited: bool [heads, rows of tiles, k_tiles].
         order: [rows of tiles, k_tiles], tiles in visiting order.
     """
-    margins = torch.empty(visited.shape, dtype=peaks.dtype, device=peaks.device)
+    margins = torch.full(visited.shape, torch.inf, dtype=peaks.dtype, device=peaks.device)
     heads_at_once = max(1, _CHUNK[peaks.device.type] // peaks[0].numel())
     for some, visits, margin in zip(*(x.split(heads_at_once) for x in (peaks, visited, margins)), strict=True):
         ordered = some.masked_fill(~visits.unsqueeze(2), -torch.inf)
         ordered = ordered.gather(-1, order.unsqueeze(1).expand_as(ordered))
         rise = (ordered[..., 1:] - ordered.cummax(-1).values[..., :-1]).amax(2)
-        rise = pad(rise, (1, 0), value=torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        margin.scatter_(-1, order.expand_as(rise), rise)
+        margin.scatter_(-1, order[:, 1:].expand_as(rise), rise)
     return margins
