@@ -59,13 +59,15 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
     keys: list[Any] = [None, None]
     if config.key_mask:
         keys = [_table(Int32, batch, 2, cute.sym_int()), _table(Int32, batch, cute.sym_int())]
-    scales: list[Any] = [None] * 4
+    scales: list[Any] = [None] * 6
     if config.int8:
-        scales[:2] = _table(Float32, batch, heads, cute.sym_int()), _table(Float32, batch, kv_heads, cute.sym_int())
-        scales[2] = _table(Float32, batch, heads, seq_q)
+        q_groups, k_tiles = cute.sym_int(), cute.sym_int()
+        scales[:2] = [_table(Float32, batch, heads, q_groups) for _ in range(2)]
+        scales[2:4] = [_table(Float32, batch, kv_heads, k_tiles) for _ in range(2)]
+        scales[4] = _table(Float32, batch, heads, seq_q)
     v = _vectors(dtype, batch, seq_k, kv_heads, config.head_dim)
     if config.fp8:
-        scales[3] = _table(Float32, batch, kv_heads, config.head_dim)
+        scales[5] = _table(Float32, batch, kv_heads, config.head_dim)
         v = _vectors(cutlass.Uint8, batch, kv_heads, config.head_dim, cute.sym_int())  # e4m3 as bytes
     return [
         _vectors(qk_dtype, batch, seq_q, heads, config.head_dim),
@@ -88,7 +90,8 @@ def _quantize_arguments(config: QuantizeConfig) -> list[Any]:
     mean = _vectors(Float32, batch, cute.sym_int(), config.head_dim)
     values = _vectors(cutlass.Int8, batch, seq, heads, config.head_dim)
     lse_shift = _table(Float32, batch, heads, seq) if config.op == "quantize_query" else None
-    return [x, mean, key_mask, values, _table(Float32, batch, heads, groups), lse_shift, Float32(1.0)]
+    scales, norms = (_table(Float32, batch, heads, groups) for _ in range(2))
+    return [x, mean, key_mask, values, scales, norms, lse_shift, Float32(1.0)]
 
 
 def compile_kernel(config: Config, *, options: str = "") -> Any:

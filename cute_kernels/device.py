@@ -39,6 +39,13 @@ def pack_e4m3(a, b, c, d, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def multiply_add(a, b, c, *, loc=None, ip=None):
+    """a * b + c, the low 32 bits, in one instruction: the compiler would take a factor out of a sum of products."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Int32(_assembly(T.i32(), operands, "mad.lo.s32 $0, $1, $2, $3;", "=r,r,r,r"))
+
+
+@dsl_user_op
 def add_pairs(a, b, dtype, *, loc=None, ip=None):
     """Sums of two pairs of bf16 or fp16."""
     kind = {"bf16": "bf16x2", "fp16": "f16x2"}[dtype]
@@ -86,9 +93,28 @@ def round_to_int8(a, b, c, d, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def add_squares(four, total, *, loc=None, ip=None):
+    """The total, and the squares of the four int8 of a register."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (four, total)]
+    return Int32(_assembly(T.i32(), operands, "dp4a.s32.s32 $0, $1, $1, $2;", "=r,r,r"))
+
+
+@dsl_user_op
 def as_float(bits, *, loc=None, ip=None):
     """The float32 whose bits these are."""
     return Float32(llvm.bitcast(T.f32(), Int32(bits).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@dsl_user_op
+def as_int(x, *, loc=None, ip=None):
+    """The bits of a float32."""
+    return Int32(llvm.bitcast(T.i32(), Float32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@cute.jit
+def uniform_float(x: Float32) -> Float32:
+    """A float32 that all threads of a warp have, said so."""
+    return as_float(cute.arch.make_warp_uniform(as_int(x)))
 
 
 @cute.jit

@@ -17,6 +17,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig
+from lite_attention.cute_kernels.device import uniform_float
 from lite_attention.cute_kernels.mainloop import Mainloop
 from lite_attention.cute_kernels.schedule import (
     BATCH,
@@ -72,7 +73,9 @@ class SkipAttentionForward:
         tile_flags,
         key_bits,
         q_scales,
+        q_norms,
         k_scales,
+        k_norms,
         lse_shift,
         v_scales,
         scale: Float32,
@@ -117,6 +120,7 @@ class SkipAttentionForward:
             kept: cute.struct.Align[cute.struct.MemRange[Uint8, RING * MAX_TILES], 16]
             partial: cute.struct.MemRange[Uint32, MAX_WORDS if self.config.key_mask else 1]
             k_scales: cute.struct.MemRange[Float32, self.stages]
+            k_norms: cute.struct.MemRange[Float32, self.stages]
             sums: cute.struct.Align[cute.struct.MemRange[Float32, max(1, self.config.promoted_sums)], 16]
             q: q_buffer
             k: k_buffer
@@ -143,7 +147,9 @@ class SkipAttentionForward:
             tile_flags,
             key_bits,
             q_scales,
+            q_norms,
             k_scales,
+            k_norms,
             lse_shift,
             v_scales,
             scale,
@@ -178,7 +184,9 @@ class SkipAttentionForward:
         tile_flags,
         key_bits,
         q_scales,
+        q_norms,
         k_scales,
+        k_norms,
         lse_shift,
         v_scales,
         scale: Float32,
@@ -198,6 +206,7 @@ class SkipAttentionForward:
         reach = storage.reach.get_tensor(cute.make_layout(RING))
         entries = storage.entries.get_tensor(cute.make_layout(self.stages))
         tile_scales = storage.k_scales.get_tensor(cute.make_layout(self.stages))
+        tile_norms = storage.k_norms.get_tensor(cute.make_layout(self.stages))
         visited = storage.visited.get_tensor(cute.make_layout((RING, MAX_WORDS), stride=(MAX_WORDS, 1)))
         kept = storage.kept.get_tensor(cute.make_layout((RING, MAX_TILES), stride=(MAX_TILES, 1)))
         partial = storage.partial.get_tensor(cute.make_layout(MAX_WORDS if self.config.key_mask else 1))
@@ -234,15 +243,15 @@ class SkipAttentionForward:
             if warp == 0:
                 self.produce(
                     q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv_loaded, q_pipe, k_pipe, v_pipe, skip_mask, control,
-                    threshold, initial_mask, must_do, tile_flags, k_scales, call, jobs, reach, entries, tile_scales,
-                    visited, partial, scale,
+                    threshold, initial_mask, must_do, tile_flags, k_scales, k_norms, call, jobs, reach, entries,
+                    tile_scales, tile_norms, visited, partial, scale,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             self.consume(
                 qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
-                initial_mask, must_do, key_bits, q_scales, v_scales, call, jobs, reach, entries, tile_scales, visited,
-                kept, sums, scale, gq.shape[0], gk.shape[0],
+                initial_mask, must_do, key_bits, q_scales, q_norms, v_scales, call, jobs, reach, entries, tile_scales,
+                tile_norms, visited, kept, sums, scale, gq.shape[0], gk.shape[0],
             )  # fmt: skip
 
     def qk_op(self):
@@ -302,8 +311,8 @@ class SkipAttentionForward:
     @cute.jit
     def produce(
         self, q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv, q_pipe, k_pipe, v_pipe, skip_mask, control, threshold,
-        initial_mask, must_do, tile_flags, k_scales, call, jobs, reach, entries, tile_scales, visited, partial,
-        scale: Float32,
+        initial_mask, must_do, tile_flags, k_scales, k_norms, call, jobs, reach, entries, tile_scales, tile_norms,
+        visited, partial, scale: Float32,
     ):  # fmt: skip
         """The producer warp: list the tiles of each job, announce it, and load Q and the tiles of K and V."""
         lane = cute.arch.lane_idx()
@@ -354,12 +363,14 @@ class SkipAttentionForward:
                     word = word & ~(Uint32(1) << Uint32(bit))
                     j, stage = at * 32 + bit, state.index
                     if const_expr(self.config.int8):
-                        tile_scale = k_scales[batch, kv_head, j]  # on its way while the ring is full
+                        # On their way while the ring is full.
+                        tile_scale, tile_norm = k_scales[batch, kv_head, j], k_norms[batch, kv_head, j]
                     k_pipe.sync_object_empty.wait(stage, state.phase)
                     if lane == 0:
                         entries[stage] = self.walk.entry(partial, j, seq_k)
                         if const_expr(self.config.int8):
                             tile_scales[stage] = tile_scale
+                            tile_norms[stage] = tile_norm
                     cute.arch.sync_warp()
                     k_pipe.sync_object_full.arrive(stage, None)
                     k_bar, v_bar = k_pipe.producer_get_barrier(state), v_pipe.producer_get_barrier(state)
@@ -390,8 +401,8 @@ class SkipAttentionForward:
     @cute.jit
     def consume(
         self, qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
-        initial_mask, must_do, key_bits, q_scales, v_scales, call, jobs, reach, entries, tile_scales, visited, kept,
-        sums, scale: Float32, seq_q: Int32, seq_k: Int32,
+        initial_mask, must_do, key_bits, q_scales, q_norms, v_scales, call, jobs, reach, entries, tile_scales,
+        tile_norms, visited, kept, sums, scale: Float32, seq_q: Int32, seq_k: Int32,
     ):  # fmt: skip
         """A consumer warpgroup: its rows of each job, and its part of writing the votes back."""
         thread, _, _ = cute.arch.thread_idx()
@@ -426,16 +437,17 @@ class SkipAttentionForward:
         while count != END:
             own_row = (worker // 32) * 16 + cute.arch.lane_idx() // 4
             first_row = jobs[ring, Q_TILE] * self.tile_m + own_row
-            limit = Float32(0.0)
+            limit, norm = Float32(0.0), Float32(0.0)
             if const_expr(self.config.skip):
                 limit = reach[ring]
             if const_expr(self.config.int8):
                 rows = cutlass.min(first_row // QUERY_ROWS, q_scales.shape[2] - 1)
-                scale = q_scales[jobs[ring, BATCH], jobs[ring, HEAD], rows]
+                scale = uniform_float(q_scales[jobs[ring, BATCH], jobs[ring, HEAD], rows])
+                norm = uniform_float(q_norms[jobs[ring, BATCH], jobs[ring, HEAD], rows])
             state = self.mainloop.attend(
                 qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
-                state, entries, tile_scales, kept[ring, None], count, group, key_bits, jobs[ring, BATCH], seq_k, scale,
-                limit, first_row < seq_q, first_row + 8 < seq_q,
+                state, entries, tile_scales, tile_norms, kept[ring, None], count, group, key_bits, jobs[ring, BATCH],
+                seq_k, scale, norm, limit, first_row < seq_q, first_row + 8 < seq_q,
             )  # fmt: skip
             q_state.advance()
             q_tile, head, batch = jobs[ring, Q_TILE], jobs[ring, HEAD], jobs[ring, BATCH]

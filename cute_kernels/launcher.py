@@ -46,7 +46,7 @@ __all__ = [
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_STATE = (None,) * 5
-_NO_SCALES = (None,) * 4
+_NO_SCALES = (None,) * 6
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
@@ -188,13 +188,13 @@ def _launch(
     scales: tuple[torch.Tensor | None, ...] = _NO_SCALES
     if plan.quantization != "none":
         mean = _key_mean(k, key_mask)
-        q, q_scales, lse_shift = _quantize_query(q, mean, plan.scale)
-        k, k_scales = _quantize_key(k, mean, key_mask, plan.tile_n)
+        q, q_scales, q_norms, lse_shift = _quantize_query(q, mean, plan.scale)
+        k, k_scales, k_norms = _quantize_key(k, mean, key_mask, plan.tile_n)
         v_scales: torch.Tensor | None = None
         if plan.quantization == "int8_fp8":
             v, v_scales = _quantize_value(v, key_mask)
             v = v.view(torch.uint8)
-        scales = (q_scales, k_scales, lse_shift, v_scales)
+        scales = (q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales)
     _run(
         plan.kernel, out.device, q, k, v, out, lse, *state, flags, key_bits, *scales, plan.scale * LOG2_E,
         plan.processors,
@@ -259,7 +259,7 @@ def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
 
 def quantize_query(
     q: torch.Tensor, mean: torch.Tensor, *, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernel for `lite_attention::quantize_query` on torch's current stream.
 
     Raises:
@@ -274,7 +274,7 @@ def quantize_query(
 
 def quantize_key(
     k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, *, tile_n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernel for `lite_attention::quantize_key` on torch's current stream.
 
     Raises:
@@ -326,22 +326,22 @@ def _key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
 
 def _quantize_query(
     q: torch.Tensor, mean: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, seq, heads, _ = q.shape
-    values, scales = empty_quantized(q, QUERY_ROWS)
+    values, scales, norms = empty_quantized(q, QUERY_ROWS)
     lse_shift = q.new_empty((batch, heads, seq), dtype=torch.float32)
     kernel = _quantizer("quantize_query", q, QUERY_ROWS)
-    _run(kernel, q.device, q, mean, None, values, scales, lse_shift, scale)
-    return values, scales, lse_shift
+    _run(kernel, q.device, q, mean, None, values, scales, norms, lse_shift, scale)
+    return values, scales, norms, lse_shift
 
 
 def _quantize_key(
     k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, tile_n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    values, scales = empty_quantized(k, tile_n)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values, scales, norms = empty_quantized(k, tile_n)
     kernel = _quantizer("quantize_key", k, tile_n, key_mask)
-    _run(kernel, k.device, k, mean, _bytes(key_mask), values, scales, None, 1.0)
-    return values, scales
+    _run(kernel, k.device, k, mean, _bytes(key_mask), values, scales, norms, None, 1.0)
+    return values, scales, norms
 
 
 def _quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -101,6 +101,14 @@ class Mainloop:
         return unit
 
     @cute.jit
+    def bound(self, norm: Float32, tile_norms, stage) -> Float32:
+        """What no score of a tile exceeds in magnitude, in log2 units; of use for integers."""
+        bound = norm
+        if const_expr(self.config.int8):
+            bound = norm * tile_norms[stage]
+        return bound
+
+    @cute.jit
     def wait_turn(self, group):
         """Wait until the warpgroup before has issued its products."""
         cute.arch.barrier(barrier_id=2 + group, number_of_threads=256)
@@ -113,8 +121,8 @@ class Mainloop:
     @cute.jit
     def attend(
         self, qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
-        state, entries, tile_scales, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32,
-        reach: Float32, votes_0: Boolean, votes_1: Boolean,
+        state, entries, tile_scales, tile_norms, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32,
+        scale: Float32, norm: Float32, reach: Float32, votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
         words = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
@@ -134,7 +142,7 @@ class Mainloop:
         if count > 0:
             k_pipe.consumer_wait(state)
             entry = cute.arch.make_warp_uniform(entries[state.index])
-            unit = self.unit(scale, tile_scales, state.index)
+            unit, bound = self.unit(scale, tile_scales, state.index), self.bound(norm, tile_norms, state.index)
             j = entry & TILE_BITS
             if const_expr(self.config.skip):
                 kept[j] = Uint8(1)  # the first tile always is
@@ -143,14 +151,16 @@ class Mainloop:
             k_pipe.consumer_release(state)
             if entry > TILE_BITS:
                 self.softmax.exclude(scores, j * self.config.tile_n, seq_k, key_bits, batch)
-            _, _, slope = self.softmax.step(scores, top, shift, total, factor, origin, unit, reach, votes_0, votes_1)
-            self.softmax.convert(scores, words, origin, slope)
+            _, _, slope, clamp = self.softmax.step(
+                scores, top, shift, total, factor, origin, unit, bound, entry > TILE_BITS, reach, votes_0, votes_1
+            )
+            self.softmax.convert(scores, words, origin, slope, clamp)
             for n in cutlass.range(1, count, unroll=1):
                 before = state.clone()
                 state.advance()
                 k_pipe.consumer_wait(state)
                 entry = cute.arch.make_warp_uniform(entries[state.index])
-                unit = self.unit(scale, tile_scales, state.index)
+                unit, bound = self.unit(scale, tile_scales, state.index), self.bound(norm, tile_norms, state.index)
                 self.softmax.add_up(words, total)
                 self.wait_turn(group)
                 self.issue_qk(qk_mma, scores, rq, rk, state.index)  # scores of this tile
@@ -162,12 +172,12 @@ class Mainloop:
                 j = entry & TILE_BITS
                 if entry > TILE_BITS:
                     self.softmax.exclude(scores, j * self.config.tile_n, seq_k, key_bits, batch)
-                moved, keep, slope = self.softmax.step(
-                    scores, top, shift, total, factor, origin, unit, reach, votes_0, votes_1
+                moved, keep, slope, clamp = self.softmax.step(
+                    scores, top, shift, total, factor, origin, unit, bound, entry > TILE_BITS, reach, votes_0, votes_1
                 )
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
-                self.softmax.convert(scores, words, origin, slope)
+                self.softmax.convert(scores, words, origin, slope, clamp)
                 if const_expr(self.config.fp8):
                     self.take_totals(out, total, factor)
                     if n % self.promoted_tiles == 0:

@@ -14,7 +14,7 @@ import cutlass.memory
 from cutlass import Boolean, Float32, Int8, Int32, Uint8, const_expr
 
 from lite_attention.cute_kernels.config import QuantizeConfig
-from lite_attention.cute_kernels.device import max_nan, pack_e4m3, round_to_int8
+from lite_attention.cute_kernels.device import add_squares, max_nan, pack_e4m3, round_to_int8
 from lite_attention.ops.quantize import LARGEST_FP8, LARGEST_INT8
 from lite_attention.ops.reference import LOG2_E
 
@@ -112,12 +112,13 @@ class Quantize(_Rows):
         key_mask,
         values: cute.Tensor,
         scales: cute.Tensor,
+        norms: cute.Tensor,
         lse_shift,
         scale: Float32,
         stream: cuda.CUstream,
     ):
-        """x, values [B, S, H, D], mean [B, Hkv, D], scales [B, H, groups]; scale and lse_shift [B, H, S] of queries."""
-        self.kernel(x, mean, key_mask, values, scales, lse_shift, scale).launch(
+        """x, values [B, S, H, D], mean [B, Hkv, D], scales, norms [B, H, groups]; scale, lse_shift [B, H, S]: of q."""
+        self.kernel(x, mean, key_mask, values, scales, norms, lse_shift, scale).launch(
             grid=[x.shape[2] * cute.ceil_div(scales.shape[2], self.teams), x.shape[0], 1],
             block=[_THREADS, 1, 1],
             stream=stream,
@@ -125,8 +126,8 @@ class Quantize(_Rows):
 
     @cute.kernel
     def kernel(
-        self, x: cute.Tensor, mean: cute.Tensor, key_mask, values: cute.Tensor, scales: cute.Tensor, lse_shift,
-        scale: Float32,
+        self, x: cute.Tensor, mean: cute.Tensor, key_mask, values: cute.Tensor, scales: cute.Tensor,
+        norms: cute.Tensor, lse_shift, scale: Float32,
     ):  # fmt: skip
         """Load the rows that share a scale, find their largest magnitude, and write them in steps of 1/127 of it."""
         thread, _, _ = cute.arch.thread_idx()
@@ -155,39 +156,46 @@ class Quantize(_Rows):
                 product = self.sum_of_row(product)
                 if lane == 0:
                     lse_shift[batch, head, row] = product * scale
-        largest = self.max_of_team(largest)
+        largest = self.max_of_team(largest, 0)
         inverse = _LARGEST / largest if largest > 0.0 else Float32(0.0)  # NaN is not above 0 either
-        if thread % self.team == 0:
-            factor = scale * LOG2_E if const_expr(self.query) else Float32(1.0)
-            scales[batch, head, group] = largest / _LARGEST * factor
 
-        packed = cute.make_rmem_tensor(_VECTOR // 4, Int32)
+        packed, longest = cute.make_rmem_tensor(_VECTOR // 4, Int32), Int32(0)
         for i in cutlass.range_constexpr(self.loads):
             row = cutlass.min(first + i * self.step, x.shape[1] - 1)
             for word in cutlass.range_constexpr(_VECTOR // 4):
                 four = range(4 * word, 4 * word + 4)
                 packed[word] = round_to_int8(*[self.moved(kept[i, e], shift[e]) * inverse for e in four])
             cute.autovec_copy(cute.recast_tensor(packed, Int8), self.part(values[batch, row, head, None], lane))
+            squares = Int32(0)
+            for word in cutlass.range_constexpr(_VECTOR // 4):
+                squares = add_squares(packed[word], squares)
+            longest = cutlass.max(longest, self.sum_of_row(squares))
+        longest = self.max_of_team(Float32(longest), 1)
+        if thread % self.team == 0:
+            factor = scale * LOG2_E if const_expr(self.query) else Float32(1.0)
+            scales[batch, head, group] = largest / _LARGEST * factor
+            norms[batch, head, group] = cute.math.sqrt(longest) * (largest / _LARGEST * factor)
 
     def moved(self, x, shift):
         """An element in float32; the mean is taken off keys."""
         return Float32(x) if self.query else Float32(x) - shift
 
     @cute.jit
-    def sum_of_row(self, x: Float32) -> Float32:
+    def sum_of_row(self, x):
         """Sum over the threads of a row."""
         for bit in cutlass.range_constexpr(self.lanes.bit_length() - 1):
             x += cute.arch.shuffle_sync_bfly(x, offset=1 << bit)
         return x
 
     @cute.jit
-    def max_of_team(self, x: Float32) -> Float32:
-        """Maximum over the threads of a team, that a NaN survives."""
+    def max_of_team(self, x: Float32, turn: cutlass.Constexpr) -> Float32:
+        """Maximum over the threads of a team, that a NaN survives. Turns have memory of their own."""
         for bit in cutlass.range_constexpr(5):
             x = max_nan(x, cute.arch.shuffle_sync_bfly(x, offset=1 << bit))
         if const_expr(self.team > 32):
             warps = self.team // 32
-            shared = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(warps), 16)
+            layout = cute.make_layout((2, warps), stride=(warps, 1))
+            shared = cutlass.memory.SmemAllocator().allocate_tensor(Float32, layout, 16)[turn, None]
             shared[cute.arch.warp_idx()] = x  # of all lanes the same
             cute.arch.sync_threads()
             for warp in cutlass.range_constexpr(warps):

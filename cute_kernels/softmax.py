@@ -15,6 +15,7 @@ from lite_attention.cute_kernels.device import (
     element,
     four_weights,
     max_nan,
+    multiply_add,
     pack_e4m3,
     quad_max,
     sum_of_pairs,
@@ -31,6 +32,7 @@ FP8_RESCALE_ABOVE = 8.75
 OCTAVE = 2.0**23
 BIAS = 127.0 - 0.0576
 LARGEST_UNIT = 32.0  # what is lower by a step is 2^-32 then, whatever the step
+WITHOUT_SIGN = 120.0  # log2 units below the shift in which bits of weights stay positive, with room for rounding
 # An integer score on top of this float's bits moves the mantissa only: they are those of MAGIC + score, exactly.
 MAGIC = 12582912.0
 MAGIC_BITS = 0x4B400000
@@ -82,15 +84,20 @@ class OnlineSoftmax:
 
     @cute.jit
     def step(
-        self, x, top, shift, total, factor, origin, unit: Float32, reach: Float32, votes_0: Boolean, votes_1: Boolean
+        self, x, top, shift, total, factor, origin, unit: Float32, bound: Float32, partial: Boolean, reach: Float32,
+        votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Find the maxima, and replace float scores by weights, in place.
 
         The common path has no shuffle: only when some thread of the warp sees a new maximum is the row's agreed on.
 
+        Args:
+            bound: of the magnitude of integer scores, log2 units.
+            partial: some scores are excluded.
+
         Returns:
             Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile; what
-            the bits of a weight grow by with each step of integer scores.
+            the bits of a weight grow by with each step of integer scores; whether some may be negative.
         """
         highest = [self.row_high(x, half) for half in range(2)]
         high_0, high_1 = self.in_log2(highest[0], unit), self.in_log2(highest[1], unit)
@@ -115,15 +122,17 @@ class OnlineSoftmax:
                 total[half] = total[half] * factor[half]
                 shift[half] = fresh
             moved = cute.arch.vote_any_sync(grown)
-        slope = Int32(0)
+        slope, clamp = Int32(0), Boolean(False)
         if cutlass.const_expr(self.int8):
             slope = cutlass.max(to_int(cutlass.min(unit, LARGEST_UNIT) * OCTAVE), 1)
             inverse = cute.arch.rcp_approx(Float32(slope))
             origin[0] = self.zero_at(highest[0], high_0 - shift[0], inverse)
             origin[1] = self.zero_at(highest[1], high_1 - shift[1], inverse)
+            low = ~(bound + shift[0] < WITHOUT_SIGN) | ~(bound + shift[1] < WITHOUT_SIGN)
+            clamp = cute.arch.vote_any_sync(low) | partial
         else:
             self.exponentials(x, shift, total, unit)
-        return moved, keep, slope
+        return moved, keep, slope, clamp
 
     @cute.jit
     def exponentials(self, x, shift, total, unit: Float32):
@@ -163,18 +172,30 @@ class OnlineSoftmax:
         return high - to_int(cutlass.max(log2_weight + BIAS, 0.0) * OCTAVE * inverse)
 
     @cute.jit
-    def convert(self, x, words, origin, slope: Int32):
+    def convert(self, x, words, origin, slope: Int32, clamp: Boolean):
         """Weights to 16 or 8 bits: the order of the accumulator is that of the next operand.
 
         In FP8 four columns of a row are a register, and lie in the operand where V has its keys permuted to.
         """
+        if cutlass.const_expr(self.int8):
+            if clamp:
+                self.weights_from_bits(x, words, origin, slope, clamp=True)
+            else:
+                self.weights_from_bits(x, words, origin, slope, clamp=False)
+        else:
+            for w in cutlass.range_constexpr(self.words):
+                words[w] = self.pack(x[2 * w], x[2 * w + 1])
+
+    @cute.jit
+    def weights_from_bits(self, x, words, origin, slope: Int32, clamp: cutlass.Constexpr):
+        """Integer scores to weights in 16 or 8 bits, see OCTAVE. Negative bits are clamped to 0."""
         for w in cutlass.range_constexpr(self.words):
             elements = four_weights(w) if self.fp8 else (2 * w, 2 * w + 1)
-            if cutlass.const_expr(self.int8):  # bits that would be negative are 0
-                weights = [as_float(cutlass.max(x[e] - origin[w % 2], 0) * slope) for e in elements]
+            if cutlass.const_expr(clamp):
+                bits = [cutlass.max(x[e] - origin[w % 2], 0) * slope for e in elements]
             else:
-                weights = [x[e] for e in elements]
-            words[w] = self.pack(*weights)
+                bits = [multiply_add(x[e], slope, -origin[w % 2] * slope) for e in elements]
+            words[w] = self.pack(*[as_float(b) for b in bits])
 
     @cute.jit
     def add_up(self, words, total):

@@ -6,12 +6,14 @@ softmax nor votes see it, and an offset that the keys share costs no precision. 
 * key_mean: k [B, Sk, Hkv, D] -> float32 [B, Hkv, D], the mean of the allowed keys; 0 where there is none.
 * quantize_query: q [B, Sq, Hq, D] -> int8 of the same shape, contiguous; scales float32 [B, Hq, ceil(Sq / 16)], with
   the factor of the scores and log2(e) in them, so that `values_q . values_k * scale_q * scale_k` is a score in log2
-  units; lse_shift float32 [B, Hq, Sq], what the scores of a row lost with the mean, natural log.
-* quantize_key: k -> int8 of the same shape, contiguous; scales float32 [B, Hkv, ceil(Sk / tile_n)].
+  units; norms, of the same shape as the scales; lse_shift float32 [B, Hq, Sq], what the scores of a row lost with the
+  mean, natural log.
+* quantize_key: k -> int8 of the same shape, contiguous; scales float32 [B, Hkv, ceil(Sk / tile_n)]; norms, likewise.
 
 Symmetric: a group's scale is its largest magnitude / 127, and a value round(x * (127 / largest)), to nearest even,
 clamped to +-127, in float32, to which q and k are rounded first. Keys that a mask excludes count neither in the mean
-nor in a scale.
+nor in a scale. A group's norm is the largest L2 norm of its rows of values, times the scale: no score exceeds
+`norm_q * norm_k` in magnitude.
 
 A NaN or an infinity makes the scale of its group one, and the values of the group 0, so its scores are NaN: of 16 rows
 for one in q; for one in k, which the mean spreads, of all rows of the heads that read it.
@@ -58,8 +60,12 @@ __all__ = [
 ]
 
 KEY_MEAN_SCHEMA = "(Tensor k, Tensor? key_mask) -> Tensor"
-QUANTIZE_QUERY_SCHEMA = "(Tensor q, Tensor mean, *, float? scale) -> (Tensor values, Tensor scales, Tensor lse_shift)"
-QUANTIZE_KEY_SCHEMA = "(Tensor k, Tensor mean, Tensor? key_mask, *, int tile_n) -> (Tensor values, Tensor scales)"
+QUANTIZE_QUERY_SCHEMA = (
+    "(Tensor q, Tensor mean, *, float? scale) -> (Tensor values, Tensor scales, Tensor norms, Tensor lse_shift)"
+)
+QUANTIZE_KEY_SCHEMA = (
+    "(Tensor k, Tensor mean, Tensor? key_mask, *, int tile_n) -> (Tensor values, Tensor scales, Tensor norms)"
+)
 QUANTIZE_VALUE_SCHEMA = "(Tensor v, Tensor? key_mask) -> (Tensor values, Tensor scales)"
 
 QUERY_ROWS = 16  # that share a scale: those that one warp of the Hopper kernel holds
@@ -87,7 +93,7 @@ def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
 
 def quantize_query(
     q: torch.Tensor, mean: torch.Tensor, *, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute `lite_attention::quantize_query` on any device.
 
     Raises:
@@ -96,14 +102,15 @@ def quantize_query(
     check_queries(q, mean, scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     q = q.to(torch.float32)
-    values, scales = _quantized(q, q.abs(), QUERY_ROWS)
+    values, scales, norms = _quantized(q, q.abs(), QUERY_ROWS)
     lost = torch.einsum("bshd,bhd->bhs", q, mean.repeat_interleave(q.shape[2] // mean.shape[1], 1))
-    return values, scales * (scale / math.log(2)), (lost * scale).contiguous()
+    factor = scale / math.log(2)
+    return values, scales * factor, norms * factor, (lost * scale).contiguous()
 
 
 def quantize_key(
     k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, *, tile_n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute `lite_attention::quantize_key` on any device.
 
     Raises:
@@ -134,13 +141,21 @@ def _allowed(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
     return x if key_mask is None else torch.where(key_mask[..., None, None], x, 0)
 
 
-def _quantized(x: torch.Tensor, magnitudes: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the values of x, float32 [B, S, H, D], and scales [B, H, groups] by the magnitudes of so many rows."""
-    groups = ceil_div(x.shape[1], rows)
-    padded = torch.nn.functional.pad(magnitudes, (0, 0, 0, 0, 0, groups * rows - x.shape[1]))
-    largest = padded.unflatten(1, (groups, rows)).amax((2, 4)).transpose(1, 2).contiguous()
+def _quantized(x: torch.Tensor, magnitudes: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return values of x, float32 [B, S, H, D], scales [B, H, groups] by the magnitudes of so many rows, and norms."""
+    largest = _largest_of_groups(magnitudes.amax(-1), rows)
+    scales = largest / LARGEST_INT8
     values = _scaled(x, _each_row(_factors(largest, LARGEST_INT8), rows, x.shape[1]), LARGEST_INT8).round_()
-    return values.to(torch.int8, memory_format=torch.contiguous_format), largest / LARGEST_INT8
+    norms = _largest_of_groups(values.square().sum(-1), rows).sqrt_() * scales
+    return values.to(torch.int8, memory_format=torch.contiguous_format), scales, norms
+
+
+def _largest_of_groups(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """[B, S, H], at least 0 -> [B, H, groups]."""
+    groups = ceil_div(x.shape[1], rows)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, groups * rows - x.shape[1]))
+    largest: torch.Tensor = padded.unflatten(1, (groups, rows)).amax(2).transpose(1, 2).contiguous()
+    return largest
 
 
 def _factors(largest: torch.Tensor, limit: int) -> torch.Tensor:
@@ -181,8 +196,8 @@ def dequantized(
         tile_n: keys of a tile.
     """
     mean = key_mean(k, key_mask)
-    q_values, q_scales, lse_shift = quantize_query(q, mean, scale=scale)
-    k_values, k_scales = quantize_key(k, mean, key_mask, tile_n=tile_n)
+    q_values, q_scales, _, lse_shift = quantize_query(q, mean, scale=scale)
+    k_values, k_scales, _ = quantize_key(k, mean, key_mask, tile_n=tile_n)
     seen_q = q_values * _each_row(q_scales, QUERY_ROWS, q.shape[1])
     seen_k = k_values * _each_row(k_scales, tile_n, k.shape[1])
     seen_v = _dequantized_value(v, key_mask) if quantization == "int8_fp8" else v
@@ -212,16 +227,15 @@ def key_mean_fake(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tenso
 
 def quantize_query_fake(
     q: torch.Tensor, mean: torch.Tensor, *, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return an empty result of `quantize_query`."""
     check_queries(q, mean, scale)
-    values, scales = empty_quantized(q, QUERY_ROWS)
-    return values, scales, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return *empty_quantized(q, QUERY_ROWS), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 def quantize_key_fake(
     k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, *, tile_n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return an empty result of `quantize_key`."""
     check_quantize_key(k, mean, key_mask, tile_n)
     return empty_quantized(k, tile_n)
@@ -236,11 +250,11 @@ def quantize_value_fake(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple
 # ---- empty results, of the fakes and of the CUDA kernels -----------------------------------------------------------
 
 
-def empty_quantized(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return empty values and scales of queries or keys [B, S, H, D], of which so many rows share a scale."""
+def empty_quantized(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return empty values, scales and norms of queries or keys [B, S, H, D], of which so many rows share a scale."""
     batch, seq, heads, _ = x.shape
     scales = x.new_empty((batch, heads, ceil_div(seq, rows)), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), scales
+    return x.new_empty(x.shape, dtype=torch.int8), scales, torch.empty_like(scales)
 
 
 def empty_quantized_value(v: torch.Tensor) -> torch.Tensor:

@@ -114,8 +114,8 @@ def dequantized(
     """Return q and k in float64 as the quantising ops leave them, their product in log2 units, and lse_shift."""
     ops = torch.ops.lite_attention
     mean = ops.key_mean(k, key_mask)
-    q_values, q_scales, lse_shift = ops.quantize_query(q, mean, scale=scale)
-    k_values, k_scales = ops.quantize_key(k, mean, key_mask, tile_n=tile_n)
+    q_values, q_scales, _, lse_shift = ops.quantize_query(q, mean, scale=scale)
+    k_values, k_scales, _ = ops.quantize_key(k, mean, key_mask, tile_n=tile_n)
     seen = []
     for values, scales, rows in ((q_values, q_scales, 16), (k_values, k_scales, tile_n)):
         by_row = torch.stack([scales[:, :, i // rows] for i in range(values.shape[1])], 1)

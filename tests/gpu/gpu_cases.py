@@ -66,8 +66,8 @@ class Case:
     def dequantized(self) -> tuple[Case, torch.Tensor]:
         """Return the case that the kernel computes from what is quantised, exact in float64, and what its LSE lacks."""
         mean = KEY_MEAN(self.k, self.key_mask)
-        q, q_scales, lse_shift = QUANTIZE_QUERY(self.q, mean, scale=self.scale)
-        k, k_scales = QUANTIZE_KEY(self.k, mean, self.key_mask, tile_n=self.state.tile_n)
+        q, q_scales, _, lse_shift = QUANTIZE_QUERY(self.q, mean, scale=self.scale)
+        k, k_scales, _ = QUANTIZE_KEY(self.k, mean, self.key_mask, tile_n=self.state.tile_n)
         q, k = each_row(q_scales, q, QUERY_ROWS) * q, each_row(k_scales, k, self.state.tile_n) * k
         v = self.v.double() if self.quantization == "int8" else dequantized_value(self.v, self.key_mask)
         return dataclasses.replace(self, q=q, k=k, v=v, scale=math.log(2), quantization="none"), lse_shift

@@ -63,18 +63,20 @@ def test_quantizers_match_the_cpu(data: st.DataObject) -> None:
     torch.testing.assert_close(mean, quantize.key_mean(k, key_mask), atol=1e-4, rtol=1e-5)
     assert torch.equal(mean, KEY_MEAN(k, key_mask))
 
-    values, scales, lse_shift = QUANTIZE_QUERY(q, mean, scale=None)
-    want_values, want_scales, want_shift = quantize.quantize_query(q, mean, scale=None)
+    values, scales, norms, lse_shift = QUANTIZE_QUERY(q, mean, scale=None)
+    want_values, want_scales, want_norms, want_shift = quantize.quantize_query(q, mean, scale=None)
     assert torch.equal(values, want_values)
     torch.testing.assert_close(scales, want_scales, atol=0, rtol=1e-6)
+    torch.testing.assert_close(norms, want_norms, atol=0, rtol=1e-6)
     torch.testing.assert_close(lse_shift, want_shift, atol=1e-3, rtol=1e-4)
 
     for quantization in ("int8", "int8_fp8"):
         _, tile_n = tile_shape(dim, dtype, "cuda", quantization)
-        values, scales = QUANTIZE_KEY(k, mean, key_mask, tile_n=tile_n)
-        want_values, want_scales = quantize.quantize_key(k, mean, key_mask, tile_n=tile_n)
+        values, scales, norms = QUANTIZE_KEY(k, mean, key_mask, tile_n=tile_n)
+        want_values, want_scales, want_norms = quantize.quantize_key(k, mean, key_mask, tile_n=tile_n)
         check_values(values, want_values)
         torch.testing.assert_close(scales, want_scales, atol=0, rtol=1e-6)
+        torch.testing.assert_close(norms, want_norms, atol=0, rtol=1e-2)  # of values that differ by a step
 
     values, scales = QUANTIZE_VALUE(v, key_mask)
     want_values, want_scales = quantize.quantize_value(v, key_mask)

@@ -83,7 +83,7 @@ def test_near_exact_attention_over_the_allowed_keys(quantization: str, kind: str
 def test_the_mean_taken_off_makes_it_better_and_never_worse(kind: str, gain: float, seed: int) -> None:
     q, k, v = _qkv(kind, 64, seed)
     want, _ = _exact(q, k, v)
-    k_values, k_scales = OPS.quantize_key(k, torch.zeros(1, 2, 64), None, tile_n=64)
+    k_values, k_scales, _ = OPS.quantize_key(k, torch.zeros(1, 2, 64), None, tile_n=64)
     as_they_are = k_values * k_scales.repeat_interleave(64, 2).transpose(1, 2).unsqueeze(-1)
     seen_q, smooth, _ = dequantized(q, k, None, None, 64)
     with_mean, without = (_sqnr(_exact(seen_q, keys, v, scale=math.log(2))[0], want) for keys in (smooth, as_they_are))

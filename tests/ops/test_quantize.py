@@ -38,14 +38,21 @@ def _key_mask(kind: str, batch: int, seq: int) -> torch.Tensor | None:
 
 
 def _assert_group(
-    x: torch.Tensor, counted: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, factor: float = 1.0
+    x: torch.Tensor,
+    counted: torch.Tensor,
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    norm: torch.Tensor,
+    factor: float = 1.0,
 ) -> None:
-    """Hold a group, [rows, D], to the contract: its scale is that of the rows that count."""
+    """Hold a group, [rows, D], to the contract: its scale is that of the rows that count, its norm of the longest."""
     largest = float(x[counted].abs().max()) if counted.any() else 0.0
     torch.testing.assert_close(float(scale), largest / 127 * factor, rtol=1e-5, atol=0)
     exact = (x * 127 / largest if largest else 0 * x).clamp(-127, 127)
     # Either neighbour of a tie, which rounding before may decide.
     assert ((values - exact).abs() <= 0.5 + 1e-4).all()
+    longest = max(math.hypot(*row) for row in values.tolist())
+    torch.testing.assert_close(float(norm), longest * float(scale), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,9 +64,10 @@ def test_keys(shape: dict[str, int], masked: str, dtype: torch.dtype) -> None:
     batch, seq, heads, _ = k.shape
     mask, tile_n = _key_mask(masked, batch, seq), 7
     mean = OPS.key_mean(k, mask)
-    values, scales = OPS.quantize_key(k, mean, mask, tile_n=tile_n)
+    values, scales, norms = OPS.quantize_key(k, mean, mask, tile_n=tile_n)
     assert (mean.dtype, scales.dtype, values.dtype) == (torch.float32, torch.float32, torch.int8)
     assert (values.shape, scales.shape) == (k.shape, (batch, heads, math.ceil(seq / tile_n)))
+    assert (norms.dtype, norms.shape) == (scales.dtype, scales.shape)
     for b in range(batch):
         allowed = torch.ones(seq, dtype=torch.bool) if mask is None else mask[b % len(mask)]
         for h in range(heads):
@@ -69,7 +77,7 @@ def test_keys(shape: dict[str, int], masked: str, dtype: torch.dtype) -> None:
             for j in range(scales.shape[2]):
                 tile = slice(j * tile_n, (j + 1) * tile_n)
                 shifted = (keys[tile].float() - mean[b, h]).double()
-                _assert_group(shifted, allowed[tile], values[b, tile, h], scales[b, h, j])
+                _assert_group(shifted, allowed[tile], values[b, tile, h], scales[b, h, j], norms[b, h, j])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,9 +87,10 @@ def test_queries(shape: dict[str, int], scale: float | None, dtype: torch.dtype)
     q, k, _ = clustered_qkv(0, **shape, dtype=dtype)
     batch, seq, heads, dim = q.shape
     mean = torch.randn(batch, k.shape[2], dim)
-    values, scales, lse_shift = OPS.quantize_query(q, mean, scale=scale)
+    values, scales, norms, lse_shift = OPS.quantize_query(q, mean, scale=scale)
     assert (values.dtype, scales.dtype, lse_shift.dtype) == (torch.int8, torch.float32, torch.float32)
     assert (values.shape, scales.shape) == (q.shape, (batch, heads, math.ceil(seq / 16)))
+    assert (norms.dtype, norms.shape) == (scales.dtype, scales.shape)
     assert lse_shift.shape == (batch, heads, seq)
     factor = dim**-0.5 if scale is None else scale
     for b in range(batch):
@@ -92,7 +101,9 @@ def test_queries(shape: dict[str, int], scale: float | None, dtype: torch.dtype)
             for i in range(scales.shape[2]):
                 group = slice(i * 16, (i + 1) * 16)
                 everyone = torch.ones(len(rows[group]), dtype=torch.bool)
-                _assert_group(rows[group], everyone, values[b, group, h], scales[b, h, i], factor * LOG2_E)
+                _assert_group(
+                    rows[group], everyone, values[b, group, h], scales[b, h, i], norms[b, h, i], factor * LOG2_E
+                )
 
 
 # What e4m3 has, 0 to 448: a step of 2^-9 up to 2^-6, then eight to each power of two. The last 480 would be NaN.
@@ -154,14 +165,15 @@ def test_ties_of_e4m3_go_to_even_and_small_values_lose_bits() -> None:
     assert dequantized_value(x.view(1, 9, 1, 1), None).flatten().tolist() == want  # the scale is 1
 
 
-def test_products_are_scores_in_log2_units() -> None:
+def test_products_are_scores_in_log2_units_and_norms_bound_them() -> None:
     q, k, _ = clustered_qkv(1, seq_q=16, heads=1, head_dim=64)
     mean = OPS.key_mean(k, None)
-    (q8, q_scales, _), (k8, k_scales) = (
+    (q8, q_scales, q_norms, _), (k8, k_scales, k_norms) = (
         OPS.quantize_query(q, mean, scale=None),
         OPS.quantize_key(k, mean, None, tile_n=16),
     )
     scores = (q8[0, :, 0].int() @ k8[0, :, 0].int().T) * q_scales * k_scales
+    assert scores.abs().max() <= (q_norms * k_norms).max() * (1 + 1e-6)
     want = q[0, :, 0].double() @ (k - mean)[0, :, 0].double().T / 8 * LOG2_E
     torch.testing.assert_close(scores[0].double(), want, rtol=0, atol=0.02 * float(want.abs().max()))
 
@@ -194,8 +206,8 @@ def test_excluded_keys_count_neither_in_the_mean_nor_in_a_scale(value: float) ->
     other[~mask] = value
     mean = OPS.key_mean(k, mask)
     assert torch.equal(OPS.key_mean(other, mask), mean)
-    values, scales = OPS.quantize_key(k, mean, mask, tile_n=8)
-    other_values, other_scales = OPS.quantize_key(other, mean, mask, tile_n=8)
+    values, scales, _ = OPS.quantize_key(k, mean, mask, tile_n=8)
+    other_values, other_scales, _ = OPS.quantize_key(other, mean, mask, tile_n=8)
     assert torch.equal(other_scales, scales)
     assert torch.equal(other_values[mask], values[mask])
     assert not scales[1, :, 1].any()
@@ -217,7 +229,7 @@ def test_excluded_values_are_zero_and_not_in_a_scale(value: float) -> None:
 def test_nothing_but_zeros() -> None:
     x, mean = torch.zeros(1, 40, 2, 8), torch.zeros(1, 2, 8)
     x[:, 16:32, 0] = 1
-    values, scales, _ = OPS.quantize_query(x, mean, scale=None)
+    values, scales, _, _ = OPS.quantize_query(x, mean, scale=None)
     assert scales.ne(0).tolist() == [[[False, True, False], [False, False, False]]]
     assert values.unique().tolist() == [0, 127]
     assert not any(x.any() for x in OPS.quantize_key(mean[:, None].expand(1, 40, 2, 8), mean, None, tile_n=8))
@@ -233,9 +245,9 @@ def test_nothing_but_zeros() -> None:
 def test_what_is_not_finite_is_in_the_scale_of_its_group(value: float) -> None:
     q, k, v = clustered_qkv(4, batch=2, seq_q=45)
     mean = OPS.key_mean(k, None)
-    clean, clean_scales, _ = OPS.quantize_query(q, mean, scale=None)
+    clean, clean_scales, _, _ = OPS.quantize_query(q, mean, scale=None)
     q[1, 20, 1, 3] = value
-    values, scales, _ = OPS.quantize_query(q, mean, scale=None)
+    values, scales, _, _ = OPS.quantize_query(q, mean, scale=None)
     assert (~scales.isfinite()).nonzero().tolist() == [[1, 1, 1]]
     assert not values[1, 16:32, 1].any()
     values[1, 16:32, 1], scales[1, 1, 1] = clean[1, 16:32, 1], clean_scales[1, 1, 1]
@@ -245,7 +257,7 @@ def test_what_is_not_finite_is_in_the_scale_of_its_group(value: float) -> None:
     k[0, 30, 1, 3] = value
     mean = OPS.key_mean(k, None)
     assert (~mean.isfinite()).nonzero().tolist() == [[0, 1, 3]]
-    values, scales = OPS.quantize_key(k, mean, None, tile_n=8)
+    values, scales, _ = OPS.quantize_key(k, mean, None, tile_n=8)
     assert not scales[0, 1].isfinite().any()
     assert not values[0, :, 1].any()
     assert scales[1].isfinite().all()
