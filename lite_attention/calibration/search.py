@@ -44,7 +44,7 @@ class CalibrationResult:
     verification: ErrorReport  # on the sparse trajectory, calibration prompts
     held_out: ErrorReport  # on the sparse trajectory, held-out prompts; empty without any
     sample_error: float | None  # sum|sparse - dense| / sum|dense| of what `generate` returned, the mean of the prompts
-    # Wall time for a prompt, in dense generations, which are those of the calibration without what was measured.
+    # Wall time for a prompt, in dense generations as the calibration has them, eager, without what it measured in them.
     cost: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class CalibrationResult:
         reports |= {"held-out prompts": self.held_out} if self.held_out else {}
         rows = [[name, *report.figures()] for name, report in reports.items()]
         cost = ", ".join(f"{name} {x:.1f}" for name, x in self.cost.items())
-        return f"{text_table(['', *self.calibration.header()], rows)}\ncost in dense generations: {cost}"
+        return f"{text_table(['', *self.calibration.header()], rows)}\ncost in eager dense generations: {cost}"
 
 
 def calibrate(
