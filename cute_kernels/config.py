@@ -113,7 +113,7 @@ class KernelConfig:
 
     @property
     def registers_needed(self) -> int:
-        """Scores and output in float32, weights in 16 or 8 bits, and the rest."""
+        """Scores and output in 32 bits, weights in 16 or 8, and the rest."""
         weights = self.tile_n // (8 if self.fp8 else 4)
         return self.tile_n // 2 + self.value_columns // 2 + weights + _OTHER_REGISTERS
 

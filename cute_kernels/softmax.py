@@ -27,16 +27,16 @@ RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and
 FP8_TOP = 8.0
 FP8_RESCALE_ABOVE = 8.75
 # The bits of float32 are linear between the powers of two, and so near the logarithm: the integer 2^23 (x + 127) has
-# the bits of 2^x, or of up to 6 % more. So a weight takes one multiplication of its integer score, and no exponential.
-# Less what is too much on average, log2 units, it is at most 4 % off; scores in 8 bits are off by about as much.
+# the bits of 2^x, or of up to 6 % more. So a weight takes one multiplication and addition of its integer score, and no
+# exponential. Less what is too much on average, log2 units, it is at most 4 % off; design.md says within what range.
 OCTAVE = 2.0**23
 BIAS = 127.0 - 0.0576
 LARGEST_UNIT = 32.0  # what is lower by a step is 2^-32 then, whatever the step
-WITHOUT_SIGN = 120.0  # log2 units below the shift in which bits of weights stay positive, with room for rounding
+SAFE_OCTAVES = 120.0  # below the shift, in which bits of weights stay positive, with room for rounding
 # An integer score on top of this float's bits moves the mantissa only: they are those of MAGIC + score, exactly.
 MAGIC = 12582912.0
 MAGIC_BITS = 0x4B400000
-EXCLUDED = -0x00800000 - MAGIC_BITS  # lower than any score, and -inf on top of them
+EXCLUDED = -0x00800000 - MAGIC_BITS  # as an integer score: lower than any, and -inf on top of those bits
 
 
 class OnlineSoftmax:
@@ -128,7 +128,7 @@ class OnlineSoftmax:
             inverse = cute.arch.rcp_approx(Float32(slope))
             origin[0] = self.zero_at(highest[0], high_0 - shift[0], inverse)
             origin[1] = self.zero_at(highest[1], high_1 - shift[1], inverse)
-            low = ~(bound + shift[0] < WITHOUT_SIGN) | ~(bound + shift[1] < WITHOUT_SIGN)
+            low = ~(bound + shift[0] < SAFE_OCTAVES) | ~(bound + shift[1] < SAFE_OCTAVES)
             clamp = cute.arch.vote_any_sync(low) | partial
         else:
             self.exponentials(x, shift, total, unit)

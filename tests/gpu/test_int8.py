@@ -168,7 +168,7 @@ def test_maxima_that_creep_up_keep_weights_below_448() -> None:
 @pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])
 @pytest.mark.parametrize("magnitude", [3.0, 10.0, 30.0, 100.0])
 def test_large_scores(magnitude: float, quantization: str) -> None:
-    """Bits of weights far below the largest would wrap around, if not clamped: from thousands of log2 units on."""
+    """Bits of weights far below the largest would run into the sign, if not clamped: from 127 log2 units on."""
     case = make_case(seq_q=300, seq_k=2000, quantization=quantization, threshold=-math.inf)
     case.q[..., 0] *= magnitude
     case.k[..., 0] *= magnitude
