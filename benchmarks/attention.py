@@ -11,7 +11,8 @@ the output against FA3's, where nothing is skipped.
 
     dense     the peers, our op without a state, and the same with a state whose dense flag is set
     sparse    a planted mask in use, and voting; FlexAttention with the same kind of mask, its tiles being 128 x 128
-    int8      INT8 scores, and FP8 values besides, what it takes to quantise included: dense flag, and a planted mask
+    int8      INT8 scores, and FP8 values besides, what it takes to quantise included: dense flag, and a planted mask;
+              of the peers those in 8 bits
     uneven    half the heads at 20 %, half at 80 %, against all at 50 %
     voted     a mask voted on clustered inputs
     host      host time of a call: see host.py
@@ -48,6 +49,7 @@ PEERS = {
     "cudnn": ("cuDNN", peers.cudnn), "flex": ("FlexAttention", peers.flex), "fa4": ("FlashAttention-4", peers.fa4),
     "fa3-fp8": ("FlashAttention-3, FP8", peers.fa3_fp8), "sage": ("SageAttention", peers.sage),
 }  # fmt: skip
+IN_8_BITS = ("fa3-fp8", "sage")
 NO_VOTE = -60.0  # random inputs: nothing is voted out, so the planted mask stays
 
 
@@ -134,10 +136,11 @@ def contenders(
     def flex_planted(share: float) -> Contender:
         return peers.flex(q, k, v, lambda *tiles: runs_of_tiles(torch.full((heads, 1), share), *tiles))
 
-    if "dense" in only:
-        for peer in others:
+    for peer in others:
+        if "dense" in only or ("int8" in only and peer in IN_8_BITS):
             name, make = PEERS[peer]
             yield name, partial(make, q, k, v)
+    if "dense" in only:
         yield "ours, dense", partial(stateless, q, k, v)
         yield "ours, dense flag", partial(dense_flag, q, k, v)
     if "sparse" in only:
