@@ -19,7 +19,7 @@ from toys import TILE, Attention, Toy, context, tokens
 import lite_attention
 from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, search, tile_statistics
 from lite_attention.calibration.error_report import Curve
-from lite_attention.calibration.recorder import HEADROOM
+from lite_attention.calibration.recorder import HEADROOM, Recorder
 from lite_attention.calibration.search import calibrate
 from lite_attention.calibration.tile_statistics import METRICS, error_of, measure_tiles
 from lite_attention.ops import SkipState
@@ -643,6 +643,25 @@ def test_budget_beats_one_threshold_for_all_on_held_out_inputs() -> None:
     assert result.held_out["error"] < 0.7 * uniform["error"]
     again = calibrate(model, generate, target_sparsity=0.4, prompts=(0, 1), progress=False, **settings)
     assert torch.equal(again.table[""], result.table[""])
+
+
+def test_lasting_curves_are_those_of_one_threshold_at_all_steps(parts: Parts) -> None:
+    model, sampler, settings = parts
+
+    def left_out(lasting: bool, index: int | None) -> torch.Tensor:
+        """Shares by place and head at candidate 20, where that one, or none, is left out at each step."""
+        measured = Recorder(
+            model, lambda _, curve: torch.full(curve.errors.shape[1:], index or 0), f"always {index}", lasting=lasting,
+            num_steps=STEPS, **settings,
+        )  # fmt: skip
+        with measured:
+            sampler(0)
+        return torch.cat([curve.left_out[20] / curve.tiles for _, curve in sorted(measured.curves.items())])
+
+    want, single, lasting = left_out(False, 20), left_out(False, None), left_out(True, None)
+    assert want.mean() > 0.1
+    assert torch.equal(lasting, want)
+    assert (single < want).float().mean() > 0.1
 
 
 def test_a_price_counts_what_stays_out() -> None:

@@ -107,6 +107,8 @@ class Recorder(_Measurement):
         choose: what each head leaves out at a place.
         rule: what tells this `choose` from others, in a saved file.
         bound: with one, the worst of several generations counts; without, their mean.
+        lasting: the curves are of one threshold at all steps so far, whatever `choose` leaves out: a tile belongs to
+            the least that has dropped it since the fresh step.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Recorder(_Measurement):
         rule: str,
         bound: float | None = None,
         *,
+        lasting: bool = False,
         metric: str = "L1",
         num_steps: int | None = None,
         thresholds: Sequence[float] = THRESHOLDS,
@@ -133,9 +136,9 @@ class Recorder(_Measurement):
         if queries < 1:
             raise ValueError(f"queries: expected at least 1, got {queries}")
         self.thresholds, self.stride, self.queries = tuple(map(float, thresholds)), stride, queries
-        self._choose = choose
+        self._choose, self._lasting = choose, lasting
         self._options: dict[str, Any] = {"rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride}
-        self._options["queries"] = (queries, APART)
+        self._options |= {"queries": (queries, APART), "lasting": lasting}
         self._options["thresholds"] = list(self.thresholds)
         self._autosave = None if autosave is None else Path(autosave)
         self._calls: Counter[_State] = Counter()
@@ -189,6 +192,8 @@ class Recorder(_Measurement):
             choice = self._choice(call.place, curve).to(voted)
             skipped[:, :, ::stride] |= voted <= choice.view(-1, 1, 1)
         votes = found.votes(skipped)
+        if self._lasting and voted is not None:
+            votes = torch.minimum(votes, voted)
         # Together, so that an interrupt leaves all or nothing.
         self._masks[state], self._votes[state], self.curves[call.place] = pack_bits(skipped), votes, curve
         self._slots[call.site] = skip_mask.shape[0]

@@ -81,8 +81,8 @@ def calibrate(
     those heads whose error grew above it after their tiles had been voted out. With `target_sparsity`, or `budget`, the
     target is one of the whole, and is spread so that the last tile left out costs the same error everywhere: the
     candidate of least error - price * tiles left out is taken. The price is found by bisection on the curves of the
-    first pass. Further passes follow the tiles voted out from step to step, and correct what the first could not know
-    of that.
+    first pass, of thresholds that are the same at all steps. Further passes follow the tiles voted out from step to
+    step, and correct what the first could not know of that.
 
     Args:
         model_or_pipe: as for `Calibration`.
@@ -222,7 +222,7 @@ def _bounded(record: _Passes, target_error: float, passes: int) -> Calibration:
 
 def _spread(record: _Passes, name: str, target: float, passes: int) -> Recorder:
     """Return the pass whose "error" or "sparsity" came nearest to a target of the whole."""
-    curves = record(Recorder, 0, choose=_at(0.0), rule="least error").curves
+    curves = record(Recorder, 0, choose=_at(0.0), rule="least error", lasting=True).curves
     aim, tried = target, []
     for number in range(1, passes + 1):
         price = _price_for(curves, name, aim)
@@ -232,7 +232,7 @@ def _spread(record: _Passes, name: str, target: float, passes: int) -> Recorder:
         tried.append((abs(reached - target), number, recorder))
         if tried[-1][0] <= 0.01 * (target if name == "error" else 1):
             break
-        # The curves of the first pass know nothing of what accumulates.
+        # The curves of the first pass know nothing of thresholds that change from step to step.
         aim = aim * target / max(reached, 1e-12) if name == "error" else min(max(aim + target - reached, 0), 1)
     return min(tried)[2]
 
@@ -256,8 +256,8 @@ def _price_for(curves: Mapping[Place, Curve], name: str, target: float) -> float
     """Return the error that a tile may cost for the choices of all curves to reach a mean "error" or a "sparsity".
 
     The choices at a price are corners of the lower convex hulls of error over tiles, those where the slope passes the
-    price: no others can be the least. What is out stays out: so no choice is below that of the step before, although
-    the curves are of single steps. Both figures grow with the price.
+    price: no others can be the least. What is out stays out: so the curves are of one threshold at all steps so far,
+    and no choice is below that of the step before. Both figures grow with the price.
     """
     steps = [*_by_step(curves)]
     tiles = sum(curve.tiles * curve.errors.shape[1] for curve in curves.values())
