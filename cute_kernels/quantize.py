@@ -173,8 +173,9 @@ class Quantize(_Rows):
         longest = self.max_of_team(Float32(longest), 1)
         if thread % self.team == 0:
             factor = scale * LOG2_E if const_expr(self.query) else Float32(1.0)
-            scales[batch, head, group] = largest / _LARGEST * factor
-            norms[batch, head, group] = cute.math.sqrt(longest) * (largest / _LARGEST * factor)
+            step = largest / _LARGEST * factor
+            scales[batch, head, group] = step
+            norms[batch, head, group] = cute.math.sqrt(longest) * step
 
     def moved(self, x, shift):
         """An element in float32; the mean is taken off keys."""

@@ -137,9 +137,10 @@ class Recorder(_Measurement):
             raise ValueError(f"queries: expected at least 1, got {queries}")
         self.thresholds, self.stride, self.queries = tuple(map(float, thresholds)), stride, queries
         self._choose, self._lasting = choose, lasting
-        self._options: dict[str, Any] = {"rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride}
-        self._options |= {"queries": (queries, APART), "lasting": lasting}
-        self._options["thresholds"] = list(self.thresholds)
+        self._options: dict[str, Any] = {
+            "rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride, "queries": (queries, APART),
+            "lasting": lasting, "thresholds": list(self.thresholds),
+        }  # fmt: skip
         self._autosave = None if autosave is None else Path(autosave)
         self._calls: Counter[_State] = Counter()
         self._measured: Counter[_State] = Counter()  # more than the calls, while what came before a resume is repeated
