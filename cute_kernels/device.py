@@ -77,6 +77,12 @@ def to_int(x, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def to_int_below(x, *, loc=None, ip=None):
+    """The largest integer that is not larger; beyond int32 the last one there, 0 for NaN."""
+    return Int32(_assembly(T.i32(), [Float32(x).ir_value(loc=loc, ip=ip)], "cvt.rmi.s32.f32 $0, $1;", "=r,f"))
+
+
+@dsl_user_op
 def max_nan(a, b, *, loc=None, ip=None):
     """Maximum that a NaN survives."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]

@@ -127,7 +127,7 @@ class Mainloop:
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
         words = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
         factor, sums_shift = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
-        origin = cute.make_rmem_tensor(2, Int32)
+        offset, lowest = cute.make_rmem_tensor(2, Int32), cute.make_rmem_tensor(2, Int32)
         out.fill(0.0)
         top.fill(-Float32.inf)
         shift.fill(-1e30)
@@ -149,12 +149,12 @@ class Mainloop:
             self.issue_qk(qk_mma, scores, rq, rk, state.index)
             warpgroup.wait_group(0)
             k_pipe.consumer_release(state)
-            if entry > TILE_BITS:
-                self.softmax.exclude(scores, j * self.config.tile_n, seq_k, key_bits, batch)
+            unit = self.softmax.prepare(scores, unit, entry > TILE_BITS, j * self.config.tile_n, seq_k, key_bits, batch)
             _, _, slope, clamp = self.softmax.step(
-                scores, top, shift, total, factor, origin, unit, bound, entry > TILE_BITS, reach, votes_0, votes_1
-            )
-            self.softmax.convert(scores, words, origin, slope, clamp)
+                scores, top, shift, total, factor, offset, lowest, unit, bound, entry > TILE_BITS, reach, votes_0,
+                votes_1,
+            )  # fmt: skip
+            self.softmax.convert(scores, words, offset, lowest, slope, clamp)
             for n in cutlass.range(1, count, unroll=1):
                 before = state.clone()
                 state.advance()
@@ -170,14 +170,16 @@ class Mainloop:
                 warpgroup.wait_group(1)
                 k_pipe.consumer_release(state)
                 j = entry & TILE_BITS
-                if entry > TILE_BITS:
-                    self.softmax.exclude(scores, j * self.config.tile_n, seq_k, key_bits, batch)
-                moved, keep, slope, clamp = self.softmax.step(
-                    scores, top, shift, total, factor, origin, unit, bound, entry > TILE_BITS, reach, votes_0, votes_1
+                unit = self.softmax.prepare(
+                    scores, unit, entry > TILE_BITS, j * self.config.tile_n, seq_k, key_bits, batch
                 )
+                moved, keep, slope, clamp = self.softmax.step(
+                    scores, top, shift, total, factor, offset, lowest, unit, bound, entry > TILE_BITS, reach, votes_0,
+                    votes_1,
+                )  # fmt: skip
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
-                self.softmax.convert(scores, words, origin, slope, clamp)
+                self.softmax.convert(scores, words, offset, lowest, slope, clamp)
                 if const_expr(self.config.fp8):
                     self.take_totals(out, total, factor)
                     if n % self.promoted_tiles == 0:

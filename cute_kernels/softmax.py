@@ -20,6 +20,7 @@ from lite_attention.cute_kernels.device import (
     quad_max,
     sum_of_pairs,
     to_int,
+    to_int_below,
 )
 
 RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and the sums are rescaled
@@ -33,6 +34,10 @@ OCTAVE = 2.0**23
 BIAS = 127.0 - 0.0576
 LARGEST_UNIT = 32.0  # what is lower by a step is 2^-32 then, whatever the step
 SAFE_OCTAVES = 120.0  # below the shift, in which bits of weights stay positive, with room for rounding
+# Below this unit scores may span millions of steps in an octave, for which an integer multiplier is too coarse: steps
+# are made larger, still far smaller than what 8 bits round off.
+SMALL_UNIT = 2.0**-17
+COARSER = 6  # bits
 # An integer score on top of this float's bits moves the mantissa only: they are those of MAGIC + score, exactly.
 MAGIC = 12582912.0
 MAGIC_BITS = 0x4B400000
@@ -42,7 +47,8 @@ EXCLUDED = -0x00800000 - MAGIC_BITS  # as an integer score: lower than any, and 
 class OnlineSoftmax:
     """State of two rows a thread, in rmem tensors of two: top (maximum so far), shift (what is subtracted, log2 units,
     at most `most` below the top), total (sum of this thread's weights; in FP8 the product with V sums up what is
-    really multiplied), factor (what the output is scaled by), origin (the integer score whose weight's bits are 0).
+    really multiplied), factor (what the output is scaled by), offset (bits of the weight of an integer score of 0),
+    lowest (the integer score that lower ones are taken for, where bits of theirs would be negative).
 
     A score times `unit` is in log2 units. The unit of integer scores differs from tile to tile, so their maxima and the
     reach are in log2 units; those of other scores are not scaled.
@@ -58,6 +64,22 @@ class OnlineSoftmax:
         self.int8 = config.int8
         self.fp8 = config.fp8
         self.first, self.most = (FP8_TOP, FP8_RESCALE_ABOVE) if config.fp8 else (0.0, RESCALE_ABOVE)
+
+    @cute.jit
+    def prepare(self, x, unit: Float32, partial: Boolean, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):
+        """Exclude keys, make too small steps of integer scores larger, and return what a step is then."""
+        if cutlass.const_expr(self.int8):
+            if partial | (unit < SMALL_UNIT):  # one branch for both, as both are rare
+                if unit < SMALL_UNIT:
+                    for e in cutlass.range_constexpr(2 * self.columns):
+                        x[e] = x[e] >> COARSER
+                    unit = unit * 2.0**COARSER
+                if partial:
+                    self.exclude(x, first_key, seq_k, key_bits, batch)
+        else:
+            if partial:
+                self.exclude(x, first_key, seq_k, key_bits, batch)
+        return unit
 
     @cute.jit
     def exclude(self, x, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):
@@ -84,8 +106,8 @@ class OnlineSoftmax:
 
     @cute.jit
     def step(
-        self, x, top, shift, total, factor, origin, unit: Float32, bound: Float32, partial: Boolean, reach: Float32,
-        votes_0: Boolean, votes_1: Boolean,
+        self, x, top, shift, total, factor, offset, lowest, unit: Float32, bound: Float32, partial: Boolean,
+        reach: Float32, votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Find the maxima, and replace float scores by weights, in place.
 
@@ -120,16 +142,22 @@ class OnlineSoftmax:
                 fresh = scaled - self.first if over else shift[half]
                 factor[half] = cute.math.exp2(shift[half] - fresh, fastmath=True)
                 total[half] = total[half] * factor[half]
+                if cutlass.const_expr(self.int8):
+                    total[half] += fresh - fresh  # infinity as well: NaN from now on
                 shift[half] = fresh
             moved = cute.arch.vote_any_sync(grown)
         slope, clamp = Int32(0), Boolean(False)
         if cutlass.const_expr(self.int8):
-            slope = cutlass.max(to_int(cutlass.min(unit, LARGEST_UNIT) * OCTAVE), 1)
-            inverse = cute.arch.rcp_approx(Float32(slope))
-            origin[0] = self.zero_at(highest[0], high_0 - shift[0], inverse)
-            origin[1] = self.zero_at(highest[1], high_1 - shift[1], inverse)
             low = ~(bound + shift[0] < SAFE_OCTAVES) | ~(bound + shift[1] < SAFE_OCTAVES)
             clamp = cute.arch.vote_any_sync(low) | partial
+            slope = cutlass.max(to_int(cutlass.min(unit, LARGEST_UNIT) * OCTAVE), 1)
+            bits = [self.bits(high_0 - shift[0]), self.bits(high_1 - shift[1])]
+            for half in cutlass.range_constexpr(2):
+                offset[half] = to_int(bits[half]) - highest[half] * slope
+            if clamp:
+                inverse = cute.arch.rcp_approx(Float32(slope)) * (1.0 - 2.0**-22)  # rounded down
+                for half in cutlass.range_constexpr(2):
+                    lowest[half] = highest[half] - to_int_below(bits[half] * inverse)
         else:
             self.exponentials(x, shift, total, unit)
         return moved, keep, slope, clamp
@@ -167,35 +195,34 @@ class OnlineSoftmax:
         return score
 
     @cute.jit
-    def zero_at(self, high: Int32, log2_weight: Float32, inverse: Float32) -> Int32:
-        """The integer score at which the bits of a weight are 0, from another and the weight that that has."""
-        return high - to_int(cutlass.max(log2_weight + BIAS, 0.0) * OCTAVE * inverse)
+    def bits(self, log2_weight: Float32) -> Float32:
+        """The bits of a weight, see OCTAVE; 0 if it is too small for any."""
+        return cutlass.max(log2_weight + BIAS, 0.0) * OCTAVE
 
     @cute.jit
-    def convert(self, x, words, origin, slope: Int32, clamp: Boolean):
+    def convert(self, x, words, offset, lowest, slope: Int32, clamp: Boolean):
         """Weights to 16 or 8 bits: the order of the accumulator is that of the next operand.
 
         In FP8 four columns of a row are a register, and lie in the operand where V has its keys permuted to.
         """
         if cutlass.const_expr(self.int8):
             if clamp:
-                self.weights_from_bits(x, words, origin, slope, clamp=True)
+                self.weights_from_bits(x, words, offset, slope, lowest)
             else:
-                self.weights_from_bits(x, words, origin, slope, clamp=False)
+                self.weights_from_bits(x, words, offset, slope)
         else:
             for w in cutlass.range_constexpr(self.words):
                 words[w] = self.pack(x[2 * w], x[2 * w + 1])
 
     @cute.jit
-    def weights_from_bits(self, x, words, origin, slope: Int32, clamp: cutlass.Constexpr):
-        """Integer scores to weights in 16 or 8 bits, see OCTAVE. Negative bits are clamped to 0."""
+    def weights_from_bits(self, x, words, offset, slope: Int32, lowest=None):
+        """Integer scores to weights in 16 or 8 bits, see OCTAVE."""
         for w in cutlass.range_constexpr(self.words):
             elements = four_weights(w) if self.fp8 else (2 * w, 2 * w + 1)
-            if cutlass.const_expr(clamp):
-                bits = [cutlass.max(x[e] - origin[w % 2], 0) * slope for e in elements]
-            else:
-                bits = [multiply_add(x[e], slope, -origin[w % 2] * slope) for e in elements]
-            words[w] = self.pack(*[as_float(b) for b in bits])
+            scores = [x[e] for e in elements]
+            if cutlass.const_expr(lowest is not None):
+                scores = [cutlass.max(score, lowest[w % 2]) for score in scores]
+            words[w] = self.pack(*[as_float(multiply_add(score, slope, offset[w % 2])) for score in scores])
 
     @cute.jit
     def add_up(self, words, total):

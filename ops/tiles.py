@@ -21,7 +21,7 @@ __all__ = [
 _HOPPER_TILE_SHAPES = {
     "none": {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)},
     "int8": {64: (192, 128), 128: (192, 80)},
-    "int8_fp8": {64: (192, 128), 128: (192, 96)},  # a product takes 32 keys at a time
+    "int8_fp8": {64: (192, 128), 128: (128, 192)},  # a product takes 32 keys at a time
 }
 _TILE_SHAPE = (64, 64)  # elsewhere
 

@@ -166,13 +166,34 @@ def test_maxima_that_creep_up_keep_weights_below_448() -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])
-@pytest.mark.parametrize("magnitude", [3.0, 10.0, 30.0, 100.0])
+@pytest.mark.parametrize("magnitude", [3.0, 10.0, 30.0, 100.0, 1000.0])
 def test_large_scores(magnitude: float, quantization: str) -> None:
     """Bits of weights far below the largest would run into the sign, if not clamped: from 127 log2 units on."""
     case = make_case(seq_q=300, seq_k=2000, quantization=quantization, threshold=-math.inf)
     case.q[..., 0] *= magnitude
     case.k[..., 0] *= magnitude
     check_step(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])
+@pytest.mark.parametrize("query", [1e-6, 1e-4, 0.0226, 0.05])
+def test_small_scores_of_many_steps(query: float, quantization: str, dtype: torch.dtype) -> None:
+    """Keys of 1 and -1: integer scores span 4 million steps, and together less than an octave."""
+    case = make_case(seq_q=200, seq_k=960, quantization=quantization, threshold=-math.inf, dtype=dtype)
+    signs = torch.randint(0, 2, (1, 960, 1, 1), device="cuda").to(dtype) * 2 - 1
+    case.q[:], case.k[:], case.v[:] = query, signs, 1 + signs
+    check_step(case)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])
+def test_scores_that_overflow_are_nan(quantization: str) -> None:
+    case = make_case(seq_q=200, seq_k=320, quantization=quantization, threshold=-math.inf)
+    case.q[:], case.k[:] = 0, 0
+    case.q[..., 0], case.k[:, :160, :, 0], case.k[:, 160:, :, 0] = 1e20, 1e20, -1e20
+    out, lse = case.call(KERNEL, case.state)
+    assert out.isnan().all()
+    assert lse.isnan().all()
 
 
 def sqnr(out: torch.Tensor, want: torch.Tensor) -> float:
@@ -248,5 +269,5 @@ def test_what_is_not_supported_says_why() -> None:
     q = torch.randn(1, 100, 2, 128, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="bfloat16 and float16"):
         QUANTIZE_VALUE(q.float(), None)
-    with pytest.raises(ValueError, match="tile_n: expected 80 or 96 on cuda:0, got 64"):
+    with pytest.raises(ValueError, match="tile_n: expected 80 or 192 on cuda:0, got 64"):
         QUANTIZE_KEY(q, KEY_MEAN(q, None), None, tile_n=64)
