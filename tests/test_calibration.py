@@ -21,7 +21,7 @@ from lite_attention.calibration import THRESHOLDS, Calibration, Verification, re
 from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.recorder import HEADROOM, Recorder
 from lite_attention.calibration.search import calibrate
-from lite_attention.calibration.tile_statistics import METRICS, error_of, measure_tiles
+from lite_attention.calibration.tile_statistics import METRICS, error_of, loss_of, measure_tiles
 from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
@@ -70,6 +70,12 @@ def plain_error(metric: str, out: torch.Tensor, dense: torch.Tensor) -> torch.Te
     return 1 - torch.nn.functional.cosine_similarity(out, dense)
 
 
+def plain_loss(out: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each head of [B, S, H, D]."""
+    off, of_dense = ((x.square().sum((0, 1, 3))) for x in (out - dense, dense))
+    return off / of_dense.mean()
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8", "int8_fp8"])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", CALLS)
@@ -100,7 +106,7 @@ def test_statistics_are_those_of_the_oracle(name: str, metric: str, quantization
         (q, k, _), scale = dequantized(q, k, others["key_mask"], scale, 16), math.log(2)
     if quantization == "int8_fp8":
         v = dequantized_value(v, others["key_mask"])
-    errors = error_of(metric, found.parts)
+    errors, losses = error_of(metric, found.parts), loss_of(found.parts)
     assert found.tiles == before[:, 0].numel()
 
     def oracle(mask: torch.Tensor, threshold: float) -> Any:
@@ -118,6 +124,7 @@ def test_statistics_are_those_of_the_oracle(name: str, metric: str, quantization
         assert bool((clear | ~computed | before).all()), "choose other inputs: a vote is too close to call"
         out = oracle(voted.skip_mask, -math.inf).out
         torch.testing.assert_close(errors[choice], plain_error(metric, out, dense), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(losses[choice], plain_loss(out, dense), rtol=2e-3, atol=1e-10)
     assert errors[0].max() > 0  # what was dropped before counts
     assert bool((errors[-1] != errors[0]).all())
     assert torch.equal(found.left_out[-1], (votes <= len(candidates)).sum((0, 2, 3)).double())
@@ -481,7 +488,7 @@ def test_what_was_voted_out_already_may_not_be_made_up_for() -> None:
     """Leaving out more may make the error smaller by chance; a head over the bound still votes nothing."""
     errors = torch.tensor([[0.2, 0.1, 0.0], [0.1, 0.3, 0.1], [0.1, 0.1, 0.4]])
     with Calibration(ByHand(), target_error=0.15, thresholds=(-2.0, -1.0)) as calibration:
-        assert calibration._choose(("", 0, 1), Curve(errors, errors, 1.0)).tolist() == [0, 2, 1]
+        assert calibration._choose(("", 0, 1), Curve(errors, errors, errors, 1.0)).tolist() == [0, 2, 1]
 
 
 def test_the_worst_prompt_decides() -> None:
@@ -669,8 +676,8 @@ def test_a_price_counts_what_stays_out() -> None:
     generator = torch.Generator().manual_seed(0)
     curves = {}
     for site, slot, step in [("a", 0, 0), ("a", 0, 1), ("a", 0, 2), ("b", 0, 0), ("a", 1, 0), ("a", 1, 1)]:
-        errors, left_out = (torch.rand(6, 2, generator=generator).double().cumsum(0) for _ in range(2))
-        curves[site, slot, step] = Curve(errors.square(), left_out, 10.0)
+        errors, losses, left_out = (torch.rand(6, 2, generator=generator).double().cumsum(0) for _ in range(3))
+        curves[site, slot, step] = Curve(errors, losses.square(), left_out, 10.0)
 
     def reached(price: float) -> dict[str, float]:
         figures: dict[str, list[torch.Tensor]] = {"error": [], "sparsity": []}
@@ -678,7 +685,7 @@ def test_a_price_counts_what_stays_out() -> None:
         for (site, slot, _), curve in curves.items():
             for head in range(2):
                 first = choices.get((site, slot, head), 0)
-                costs = (curve.errors - price * curve.left_out)[first:, head]
+                costs = (curve.losses - price * curve.left_out)[first:, head]
                 choice = choices[site, slot, head] = first + int(costs.argmin())
                 figures["error"].append(curve.errors[choice, head])
                 figures["sparsity"].append(curve.left_out[choice, head] / 10)

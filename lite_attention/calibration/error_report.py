@@ -21,6 +21,7 @@ class Curve(NamedTuple):
     """
 
     errors: torch.Tensor  # float64 [choices, heads], of the output: the worst prompt's, or the mean
+    losses: torch.Tensor  # float64 [choices, heads], of the site by those, see `loss_of`: the mean
     left_out: torch.Tensor  # float64 [choices, heads], tiles of a call, the mean
     tiles: float  # of a call and head, the mean
     prompts: int = 1
@@ -29,8 +30,9 @@ class Curve(NamedTuple):
         """Return the curve of the prompts of both."""
         n, m = self.prompts, other.prompts
         both = torch.maximum(self.errors, other.errors) if worst else (n * self.errors + m * other.errors) / (n + m)
+        losses = (n * self.losses + m * other.losses) / (n + m)
         left_out = (n * self.left_out + m * other.left_out) / (n + m)
-        return Curve(both, left_out, (n * self.tiles + m * other.tiles) / (n + m), n + m)
+        return Curve(both, losses, left_out, (n * self.tiles + m * other.tiles) / (n + m), n + m)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from lite_attention.calibration.error_report import Curve, ErrorReport, ErrorRow
 from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output, Place
-from lite_attention.calibration.tile_statistics import METRICS, error_of, error_parts, measure_tiles
+from lite_attention.calibration.tile_statistics import METRICS, error_of, error_parts, loss_of, measure_tiles
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div
 
@@ -139,7 +139,7 @@ class Recorder(_Measurement):
         self._choose, self._lasting = choose, lasting
         self._options: dict[str, Any] = {
             "rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride, "queries": (queries, APART),
-            "lasting": lasting, "thresholds": list(self.thresholds),
+            "lasting": lasting, "thresholds": list(self.thresholds), "curves": list(Curve._fields),
         }  # fmt: skip
         self._autosave = None if autosave is None else Path(autosave)
         self._calls: Counter[_State] = Counter()
@@ -187,7 +187,7 @@ class Recorder(_Measurement):
         tiles = float(call.skipped[:, 0].numel())
         # As many as in all rows: sites of other lengths or tiles, and other passes, measure another share of theirs.
         left_out = found.left_out * (tiles / found.tiles)
-        curve = self._merged(call, Curve(error_of(self.metric, found.parts), left_out, tiles))
+        curve = self._merged(call, Curve(error_of(self.metric, found.parts), loss_of(found.parts), left_out, tiles))
         skipped = call.skipped
         if voted is not None:
             choice = self._choice(call.place, curve).to(voted)
@@ -401,9 +401,9 @@ class Verification(_Measurement):
         precise = torch.promote_types(out.dtype, torch.float32)
         parts = error_parts(self.metric, *(x.transpose(1, 2).to(precise) for x in (out, dense))).sum(1)
         left_out = call.skipped.sum((0, 2, 3), dtype=torch.float64)
-        parts, left_out = torch.cat([parts, left_out.unsqueeze(0)]).cpu().split([3, 1])
+        parts, left_out = torch.cat([parts, left_out.unsqueeze(0)]).cpu().split([4, 1])
         self._check_finite(call, dense)
         tiles = call.skipped[:, 0].numel()
-        curve = Curve(error_of(self.metric, parts).unsqueeze(0), left_out, tiles)
+        curve = Curve(error_of(self.metric, parts).unsqueeze(0), loss_of(parts).unsqueeze(0), left_out, tiles)
         self.curves[call.place] = self._merged(call, curve)
         return out, lse

@@ -79,10 +79,11 @@ def calibrate(
     A first pass over the dense trajectory, which measures less, finds what the further ones aim at. With `target_error`
     alone it is a bound for every site, branch, step and head, see `Calibration`; further passes lower the limits of
     those heads whose error grew above it after their tiles had been voted out. With `target_sparsity`, or `budget`, the
-    target is one of the whole, and is spread so that the last tile left out costs the same error everywhere: the
-    candidate of least error - price * tiles left out is taken. The price is found by bisection on the curves of the
-    first pass, of thresholds that are the same at all steps. Further passes follow the tiles voted out from step to
-    step, and correct what the first could not know of that.
+    target is one of the whole, and is spread so that the last tile left out costs the same everywhere: the candidate of
+    least loss - price * tiles left out is taken, the loss being the square of what a head's output is off by, against
+    the mean square of its site's heads. The price is found by bisection on the curves of the first pass, of
+    thresholds that are the same at all steps. Further passes follow the tiles voted out from step to step, and correct
+    what the first could not know of that.
 
     Args:
         model_or_pipe: as for `Calibration`.
@@ -222,11 +223,11 @@ def _bounded(record: _Passes, target_error: float, passes: int) -> Calibration:
 
 def _spread(record: _Passes, name: str, target: float, passes: int) -> Recorder:
     """Return the pass whose "error" or "sparsity" came nearest to a target of the whole."""
-    curves = record(Recorder, 0, choose=_at(0.0), rule="least error", lasting=True).curves
+    curves = record(Recorder, 0, choose=_at(0.0), rule="least loss", lasting=True).curves
     aim, tried = target, []
     for number in range(1, passes + 1):
         price = _price_for(curves, name, aim)
-        recorder = record(Recorder, number, choose=_at(price), rule=f"error - {price} * tiles left out")
+        recorder = record(Recorder, number, choose=_at(price), rule=f"loss - {price} * tiles left out")
         reached = recorder.report[name]
         _log.info("calibrate: pass %d, price %.3g a tile: %s %.4f of %.4f", number, price, name, reached, target)
         tried.append((abs(reached - target), number, recorder))
@@ -239,7 +240,7 @@ def _spread(record: _Passes, name: str, target: float, passes: int) -> Recorder:
 
 def _at(price: float) -> Choose:
     def choose(_: Place, curve: Curve) -> torch.Tensor:
-        return (curve.errors - price * curve.left_out).argmin(0)
+        return (curve.losses - price * curve.left_out).argmin(0)
 
     return choose
 
@@ -253,38 +254,39 @@ def _sample_error(sparse: list[Any], dense: list[Any]) -> float | None:
 
 
 def _price_for(curves: Mapping[Place, Curve], name: str, target: float) -> float:
-    """Return the error that a tile may cost for the choices of all curves to reach a mean "error" or a "sparsity".
+    """Return what a tile may cost for the choices of all curves to reach a mean "error" or a "sparsity".
 
-    The choices at a price are corners of the lower convex hulls of error over tiles, those where the slope passes the
+    The choices at a price are corners of the lower convex hulls of loss over tiles, those where the slope passes the
     price: no others can be the least. What is out stays out: so the curves are of one threshold at all steps so far,
     and no choice is below that of the step before. Both figures grow with the price.
     """
     steps = [*_by_step(curves)]
     tiles = sum(curve.tiles * curve.errors.shape[1] for curve in curves.values())
-    heads = sum(errors.shape[1] for errors, _ in steps)
+    heads = sum(curve.errors.shape[1] for curve in curves.values())
 
     def reached(price: float) -> float:
-        total, choice = 0.0, torch.zeros(steps[0][0].shape[1], dtype=torch.int64)
-        for errors, left_out in steps:
-            costs, lowest = errors - price * left_out, choice[: errors.shape[1]]
+        total, choice = 0.0, torch.zeros(steps[0].errors.shape[1], dtype=torch.int64)
+        for step in steps:
+            costs, lowest = step.losses - price * step.left_out, choice[: step.losses.shape[1]]
             costs.masked_fill_(torch.arange(len(costs)).unsqueeze(1) < lowest, math.inf)
             choice = costs.argmin(0)
-            total += float((errors if name == "error" else left_out).gather(0, choice.unsqueeze(0)).sum())
+            total += float((step.errors if name == "error" else step.left_out).gather(0, choice.unsqueeze(0)).sum())
         return total / (heads if name == "error" else tiles)
 
-    low, high = math.log(1e-12), math.log(1e6)
+    low, high = math.log(1e-20), math.log(1e6)
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if reached(math.exp(middle)) < target else (low, middle)
     return math.exp(low if name == "error" else high)
 
 
-def _by_step(curves: Mapping[Place, Curve]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield errors and tiles left out of each step, [choices, heads of all sites and slots]; those with more first."""
+def _by_step(curves: Mapping[Place, Curve]) -> Iterator[Curve]:
+    """Yield the curve of each step, of the heads of all sites and slots; those with more steps first."""
     states: dict[tuple[str, int], list[Curve]] = defaultdict(list)
     for site, slot, step in sorted(curves):
         states[site, slot].append(curves[site, slot, step])
     longest_first = sorted(states.values(), key=len, reverse=True)
     for of_step in zip_longest(*longest_first):
         there = [curve for curve in of_step if curve is not None]
-        yield torch.cat([curve.errors for curve in there], 1), torch.cat([curve.left_out for curve in there], 1)
+        errors, losses, left_out = (torch.cat(x, 1) for x in zip(*(curve[:3] for curve in there), strict=True))
+        yield Curve(errors, losses, left_out, sum(curve.tiles for curve in there))

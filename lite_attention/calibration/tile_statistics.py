@@ -19,7 +19,7 @@ from lite_attention.ops.quantize import dequantized
 from lite_attention.ops.reference import LOG2_E
 from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, visit_order
 
-__all__ = ["METRICS", "TileStatistics", "error_of", "error_parts", "measure_tiles"]
+__all__ = ["METRICS", "TileStatistics", "error_of", "error_parts", "loss_of", "measure_tiles"]
 
 METRICS = ("L1", "Cossim", "RMSE")
 
@@ -31,45 +31,59 @@ _Piece = tuple[slice, slice, torch.Tensor, torch.Tensor]
 
 
 def error_parts(metric: str, out: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """Return sums over rows and value dims, float64 [3, ...]: they add up over parts of an output, errors do not.
+    """Return sums over rows and value dims, float64 [4, ...]: they add up over parts of an output, errors do not.
+
+    The squares of what is off and of the dense output, and two of the metric's own.
 
     Args:
         metric: one of METRICS.
         out: [..., rows, Dv].
         dense: what it should be, [..., rows, Dv].
     """
+    off = out - dense
+    sums: list[torch.Tensor] = [torch.linalg.vecdot(x, x) for x in (off, dense)]
     if metric == "L1":
-        sums = [(out - dense).abs_().sum(-1), dense.abs().sum(-1)]
-    elif metric == "RMSE":
-        sums = [torch.linalg.vecdot(x, x) for x in (out - dense, dense)]
-    else:
-        sums = [torch.linalg.vecdot(x, y) for x, y in ((out, dense), (dense, dense), (out, out))]
+        sums += [off.abs_().sum(-1), dense.abs().sum(-1)]
+    elif metric == "Cossim":
+        sums += [torch.linalg.vecdot(out, x) for x in (dense, out)]
     # Value dims first: a sum of everything in float64 makes a copy in float64 on the CPU.
     sums = [x.sum(-1, dtype=torch.float64) for x in sums]
-    parts = sums[0].new_zeros(3, *sums[0].shape)
+    parts = sums[0].new_zeros(4, *sums[0].shape)
     for part, x in zip(parts, sums, strict=False):
         part.copy_(x)
     return parts
 
 
 def error_of(metric: str, parts: torch.Tensor) -> torch.Tensor:
-    """Return errors [...] of summed parts [3, ...]; 0 where the dense output is 0 and the other is too.
+    """Return errors [...] of summed parts [4, ...]; 0 where the dense output is 0 and the other is too.
 
     L1 is sum|out - dense| / sum|dense|, as in arXiv 2511.11062; RMSE is |out - dense|_2 / |dense|_2; Cossim is
     1 - cosine similarity.
     """
-    first, of_dense, of_out = parts
+    squared, of_dense, first, second = parts
     if metric == "Cossim":
-        length = (of_dense * of_out).sqrt()
-        return torch.where((of_dense == 0) & (of_out == 0), 0.0, 1 - first / length.where(length != 0, 1)).clamp(min=0)
-    ratio = torch.where(first == 0, 0.0, first / of_dense)
+        length = (of_dense * second).sqrt()
+        none = (of_dense == 0) & (second == 0)
+        return torch.where(none, 0.0, 1 - first / length.where(length != 0, 1)).clamp(min=0)
+    off, whole = (squared, of_dense) if metric == "RMSE" else (first, second)
+    ratio: torch.Tensor = torch.where(off == 0, 0.0, off / whole)
     return ratio.sqrt() if metric == "RMSE" else ratio
+
+
+def loss_of(parts: torch.Tensor) -> torch.Tensor:
+    """Return what a site loses by the errors of its heads, [..., heads] of summed parts [4, ..., heads].
+
+    The square of what a head is off by, against the mean square of the dense outputs of all heads: independent errors
+    add up in squares, and a head counts as much as its output does beside the others'.
+    """
+    squared, of_dense = parts[:2]
+    return torch.where(squared == 0, 0.0, squared / of_dense.mean(-1, keepdim=True))
 
 
 class TileStatistics(NamedTuple):
     """One call, measured. Choice 0 leaves out what was skipped, choice i also what thresholds[i - 1] had voted out."""
 
-    parts: torch.Tensor  # float64 [3, choices, Hq] on the CPU, see `error_parts`
+    parts: torch.Tensor  # float64 [4, choices, Hq] on the CPU, see `error_parts`
     left_out: torch.Tensor  # float64 [choices, Hq] on the CPU, tiles
     tiles: int  # of one head
     # From what the call skips, bool [B, Hq, q_tiles, k_tiles], to its votes, uint8 [B, Hq, rows of tiles, k_tiles]: the
@@ -159,7 +173,7 @@ def measure_tiles(
         return choices(first.to(torch.uint8).view_as(skipped), skipped)
 
     tiles = batch * order.numel()
-    return TileStatistics(sums[:3], tiles - sums[3], tiles, votes)
+    return TileStatistics(sums[:4], tiles - sums[4], tiles, votes)
 
 
 @functools.lru_cache(maxsize=64)
@@ -258,7 +272,7 @@ def _measured(
     metric: str,
     apart: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return row maxima of tiles, [heads, rows of tiles, tile_m, k_tiles], and sums, float64 [4, heads, choices].
+    """Return row maxima of tiles, [heads, rows of tiles, tile_m, k_tiles], and sums, float64 [5, heads, choices].
 
     The sums are the parts of errors, and how many tiles are visited.
 
@@ -272,7 +286,7 @@ def _measured(
         apart: errors are of every so many rows of a tile.
     """
     peaks = []
-    sums = choice.new_zeros(4, len(choice), choices, dtype=torch.float64)
+    sums = choice.new_zeros(5, len(choice), choices, dtype=torch.float64)
     each = torch.arange(choices + 1, device=choice.device).unsqueeze(-1)
     for at, place, scores, values in pieces:
         peaks.append(scores.amax(-1))
@@ -281,8 +295,8 @@ def _measured(
         out = _outputs(_weights(scores[:, :, ::apart], scale), values, summed)
         if rows_exist is not None:
             out.masked_fill_(~rows_exist[place, None, ::apart, None], 0)
-        sums[:3, at] += error_parts(metric, out[:, :, 1:], out[:, :, :1]).sum(2)
-        sums[3, at] += summed[:, :, 1:].sum((1, 3))
+        sums[:4, at] += error_parts(metric, out[:, :, 1:], out[:, :, :1]).sum(2)
+        sums[4, at] += summed[:, :, 1:].sum((1, 3))
     return scale * torch.cat([x.flatten(0, 1) for x in peaks]).unflatten(0, choice.shape[:2]), sums
 
 
