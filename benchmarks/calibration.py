@@ -1,0 +1,94 @@
+"""What calibrating costs, in dense generations.
+
+    python -m benchmarks.calibration [--weights FILE] [--size 32 64 64] [--steps 20] [--error 0.05] [--device cuda]
+    python -m benchmarks.calibration --untrained WIDTH LAYERS HEAD_DIM --size 32 128 128 --steps 6
+
+From the root of the repository: of the trained moving shapes, or of an untrained model as large as is asked for. The
+unit is a dense generation of the model by itself, with PyTorch's attention: the fastest of three. One that is
+calibrated on costs what is measured in it besides, and that its calls of attention are caught one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import lite_attention
+from benchmarks.quality_methods import CALIBRATION, Setup, sample
+from examples.moving_shapes.model import WEIGHTS, Config, VideoDiT, load_weights
+from lite_attention.calibration import CalibrationResult
+
+
+def seconds(setup: Setup, error: float) -> tuple[float, list[float], CalibrationResult]:
+    """Return seconds of a dense generation, of each one that `calibrate` runs, verification last, and its result."""
+    taken: list[float] = []
+
+    def generate(prompt: int) -> torch.Tensor:
+        synchronize()
+        start = time.perf_counter()
+        video = sample(setup, [(prompt, 0)], setup.steps).float()
+        synchronize()
+        taken.append(time.perf_counter() - start)
+        return video
+
+    def calibrate(steps: int) -> CalibrationResult:
+        setup.steps = steps
+        return lite_attention.calibrate(
+            setup.model, generate, num_steps=steps, target_error=error, prompts=[CALIBRATION], progress=False
+        )
+
+    steps = setup.steps
+    calibrate(2)  # loads kernels
+    setup.steps = steps
+    for _ in range(3):
+        generate(CALIBRATION)
+    dense = min(taken[-3:])
+    taken.clear()
+    return dense, taken, calibrate(steps)
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Calibrate once, and print what each part took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of the model")
+    parser.add_argument("--untrained", type=int, nargs=3, help="width, layers and head dim of another model")
+    parser.add_argument("--size", type=int, nargs=3, default=[32, 64, 64], help="frames, height and width")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--error", type=float, default=0.05, help="the bound, for each head and step")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    args = parser.parse_args(arguments)
+    if args.untrained:
+        width, layers, head_dim = args.untrained
+        torch.manual_seed(0)
+        model = VideoDiT(Config(width=width, layers=layers, head_dims=(head_dim,)))
+    else:
+        model = load_weights(args.weights)
+    model.eval().requires_grad_(False).to(args.device)
+    if args.device.startswith("cuda"):
+        model.bfloat16()
+    setup = Setup(model, None, tuple(args.size), args.steps)
+    dense, (*passes, verification), found = seconds(setup, args.error)
+    config, device = model.config, torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    print(
+        f"width {config.width}, {config.layers} layers, head dims {config.head_dims}, {math.prod(setup.grid)} tokens, "
+        f"{args.steps} steps, torch {torch.__version__}, {device}"
+    )
+    print(f"dense generation {dense:.2f} s; in such generations:")
+    calibrated = ", ".join(f"{taken / dense:.2f}" for taken in passes)
+    print(f"calibrating {sum(passes) / dense:.2f} (passes {calibrated}), verifying {verification / dense:.2f}")
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
