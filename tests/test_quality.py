@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 import lite_attention
-from benchmarks import quality, quality_metrics, quality_pretrained
+from benchmarks import calibration, quality, quality_metrics, quality_pretrained
 from benchmarks import quality_methods as methods
 from benchmarks import quality_report as reporting
 from benchmarks.quality_metrics import Pair, bootstrap, difference, psnr, ssim, vmaf, vmaf_missing
@@ -572,3 +573,18 @@ def test_pretrained_weights_are_measured_the_same_way(tmp_path: Path, monkeypatc
     pipe.calls.clear()
     quality_pretrained.main(command)
     assert not pipe.calls
+
+
+def test_what_calibrating_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    steps, calls = 3, []
+    forward = calibration.VideoDiT.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration.VideoDiT, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
+        calibration.main(f"--untrained 32 1 16 --size 4 32 32 --steps {steps} --device cpu".split())
+    generations = len(calls) / 2  # a forward with the prompt, and one without
+    assert generations == 3 * 2 + (3 + 3) * steps  # calibrated once of two steps; then dense ones, two passes, verified
+    found = re.search(r"calibrating (\S+) \(passes (\S+), (\S+)\), verifying (\S+)\n", capsys.readouterr().out)
+    assert found is not None
+    both, first, second, verifying = map(float, found.groups())
+    assert both == pytest.approx(first + second, abs=0.02)
+    assert min(first, second, verifying) > 0
