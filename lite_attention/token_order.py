@@ -1,7 +1,7 @@
 """Tokens in an order in which a tile of attention is a compact block of the video.
 
-A model lays its tokens out frame by frame, row by row, so the 192 tokens of a q-tile are a few long thin rows. In the
-order "tile3d" they are a block, such as 4 frames x 6 rows x 8 columns: what is near in the video shares tiles, and more
+A model lays its tokens out frame by frame, row by row, so the tokens of a q-tile are a few long thin rows. In the order
+"tile3d" they are a block, such as 4 frames x 6 rows x 8 columns: what is near in the video shares tiles, and more
 tiles can be told not to matter. Attention does not care about the order as long as the rotary positions move along, so
 the tokens are permuted once, behind the patch embedding, and put back once, behind the last projection.
 """
@@ -103,16 +103,17 @@ def block_of(token_order: str | Sequence[int], tile_m: int) -> Block:
 class _Hooks:
     """The hooks of one model. All is computed from the sizes of the call, so compiled code may have dynamic shapes."""
 
-    def __init__(self, token_order: str | Sequence[int], tiles: tuple[int, int] | None, head_dim: int) -> None:
-        self.token_order = token_order
-        self.tiles = tiles
-        self.head_dim = head_dim
+    def __init__(
+        self, token_order: str | Sequence[int], tiles: tuple[int, int] | None, head_dim: int, quantization: str
+    ) -> None:
+        self.token_order, self.tiles, self.head_dim, self.quantization = token_order, tiles, head_dim, quantization
         self.grid: Grid = (1, 1, 1)
         self.block: Block = (1, 1, 1)
 
     def begin(self, hidden_states: torch.Tensor, grid: Grid) -> None:
         """Note what the call is about; `rope` is the first that runs."""
-        tile_m, _ = self.tiles or tile_shape(self.head_dim, hidden_states.dtype, hidden_states.device)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        tile_m, _ = self.tiles or tile_shape(self.head_dim, dtype, device, self.quantization)
         self.grid, self.block = grid, block_of(self.token_order, tile_m)
 
     def there(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -192,20 +193,31 @@ def _supported_class(model: nn.Module) -> str:
     )
 
 
-def attach(model: Any, token_order: str | Sequence[int], tiles: tuple[int, int] | None = None) -> Callable[[], None]:
+def attach(
+    model: Any,
+    token_order: str | Sequence[int],
+    tiles: tuple[int, int] | None = None,
+    quantization: str = "none",
+) -> Callable[[], None]:
     """Let a model compute on reordered tokens, and return a function that undoes it.
 
     Args:
         model: a `WanTransformer3DModel` or `LTXVideoTransformer3DModel` of diffusers.
         token_order: "tile3d", or the (frames, rows, columns) of a block.
         tiles: (tile_m, tile_n) that the attention uses; None = the table's.
+        quantization: of the attention, which the table goes by.
 
     Raises:
         ValueError: another model, or another order; later, in a call: the model gets other tokens than its grid has.
     """
     check(token_order)
     kind, embed, time = _SUPPORTED[_supported_class(model)]
-    hooks = kind(token_order, tiles, model.config.attention_head_dim)
+    head_dim = model.config.attention_head_dim
+    try:
+        tile_shape(head_dim, None, "cuda", quantization)
+    except ValueError:
+        quantization = "none"  # on a GPU such attention is left dense, in any order
+    hooks = kind(token_order, tiles, head_dim, quantization)
     handles = [
         model.rope.register_forward_hook(hooks.rope),
         model.get_submodule(embed).register_forward_hook(hooks.embed),

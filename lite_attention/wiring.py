@@ -92,7 +92,7 @@ def enable(
             order.check(token_order, model)
     if token_order is not None and isinstance(settings.get("initial_mask"), Pattern):
         settings["initial_mask"] = replace(settings["initial_mask"], token_order=token_order)
-    SkipSettings(**settings)  # wrong ones are told before anything is changed
+    known = SkipSettings(**settings)  # wrong ones are told before anything is changed
     disable(model_or_pipe)
     models = _models_of(model_or_pipe)
     try:
@@ -101,7 +101,7 @@ def enable(
             undo = [_take_off_compiled(model), _follow_cache_context(model, session)]
             wiring = _wirings[model] = _Wiring(session, undo)
             if token_order is not None:
-                undo.append(_calling(order.attach(model, token_order, settings.get("tile_shape"))))
+                undo.append(_calling(order.attach(model, token_order, known.tile_shape, known.quantization)))
             if compile:
                 wiring.store = _compile(model, compile == "blocks", session, inner, settings, mode, options, dynamic)
             else:

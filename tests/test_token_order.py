@@ -15,6 +15,10 @@ from diffusers_models import TILE, Case, run, silent_report, skipped_by_site
 from toys import Toy
 
 import lite_attention
+from lite_attention import masks, token_order
+from lite_attention.compile import settings
+from lite_attention.inspection import named_states
+from lite_attention.ops.tiles import quantization_of
 from lite_attention.token_order import block_of, tile3d_order, tile3d_rank
 
 GRID = (3, 8, 4)  # of the tokens of the tiny models
@@ -159,6 +163,29 @@ def test_default_block_is_of_the_tile_in_use() -> None:
         assert torch.equal(reordered, plain[:, :, tile3d_order(*GRID, block)])
 
 
+@pytest.mark.parametrize(("switches", "tile_m"), [({}, 16), ({"use_int8": True}, 32), ({"use_fp8": True}, 64)])
+def test_default_block_is_of_the_tile_of_the_quantization(
+    switches: dict[str, bool], tile_m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = {"none": (16, 8), "int8": (32, 8), "int8_fp8": (64, 16)}
+    for module in (token_order, settings):
+        monkeypatch.setattr(module, "tile_shape", lambda *about: tiles[about[3]])
+    model = dm.WAN_OF_ONE_LAYER.model()
+    pattern = masks.window(*GRID, radius=(1, 1, 1))
+    switches = {"use_int8": bool(switches), **switches}
+    _enable(model, tile_shape=None, min_tiles=1, initial_mask=pattern, **switches)
+    seen: list[torch.Tensor] = []
+    model.patch_embedding.register_forward_hook(lambda _, args, out: seen.append(out))
+    run(model, dm.WAN.inputs(0, 0))
+    (state,) = named_states(model).values()
+    assert (state.tile_m, state.tile_n) == tiles[quantization_of(switches["use_int8"], "use_fp8" in switches)]
+    assert state.tile_m == tile_m
+    lite_attention.disable(model)
+    run(model, dm.WAN.inputs(0, 0))
+    reordered, plain = (t.flatten(2) for t in seen)
+    assert torch.equal(reordered, plain[:, :, tile3d_order(*GRID, block_of("tile3d", tile_m))])
+
+
 def test_skipping_works_on_blocks_of_the_video() -> None:
     """A model of local attention in three dimensions: blocks tell more tiles than rows do, at no larger an error."""
     torch.manual_seed(0)
@@ -171,8 +198,8 @@ def test_skipping_works_on_blocks_of_the_video() -> None:
     x = dm.WAN.inputs(0, 0) | {"hidden_states": 3 * frames}  # 2 x 4 x 4 cubes, of 4 x 4 x 4 tokens each
     dense = run(model, x)
     skipped, errors = [], []
-    for token_order in (None, "tile3d"):
-        _enable(model, token_order=token_order, threshold=-6.0, tile_shape=(64, 64))
+    for order in (None, "tile3d"):
+        _enable(model, token_order=order, threshold=-6.0, tile_shape=(64, 64))
         for _ in range(3):
             out = run(model, x)
         skipped.append(skipped_by_site(silent_report(model))["blocks.0.attn1"])
