@@ -17,7 +17,13 @@ from lite_attention.cute_kernels.config import (
     QuantizeConfig,
 )
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
-from lite_attention.ops.quantize import LARGEST_FP8, QUERY_ROWS, empty_quantized, empty_quantized_value
+from lite_attention.ops.quantize import (
+    LARGEST_FP8,
+    QUERY_ROWS,
+    empty_quantized,
+    empty_quantized_value,
+    zero_excluded,
+)
 from lite_attention.ops.reference import LOG2_E, empty_output
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, QUANTIZATIONS, allowed_in_tiles, ceil_div, tile_shape
 from lite_attention.ops.validate import (
@@ -194,6 +200,8 @@ def _launch(
         if plan.quantization == "int8_fp8":
             v, v_scales = _quantize_value(v, key_mask)
             v = v.view(torch.uint8)
+        elif key_mask is not None:
+            v = zero_excluded(v, key_mask)  # weights made from bits are tiny there, not 0
         scales = (q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales)
     _run(
         plan.kernel, out.device, q, k, v, out, lse, *state, flags, key_bits, *scales, plan.scale * LOG2_E,

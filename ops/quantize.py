@@ -57,6 +57,7 @@ __all__ = [
     "quantize_value",
     "quantize_value_fake",
     "rounded_weights",
+    "zero_excluded",
 ]
 
 KEY_MEAN_SCHEMA = "(Tensor k, Tensor? key_mask) -> Tensor"
@@ -88,7 +89,8 @@ def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
     """
     check_keys(k, key_mask)
     count = k.shape[1] if key_mask is None else key_mask.sum(1).clamp(min=1)[:, None, None]
-    return (_allowed(k, key_mask).sum(1, dtype=torch.float64) / count).to(torch.float32)  # the same for any strides
+    total = zero_excluded(k, key_mask).sum(1, dtype=torch.float64)  # the same for any strides
+    return (total / count).to(torch.float32)
 
 
 def quantize_query(
@@ -118,7 +120,7 @@ def quantize_key(
     """
     check_quantize_key(k, mean, key_mask, tile_n)
     k = k.to(torch.float32) - mean.unsqueeze(1)
-    return _quantized(k, _allowed(k.abs(), key_mask), tile_n)
+    return _quantized(k, zero_excluded(k.abs(), key_mask), tile_n)
 
 
 def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +130,7 @@ def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torc
         ValueError: an argument does not fit.
     """
     check_values(v, key_mask)
-    v = _allowed(v.to(torch.float32), key_mask)
+    v = zero_excluded(v.to(torch.float32), key_mask)
     largest = v.abs().amax(1)
     values = _scaled(v, _factors(largest, LARGEST_FP8).unsqueeze(1), LARGEST_FP8).permute(0, 2, 3, 1)
     values = torch.nn.functional.pad(values, (0, -v.shape[1] % FP8_KEYS))
@@ -136,7 +138,7 @@ def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torc
     return values.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), largest / LARGEST_FP8
 
 
-def _allowed(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+def zero_excluded(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
     """Return x [B, Sk, Hkv, D] with 0 for excluded keys, whatever they hold."""
     return x if key_mask is None else torch.where(key_mask[..., None, None], x, 0)
 
