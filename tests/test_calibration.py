@@ -677,23 +677,24 @@ def test_a_price_counts_what_stays_out() -> None:
     curves = {}
     for site, slot, step in [("a", 0, 0), ("a", 0, 1), ("a", 0, 2), ("b", 0, 0), ("a", 1, 0), ("a", 1, 1)]:
         errors, losses, left_out = (torch.rand(6, 2, generator=generator).double().cumsum(0) for _ in range(3))
-        curves[site, slot, step] = Curve(errors, losses.square(), left_out, 10.0)
+        curves[site, slot, step] = Curve(errors.square(), losses.square(), left_out, 10.0)
 
-    def reached(price: float) -> dict[str, float]:
+    def reached(name: str, price: float) -> float:
         figures: dict[str, list[torch.Tensor]] = {"error": [], "sparsity": []}
         choices: dict[tuple[str, int, int], int] = {}
         for (site, slot, _), curve in curves.items():
             for head in range(2):
                 first = choices.get((site, slot, head), 0)
-                costs = (curve.losses - price * curve.left_out)[first:, head]
+                loss = curve.errors if name == "error" else curve.losses
+                costs = (loss - price * curve.left_out)[first:, head]
                 choice = choices[site, slot, head] = first + int(costs.argmin())
                 figures["error"].append(curve.errors[choice, head])
                 figures["sparsity"].append(curve.left_out[choice, head] / 10)
-        return {name: float(torch.stack(values).mean()) for name, values in figures.items()}
+        return float(torch.stack(figures[name]).mean())
 
     for name, target in (("error", 2.0), ("sparsity", 0.2)):
         price = search._price_for(curves, name, target)
-        below, above = reached(price * (1 - 1e-6))[name], reached(price * (1 + 1e-6))[name]
+        below, above = reached(name, price * (1 - 1e-6)), reached(name, price * (1 + 1e-6))
         assert below <= target <= above
         assert below < above  # a staircase, of which this is the step
 

@@ -80,10 +80,10 @@ def calibrate(
     alone it is a bound for every site, branch, step and head, see `Calibration`; further passes lower the limits of
     those heads whose error grew above it after their tiles had been voted out. With `target_sparsity`, or `budget`, the
     target is one of the whole, and is spread so that the last tile left out costs the same everywhere: the candidate of
-    least loss - price * tiles left out is taken, the loss being the square of what a head's output is off by, against
-    the mean square of its site's heads. The price is found by bisection on the curves of the first pass, of
-    thresholds that are the same at all steps. Further passes follow the tiles voted out from step to step, and correct
-    what the first could not know of that.
+    least loss - price * tiles left out is taken. With `budget` the loss is the error itself, with `target_sparsity` the
+    square of what a head's output is off by, against the mean square of its site's heads. The price is found by
+    bisection on the curves of the first pass, of thresholds that are the same at all steps. Further passes follow the
+    tiles voted out from step to step, and correct what the first could not know of that.
 
     Args:
         model_or_pipe: as for `Calibration`.
@@ -223,11 +223,12 @@ def _bounded(record: _Passes, target_error: float, passes: int) -> Calibration:
 
 def _spread(record: _Passes, name: str, target: float, passes: int) -> Recorder:
     """Return the pass whose "error" or "sparsity" came nearest to a target of the whole."""
-    curves = record(Recorder, 0, choose=_at(0.0), rule="least loss", lasting=True).curves
+    curves = record(Recorder, 0, choose=_at(0.0, name), rule=f"least loss, {name}", lasting=True).curves
     aim, tried = target, []
     for number in range(1, passes + 1):
         price = _price_for(curves, name, aim)
-        recorder = record(Recorder, number, choose=_at(price), rule=f"loss - {price} * tiles left out")
+        rule = f"loss - {price} * tiles left out, {name}"
+        recorder = record(Recorder, number, choose=_at(price, name), rule=rule)
         reached = recorder.report[name]
         _log.info("calibrate: pass %d, price %.3g a tile: %s %.4f of %.4f", number, price, name, reached, target)
         tried.append((abs(reached - target), number, recorder))
@@ -238,11 +239,16 @@ def _spread(record: _Passes, name: str, target: float, passes: int) -> Recorder:
     return min(tried)[2]
 
 
-def _at(price: float) -> Choose:
+def _at(price: float, name: str) -> Choose:
     def choose(_: Place, curve: Curve) -> torch.Tensor:
-        return (curve.losses - price * curve.left_out).argmin(0)
+        return (_loss(curve, name) - price * curve.left_out).argmin(0)
 
     return choose
+
+
+def _loss(curve: Curve, name: str) -> torch.Tensor:
+    """Return what is to be least at a target, [choices, heads]: the errors, where these are the target."""
+    return curve.errors if name == "error" else curve.losses
 
 
 def _sample_error(sparse: list[Any], dense: list[Any]) -> float | None:
@@ -260,17 +266,17 @@ def _price_for(curves: Mapping[Place, Curve], name: str, target: float) -> float
     price: no others can be the least. What is out stays out: so the curves are of one threshold at all steps so far,
     and no choice is below that of the step before. Both figures grow with the price.
     """
-    steps = [*_by_step(curves)]
+    steps = [*_by_step(curves, name)]
     tiles = sum(curve.tiles * curve.errors.shape[1] for curve in curves.values())
-    heads = sum(curve.errors.shape[1] for curve in curves.values())
+    heads = sum(loss.shape[1] for loss, _ in steps)
 
     def reached(price: float) -> float:
-        total, choice = 0.0, torch.zeros(steps[0].errors.shape[1], dtype=torch.int64)
-        for step in steps:
-            costs, lowest = step.losses - price * step.left_out, choice[: step.losses.shape[1]]
+        total, choice = 0.0, torch.zeros(steps[0][0].shape[1], dtype=torch.int64)
+        for loss, left_out in steps:
+            costs, lowest = loss - price * left_out, choice[: loss.shape[1]]
             costs.masked_fill_(torch.arange(len(costs)).unsqueeze(1) < lowest, math.inf)
             choice = costs.argmin(0)
-            total += float((step.errors if name == "error" else step.left_out).gather(0, choice.unsqueeze(0)).sum())
+            total += float((loss if name == "error" else left_out).gather(0, choice.unsqueeze(0)).sum())
         return total / (heads if name == "error" else tiles)
 
     low, high = math.log(1e-20), math.log(1e6)
@@ -280,13 +286,12 @@ def _price_for(curves: Mapping[Place, Curve], name: str, target: float) -> float
     return math.exp(low if name == "error" else high)
 
 
-def _by_step(curves: Mapping[Place, Curve]) -> Iterator[Curve]:
-    """Yield the curve of each step, of the heads of all sites and slots; those with more steps first."""
+def _by_step(curves: Mapping[Place, Curve], name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield losses and tiles left out of each step, [choices, heads of all sites and slots]; those with more first."""
     states: dict[tuple[str, int], list[Curve]] = defaultdict(list)
     for site, slot, step in sorted(curves):
         states[site, slot].append(curves[site, slot, step])
     longest_first = sorted(states.values(), key=len, reverse=True)
     for of_step in zip_longest(*longest_first):
         there = [curve for curve in of_step if curve is not None]
-        errors, losses, left_out = (torch.cat(x, 1) for x in zip(*(curve[:3] for curve in there), strict=True))
-        yield Curve(errors, losses, left_out, sum(curve.tiles for curve in there))
+        yield torch.cat([_loss(curve, name) for curve in there], 1), torch.cat([curve.left_out for curve in there], 1)
