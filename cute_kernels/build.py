@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import Config, KernelConfig, Masks, QuantizeConfig, Scales, State
 from lite_attention.cute_kernels.forward import DTYPES, SkipAttentionForward
 from lite_attention.cute_kernels.quantize import Columns, Quantize, QuantizeValue
 
@@ -47,7 +47,7 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
     batch, seq_q, seq_k, heads, kv_heads = (cute.sym_int() for _ in range(5))
     dtype: Any = getattr(cutlass, DTYPES[config.dtype])
     qk_dtype = cutlass.Int8 if config.int8 else dtype
-    state: list[Any] = [None] * 5
+    state, masks, scales = State(), Masks(), Scales()
     if config.skip:
         skip_mask = _table(Int32, *(cute.sym_int() for _ in range(5)))
         control = _table(Int32, cute.sym_int())
@@ -55,26 +55,25 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
         threshold = make_fake_tensor(Float32, sizes, (_stride(), _stride(), _stride()), assumed_align=4)
         initial_mask = _table(Int32, *(cute.sym_int() for _ in range(4))) if config.initial_mask else None
         must_do = _table(Int32, cute.sym_int()) if config.must_do else None
-        state = [skip_mask, control, threshold, initial_mask, must_do]
-    keys: list[Any] = [None, None]
+        state = State(skip_mask, control, threshold, initial_mask, must_do)
     if config.key_mask:
-        keys = [_table(Int32, batch, 2, cute.sym_int()), _table(Int32, batch, cute.sym_int())]
-    scales: list[Any] = [None] * 6
+        masks = Masks(_table(Int32, batch, 2, cute.sym_int()), _table(Int32, batch, cute.sym_int()))
     if config.int8:
-        q_groups, k_tiles = cute.sym_int(), cute.sym_int()
-        scales[:2] = [_table(Float32, batch, heads, q_groups) for _ in range(2)]
-        scales[2:4] = [_table(Float32, batch, kv_heads, k_tiles) for _ in range(2)]
-        scales[4] = _table(Float32, batch, heads, seq_q)
+        of_q, of_k = (batch, heads, cute.sym_int()), (batch, kv_heads, cute.sym_int())
+        scales = Scales(
+            _table(Float32, *of_q), _table(Float32, *of_q), _table(Float32, *of_k), _table(Float32, *of_k),
+            _table(Float32, batch, heads, seq_q),
+            _table(Float32, batch, kv_heads, config.head_dim) if config.fp8 else None,
+        )  # fmt: skip
     v = _vectors(dtype, batch, seq_k, kv_heads, config.head_dim)
     if config.fp8:
-        scales[5] = _table(Float32, batch, kv_heads, config.head_dim)
         v = _vectors(cutlass.Uint8, batch, kv_heads, config.head_dim, cute.sym_int())  # e4m3 as bytes
     return [
         _vectors(qk_dtype, batch, seq_q, heads, config.head_dim),
         _vectors(qk_dtype, batch, seq_k, kv_heads, config.head_dim),
         v,
         _vectors(dtype, batch, seq_q, heads, config.head_dim),
-        _table(Float32, batch, heads, seq_q), *state, *keys, *scales, Float32(1.0), Int32(1),
+        _table(Float32, batch, heads, seq_q), *state, *masks, *scales, Float32(1.0), Int32(1),
     ]  # fmt: skip
 
 

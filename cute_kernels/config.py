@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from lite_attention.ops.quantize import FP8_KEYS
 from lite_attention.ops.tiles import check_quantization
@@ -16,7 +17,10 @@ __all__ = [
     "VALUE_BLOCK",
     "Config",
     "KernelConfig",
+    "Masks",
     "QuantizeConfig",
+    "Scales",
+    "State",
 ]
 
 MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, lie in shared memory
@@ -178,3 +182,34 @@ class QuantizeConfig:
 
 
 Config = KernelConfig | QuantizeConfig
+
+
+# Arguments of an attention kernel, in order, that not all have; None = it has no such.
+
+
+class State(NamedTuple):
+    """The skip state, and masks of tiles."""
+
+    skip_mask: Any = None
+    control: Any = None
+    threshold: Any = None
+    initial_mask: Any = None
+    must_do: Any = None
+
+
+class Masks(NamedTuple):
+    """Of keys: bits a tile int32 [B, 2, words] (some key allowed; some key excluded), and bits a key, padded."""
+
+    tile_flags: Any = None
+    key_bits: Any = None
+
+
+class Scales(NamedTuple):
+    """What quantising gives besides values: scales and norms of queries and keys, LSE shift, scales of FP8 values."""
+
+    q: Any = None
+    q_norms: Any = None
+    k: Any = None
+    k_norms: Any = None
+    lse_shift: Any = None
+    v: Any = None

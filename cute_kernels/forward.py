@@ -6,6 +6,8 @@ job and loads them, one job ahead of the consumer warpgroups of 64 rows each.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
@@ -16,9 +18,9 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig
+from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig, Masks, Scales, State
 from lite_attention.cute_kernels.device import uniform_float
-from lite_attention.cute_kernels.mainloop import Mainloop
+from lite_attention.cute_kernels.mainloop import Mainloop, Pipes, Tiles
 from lite_attention.cute_kernels.schedule import (
     BATCH,
     CLAIM_AHEAD,
@@ -40,6 +42,16 @@ _E4M3_ONE = 0x38
 _SLOT, _FRESH, _DENSE = range(3)  # of what shared memory holds about the call
 
 
+class Jobs(NamedTuple):
+    """What the producer tells consumers of the jobs in flight, and they each other, in shared memory."""
+
+    call: Any  # slot, whether fresh, whether dense: the same for all jobs
+    words: Any  # [RING, JOB_WORDS]
+    reach: Any  # [RING], threshold in units of scores
+    visited: Any  # [RING, words], bits of tiles
+    kept: Any  # [RING, tiles], bytes: 1 = some row keeps the tile
+
+
 class SkipAttentionForward:
     """Builds one kernel; called through `cute.compile`."""
 
@@ -59,29 +71,10 @@ class SkipAttentionForward:
 
     @cute.jit
     def __call__(
-        self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
-        skip_mask,
-        control,
-        threshold,
-        initial_mask,
-        must_do,
-        tile_flags,
-        key_bits,
-        q_scales,
-        q_norms,
-        k_scales,
-        k_norms,
-        lse_shift,
-        v_scales,
-        scale: Float32,
-        processors: Int32,
-        stream: cuda.CUstream,
-    ):
+        self, q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, out: cute.Tensor, lse: cute.Tensor, skip_mask, control,
+        threshold, initial_mask, must_do, tile_flags, key_bits, q_scales, q_norms, k_scales, k_norms, lse_shift,
+        v_scales, scale: Float32, processors: Int32, stream: cuda.CUstream,
+    ):  # fmt: skip
         """Lay out and launch. The scale is in log2 units, unused in INT8; processors are the GPU's multiprocessors."""
         qk_mma = cute.make_tiled_mma(cute.make_mma_atom(self.qk_op()), (self.groups, 1, 1))
         pv_mma = cute.make_tiled_mma(cute.make_mma_atom(self.pv_op()), (self.groups, 1, 1))
@@ -129,91 +122,49 @@ class SkipAttentionForward:
         self.storage = Storage
         jobs = cute.ceil_div(q.shape[0], self.tile_m) * q.shape[2] * q.shape[3]
         self.kernel(
-            qk_mma,
-            pv_mma,
-            q_tma[0],
-            q_tma[1],
-            k_tma[0],
-            k_tma[1],
-            v_tma[0],
-            v_tma[1],
-            out,
-            lse,
-            skip_mask,
-            control,
-            threshold,
-            initial_mask,
-            must_do,
-            tile_flags,
-            key_bits,
-            q_scales,
-            q_norms,
-            k_scales,
-            k_norms,
-            lse_shift,
-            v_scales,
-            scale,
-            q_layout,
-            k_layout,
+            qk_mma, pv_mma, *q_tma, *k_tma, *v_tma, out, lse, skip_mask, control, threshold, initial_mask, must_do,
+            tile_flags, key_bits, q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales, scale, q_layout, k_layout,
             v_layout,
         ).launch(
             grid=[cutlass.min(jobs, processors), 1, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
-        )
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
-        self,
-        qk_mma: cute.TiledMma,
-        pv_mma: cute.TiledMma,
-        q_atom: cute.CopyAtom,
-        gq: cute.Tensor,
-        k_atom: cute.CopyAtom,
-        gk: cute.Tensor,
-        v_atom: cute.CopyAtom,
-        gv: cute.Tensor,
-        gout: cute.Tensor,
-        lse: cute.Tensor,
-        skip_mask,
-        control,
-        threshold,
-        initial_mask,
-        must_do,
-        tile_flags,
-        key_bits,
-        q_scales,
-        q_norms,
-        k_scales,
-        k_norms,
-        lse_shift,
-        v_scales,
-        scale: Float32,
-        q_layout: cute.ComposedLayout,
-        k_layout: cute.ComposedLayout,
-        v_layout: cute.ComposedLayout,
-    ):
+        self, qk_mma: cute.TiledMma, pv_mma: cute.TiledMma, q_atom: cute.CopyAtom, gq: cute.Tensor,
+        k_atom: cute.CopyAtom, gk: cute.Tensor, v_atom: cute.CopyAtom, gv: cute.Tensor, gout: cute.Tensor,
+        lse: cute.Tensor, skip_mask, control, threshold, initial_mask, must_do, tile_flags, key_bits, q_scales, q_norms,
+        k_scales, k_norms, lse_shift, v_scales, scale: Float32, q_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout, v_layout: cute.ComposedLayout,
+    ):  # fmt: skip
         """Set up shared memory, read what the call is, and split into roles."""
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        skip, masks = State(skip_mask, control, threshold, initial_mask, must_do), Masks(tile_flags, key_bits)
+        scales = Scales(q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales)
         storage = cutlass.memory.SmemAllocator().allocate(self.storage)
         sq = storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         sk = storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         sv = storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner)
-        call = storage.call.get_tensor(cute.make_layout(4))
-        jobs = storage.jobs.get_tensor(cute.make_layout((RING, JOB_WORDS), stride=(JOB_WORDS, 1)))
-        reach = storage.reach.get_tensor(cute.make_layout(RING))
-        entries = storage.entries.get_tensor(cute.make_layout(self.stages))
-        tile_scales = storage.k_scales.get_tensor(cute.make_layout(self.stages))
-        tile_norms = storage.k_norms.get_tensor(cute.make_layout(self.stages))
-        visited = storage.visited.get_tensor(cute.make_layout((RING, MAX_WORDS), stride=(MAX_WORDS, 1)))
-        kept = storage.kept.get_tensor(cute.make_layout((RING, MAX_TILES), stride=(MAX_TILES, 1)))
+        jobs = Jobs(
+            storage.call.get_tensor(cute.make_layout(4)),
+            storage.jobs.get_tensor(cute.make_layout((RING, JOB_WORDS), stride=(JOB_WORDS, 1))),
+            storage.reach.get_tensor(cute.make_layout(RING)),
+            storage.visited.get_tensor(cute.make_layout((RING, MAX_WORDS), stride=(MAX_WORDS, 1))),
+            storage.kept.get_tensor(cute.make_layout((RING, MAX_TILES), stride=(MAX_TILES, 1))),
+        )
+        of_tiles = (storage.entries, storage.k_scales, storage.k_norms)
+        tiles = Tiles(*[x.get_tensor(cute.make_layout(self.stages)) for x in of_tiles])
         partial = storage.partial.get_tensor(cute.make_layout(MAX_WORDS if self.config.key_mask else 1))
         sums = storage.sums.get_tensor(cute.make_layout(max(1, self.config.promoted_sums)))
-        q_pipe = self.pipe(1, self.q_bytes, storage.q_bars)
-        k_pipe = self.pipe(self.stages, self.k_bytes, storage.k_bars)
-        v_pipe = self.pipe(self.stages, self.v_bytes, storage.v_bars)
+        pipes = Pipes(
+            self.pipe(1, self.q_bytes, storage.q_bars),
+            self.pipe(self.stages, self.k_bytes, storage.k_bars),
+            self.pipe(self.stages, self.v_bytes, storage.v_bars),
+        )
         cute.arch.mbarrier_init_fence()
         if const_expr(self.config.fp8):
             self.fill_ones(sv, thread)
@@ -224,15 +175,15 @@ class SkipAttentionForward:
                 fresh = self.schedule.is_fresh(
                     control, self.schedule.block(slot), gq.shape[3], gq.shape[0], gk.shape[0]
                 )
-                call[_SLOT] = slot
-                call[_FRESH] = Int32(fresh)
-                call[_DENSE] = control[c.FLAGS] & c.FLAG_DENSE
+                jobs.call[_SLOT] = slot
+                jobs.call[_FRESH] = Int32(fresh)
+                jobs.call[_DENSE] = control[c.FLAGS] & c.FLAG_DENSE
             words = cute.ceil_div(cute.ceil_div(gk.shape[0], self.tile_n), 32)
             for ring in cutlass.range_constexpr(RING):
                 if thread == 0:
-                    jobs[ring, DONE] = Int32(0)
+                    jobs.words[ring, DONE] = Int32(0)
                 for tile in cutlass.range(thread, words * 32, self.config.threads, unroll=1):
-                    kept[ring, tile] = Uint8(0)
+                    jobs.kept[ring, tile] = Uint8(0)
         cute.arch.sync_threads()
         sv_loaded = sv
         if const_expr(self.config.fp8):
@@ -242,16 +193,14 @@ class SkipAttentionForward:
             cute.arch.setmaxregister_decrease(self.config.producer_registers)
             if warp == 0:
                 self.produce(
-                    q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv_loaded, q_pipe, k_pipe, v_pipe, skip_mask, control,
-                    threshold, initial_mask, must_do, tile_flags, k_scales, k_norms, call, jobs, reach, entries,
-                    tile_scales, tile_norms, visited, partial, scale,
+                    q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv_loaded, pipes, skip, masks, scales, jobs, tiles,
+                    partial, scale,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.config.consumer_registers)
             self.consume(
-                qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
-                initial_mask, must_do, key_bits, q_scales, q_norms, v_scales, call, jobs, reach, entries, tile_scales,
-                tile_norms, visited, kept, sums, scale, gq.shape[0], gk.shape[0],
+                qk_mma, pv_mma, sq, sk, sv, pipes, gout, lse, skip, masks, scales, jobs, tiles, sums, scale,
+                gq.shape[0], gk.shape[0],
             )  # fmt: skip
 
     def qk_op(self):
@@ -299,22 +248,23 @@ class SkipAttentionForward:
         )
 
     @cute.jit
-    def rows(self, skip_mask, initial_mask, slot: Int32, batch: Int32, head: Int32, q_tile: Int32):
+    def rows(self, skip: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int32):
         """The rows of a job in the skip mask and in the initial mask."""
         row, initial_row = None, None
         if const_expr(self.config.skip):
-            row = skip_mask[slot, batch, head, q_tile, None]
-            if const_expr(initial_mask is not None):
-                initial_row = initial_mask[batch % initial_mask.shape[0], head % initial_mask.shape[1], q_tile, None]
+            row = skip.skip_mask[slot, batch, head, q_tile, None]
+            if const_expr(skip.initial_mask is not None):
+                batches, heads = skip.initial_mask.shape[0], skip.initial_mask.shape[1]
+                initial_row = skip.initial_mask[batch % batches, head % heads, q_tile, None]
         return row, initial_row
 
     @cute.jit
     def produce(
-        self, q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv, q_pipe, k_pipe, v_pipe, skip_mask, control, threshold,
-        initial_mask, must_do, tile_flags, k_scales, k_norms, call, jobs, reach, entries, tile_scales, tile_norms,
-        visited, partial, scale: Float32,
+        self, q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv, pipes: Pipes, skip: State, masks: Masks, scales: Scales,
+        jobs: Jobs, tiles: Tiles, partial, scale: Float32,
     ):  # fmt: skip
         """The producer warp: list the tiles of each job, announce it, and load Q and the tiles of K and V."""
+        q_pipe, k_pipe, v_pipe = pipes
         lane = cute.arch.lane_idx()
         first, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
@@ -329,19 +279,21 @@ class SkipAttentionForward:
             kv_head = head // (heads // gk.shape[2])
             slot, fresh, dense, flags = Int32(0), Boolean(True), Boolean(False), None
             if const_expr(self.config.skip):
-                slot, fresh, dense = call[_SLOT], call[_FRESH] != 0, call[_DENSE] != 0
-            if const_expr(tile_flags is not None):
-                flags = tile_flags[batch, None, None]
-            row, initial_row = self.rows(skip_mask, initial_mask, slot, batch, head, q_tile)
-            bits = visited[ring, None]
-            count = self.walk.find_visited(row, initial_row, must_do, flags, bits, partial, lane, k_tiles, fresh, dense)
+                slot, fresh, dense = jobs.call[_SLOT], jobs.call[_FRESH] != 0, jobs.call[_DENSE] != 0
+            if const_expr(masks.tile_flags is not None):
+                flags = masks.tile_flags[batch, None, None]
+            row, initial_row = self.rows(skip, slot, batch, head, q_tile)
+            bits = jobs.visited[ring, None]
+            count = self.walk.find_visited(
+                row, initial_row, skip.must_do, flags, bits, partial, lane, k_tiles, fresh, dense
+            )
             if lane == 0:
-                jobs[ring, Q_TILE] = q_tile
-                jobs[ring, HEAD] = head
-                jobs[ring, BATCH] = batch
-                jobs[ring, COUNT] = count
+                jobs.words[ring, Q_TILE] = q_tile
+                jobs.words[ring, HEAD] = head
+                jobs.words[ring, BATCH] = batch
+                jobs.words[ring, COUNT] = count
                 if const_expr(self.config.skip):
-                    reach[ring] = self.schedule.reach(threshold, control, slot, head, scale)
+                    jobs.reach[ring] = self.schedule.reach(skip.threshold, skip.control, slot, head, scale)
             cute.arch.sync_warp()
             q_pipe.producer_acquire(q_state)
             q_tiled = cute.local_tile(gq[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
@@ -355,7 +307,7 @@ class SkipAttentionForward:
             diagonal = self.walk.diagonal(q_tile, seq_q, seq_k, k_tiles)
             left, after = count, job
             if left <= CLAIM_AHEAD:
-                after = self.schedule.next_job(control, job, ctas, lane)
+                after = self.schedule.next_job(skip.control, job, ctas, lane)
             for turn in cutlass.range(self.walk.turns(cute.ceil_div(k_tiles, 32)), unroll=1):
                 at, word = self.walk.turn(bits, turn, diagonal, k_tiles - 1)
                 while word != 0:
@@ -364,13 +316,13 @@ class SkipAttentionForward:
                     j, stage = at * 32 + bit, state.index
                     if const_expr(self.config.int8):
                         # On their way while the ring is full.
-                        tile_scale, tile_norm = k_scales[batch, kv_head, j], k_norms[batch, kv_head, j]
+                        tile_scale, tile_norm = scales.k[batch, kv_head, j], scales.k_norms[batch, kv_head, j]
                     k_pipe.sync_object_empty.wait(stage, state.phase)
                     if lane == 0:
-                        entries[stage] = self.walk.entry(partial, j, seq_k)
+                        tiles.entries[stage] = self.walk.entry(partial, j, seq_k)
                         if const_expr(self.config.int8):
-                            tile_scales[stage] = tile_scale
-                            tile_norms[stage] = tile_norm
+                            tiles.scales[stage] = tile_scale
+                            tiles.norms[stage] = tile_norm
                     cute.arch.sync_warp()
                     k_pipe.sync_object_full.arrive(stage, None)
                     k_bar, v_bar = k_pipe.producer_get_barrier(state), v_pipe.producer_get_barrier(state)
@@ -380,13 +332,13 @@ class SkipAttentionForward:
                     state.advance()
                     left -= 1
                     if left == CLAIM_AHEAD:
-                        after = self.schedule.next_job(control, job, ctas, lane)
+                        after = self.schedule.next_job(skip.control, job, ctas, lane)
             job = after
             ring += 1
             if ring == RING:
                 ring = Int32(0)
         if lane == 0:
-            jobs[ring, COUNT] = Int32(END)
+            jobs.words[ring, COUNT] = Int32(END)
         cute.arch.sync_warp()
         q_pipe.sync_object_empty.wait(q_state.index, q_state.phase)
         if lane == 0:
@@ -400,11 +352,11 @@ class SkipAttentionForward:
 
     @cute.jit
     def consume(
-        self, qk_mma, pv_mma, sq, sk, sv, q_pipe, k_pipe, v_pipe, gout, lse, lse_shift, skip_mask, control,
-        initial_mask, must_do, key_bits, q_scales, q_norms, v_scales, call, jobs, reach, entries, tile_scales,
-        tile_norms, visited, kept, sums, scale: Float32, seq_q: Int32, seq_k: Int32,
+        self, qk_mma, pv_mma, sq, sk, sv, pipes: Pipes, gout, lse, skip: State, masks: Masks, scales: Scales,
+        jobs: Jobs, tiles: Tiles, sums, scale: Float32, seq_q: Int32, seq_k: Int32,
     ):  # fmt: skip
         """A consumer warpgroup: its rows of each job, and its part of writing the votes back."""
+        q_pipe = pipes.q
         thread, _, _ = cute.arch.thread_idx()
         worker = thread - 128
         group = cute.arch.make_warp_uniform(worker // 128)
@@ -433,49 +385,51 @@ class SkipAttentionForward:
         state = pipeline.make_pipeline_state(consumer, self.stages)
         ring = Int32(0)
         q_pipe.consumer_wait(q_state)
-        count = cute.arch.make_warp_uniform(jobs[ring, COUNT])
+        count = cute.arch.make_warp_uniform(jobs.words[ring, COUNT])
         while count != END:
             own_row = (worker // 32) * 16 + cute.arch.lane_idx() // 4
-            first_row = jobs[ring, Q_TILE] * self.tile_m + own_row
+            first_row = jobs.words[ring, Q_TILE] * self.tile_m + own_row
             limit, norm = Float32(0.0), Float32(0.0)
             if const_expr(self.config.skip):
-                limit = reach[ring]
+                limit = jobs.reach[ring]
             if const_expr(self.config.int8):
-                rows = cutlass.min(first_row // QUERY_ROWS, q_scales.shape[2] - 1)
-                scale = uniform_float(q_scales[jobs[ring, BATCH], jobs[ring, HEAD], rows])
-                norm = uniform_float(q_norms[jobs[ring, BATCH], jobs[ring, HEAD], rows])
+                rows = cutlass.min(first_row // QUERY_ROWS, scales.q.shape[2] - 1)
+                scale = uniform_float(scales.q[jobs.words[ring, BATCH], jobs.words[ring, HEAD], rows])
+                norm = uniform_float(scales.q_norms[jobs.words[ring, BATCH], jobs.words[ring, HEAD], rows])
             state = self.mainloop.attend(
-                qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
-                state, entries, tile_scales, tile_norms, kept[ring, None], count, group, key_bits, jobs[ring, BATCH],
-                seq_k, scale, norm, limit, first_row < seq_q, first_row + 8 < seq_q,
+                qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, pipes, q_state, state, tiles,
+                jobs.kept[ring, None], count, group, masks.key_bits, jobs.words[ring, BATCH], seq_k, scale, norm, limit,
+                first_row < seq_q, first_row + 8 < seq_q,
             )  # fmt: skip
             q_state.advance()
-            q_tile, head, batch = jobs[ring, Q_TILE], jobs[ring, HEAD], jobs[ring, BATCH]
+            q_tile, head, batch = jobs.words[ring, Q_TILE], jobs.words[ring, HEAD], jobs.words[ring, BATCH]
             if const_expr(self.config.fp8):
                 if count > 0:  # or else it is 0, whatever the scales
-                    kv_head = head // (gout.shape[2] // v_scales.shape[1])
-                    self.mainloop.scale_channels(out, v_scales[batch, kv_head, None])
+                    kv_head = head // (gout.shape[2] // scales.v.shape[1])
+                    self.mainloop.scale_channels(out, scales.v[batch, kv_head, None])
             self.mainloop.store(
-                gout, lse, lse_shift, out, shift, total, q_tile * self.tile_m + own_row, seq_q, head, batch
+                gout, lse, scales.lse_shift, out, shift, total, q_tile * self.tile_m + own_row, seq_q, head, batch
             )
             if const_expr(self.config.skip):
-                done = self.last_of(jobs.iterator + ring * JOB_WORDS + DONE)
-                if done & (call[_DENSE] == 0):
-                    row, initial_row = self.rows(skip_mask, initial_mask, call[_SLOT], batch, head, q_tile)
+                done = self.last_of(jobs.words.iterator + ring * JOB_WORDS + DONE)
+                if done & (jobs.call[_DENSE] == 0):
+                    row, initial_row = self.rows(skip, jobs.call[_SLOT], batch, head, q_tile)
                     k_tiles = cute.ceil_div(seq_k, self.tile_n)
                     self.walk.write_back(
-                        row, initial_row, must_do, visited[ring, None], kept[ring, None], cute.arch.lane_idx(), k_tiles,
-                        call[_FRESH] != 0,
+                        row, initial_row, skip.must_do, jobs.visited[ring, None], jobs.kept[ring, None],
+                        cute.arch.lane_idx(), k_tiles, jobs.call[_FRESH] != 0,
                     )  # fmt: skip
             ring += 1
             if ring == RING:
                 ring = Int32(0)
             q_pipe.consumer_wait(q_state)
-            count = cute.arch.make_warp_uniform(jobs[ring, COUNT])
+            count = cute.arch.make_warp_uniform(jobs.words[ring, COUNT])
         if const_expr(self.config.skip):
             if worker == 0:
                 ctas, _, _ = cute.arch.grid_dim()
-                self.schedule.end_call(control, call[_SLOT], gout.shape[3], seq_q, seq_k, ctas, call[_DENSE] != 0)
+                self.schedule.end_call(
+                    skip.control, jobs.call[_SLOT], gout.shape[3], seq_q, seq_k, ctas, jobs.call[_DENSE] != 0
+                )
 
     @cute.jit
     def last_of(self, counter) -> Boolean:

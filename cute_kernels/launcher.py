@@ -14,7 +14,10 @@ from lite_attention.cute_kernels.config import (
     MAX_TILES,
     VALUE_BLOCK,
     KernelConfig,
+    Masks,
     QuantizeConfig,
+    Scales,
+    State,
 )
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
 from lite_attention.ops.quantize import (
@@ -51,8 +54,6 @@ __all__ = [
 ]
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NO_STATE = (None,) * 5
-_NO_SCALES = (None,) * 6
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
@@ -103,12 +104,13 @@ def _run(kernel: Kernel, device: torch.device, *arguments: object) -> None:
             kernel(*arguments)
 
 
-def _key_tables(key_mask: torch.Tensor, batch: int, tile_n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return bits a tile int32 [B, 2, words] (some key allowed; some key excluded), and bits a key, padded."""
+def _masks(key_mask: torch.Tensor | None, batch: int, tile_n: int) -> Masks:
+    if key_mask is None:
+        return Masks()
     key_mask = key_mask.expand(batch, -1)
     in_tiles = allowed_in_tiles(key_mask, tile_n)
     flags = torch.stack([in_tiles.any(-1), ~in_tiles.all(-1)], 1)
-    return pack_bits(flags), pack_bits(torch.nn.functional.pad(key_mask, (0, KEY_BITS_PAD * WORD_BITS)))
+    return Masks(pack_bits(flags), pack_bits(torch.nn.functional.pad(key_mask, (0, KEY_BITS_PAD * WORD_BITS))))
 
 
 @functools.cache
@@ -184,14 +186,14 @@ def _launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    state: tuple[torch.Tensor | None, ...],
+    state: State,
     key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    flags, key_bits = (None, None) if key_mask is None else _key_tables(key_mask, q.shape[0], plan.tile_n)
+    masks = _masks(key_mask, q.shape[0], plan.tile_n)
     out = empty_output(q, v)
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     q, k, v = (_readable(x, reads) for x, reads in zip((q, k, v), plan.readable, strict=True))
-    scales: tuple[torch.Tensor | None, ...] = _NO_SCALES
+    scales = Scales()
     if plan.quantization != "none":
         mean = _key_mean(k, key_mask)
         q, q_scales, q_norms, lse_shift = _quantize_query(q, mean, plan.scale)
@@ -202,10 +204,9 @@ def _launch(
             v = v.view(torch.uint8)
         elif key_mask is not None:
             v = zero_excluded(v, key_mask)  # weights made from bits are tiny there, not 0
-        scales = (q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales)
+        scales = Scales(q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales)
     _run(
-        plan.kernel, out.device, q, k, v, out, lse, *state, flags, key_bits, *scales, plan.scale * LOG2_E,
-        plan.processors,
+        plan.kernel, out.device, q, k, v, out, lse, *state, *masks, *scales, plan.scale * LOG2_E, plan.processors,
     )  # fmt: skip
     return out, lse
 
@@ -232,7 +233,7 @@ def skip_attention_forward(
         ValueError: an argument does not fit; nothing has been changed then.
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
-    state = (skip_mask, control, threshold, initial_mask, must_do)
+    state = State(skip_mask, control, threshold, initial_mask, must_do)
     plan = _skip_plan(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n), quantization)
     return _launch(plan, q, k, v, state, key_mask)
 
@@ -247,7 +248,7 @@ def attention_forward(
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
     plan = _dense_plan((*tensor_signatures((q, k, v, key_mask)), scale))
-    return _launch(plan, q, k, v, _NO_STATE, key_mask)
+    return _launch(plan, q, k, v, State(), key_mask)
 
 
 # ---- INT8 queries and keys, FP8 values -----------------------------------------------------------------------------

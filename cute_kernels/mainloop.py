@@ -8,6 +8,7 @@ warpgroups take turns to issue their products.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -22,6 +23,22 @@ from lite_attention.cute_kernels.walk import TILE_BITS
 _LN2 = math.log(2)
 _LEAST_UNIT = 2.0**-100  # not 0: an excluded key's -inf would become NaN
 _PACKS = {"bf16": pack_bf16, "fp16": pack_fp16}
+
+
+class Pipes(NamedTuple):
+    """Rings that TMA fills."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
+class Tiles(NamedTuple):
+    """What comes with a tile of K, in shared memory, by stage."""
+
+    entries: Any  # which tile, and a flag above TILE_BITS: some of its keys are excluded
+    scales: Any  # of integers
+    norms: Any
 
 
 class Mainloop:
@@ -93,20 +110,12 @@ class Mainloop:
         return factors
 
     @cute.jit
-    def unit(self, scale: Float32, tile_scales, stage) -> Float32:
-        """What scores of a tile are multiplied by, to be in log2 units."""
-        unit = scale
+    def of_tile(self, scale: Float32, norm: Float32, tiles: Tiles, stage):
+        """What makes log2 units of the scores of a tile, and what none exceeds then; of use for integers."""
+        unit, bound = scale, norm
         if const_expr(self.config.int8):
-            unit = max_nan(scale * tile_scales[stage], _LEAST_UNIT)
-        return unit
-
-    @cute.jit
-    def bound(self, norm: Float32, tile_norms, stage) -> Float32:
-        """What no score of a tile exceeds in magnitude, in log2 units; of use for integers."""
-        bound = norm
-        if const_expr(self.config.int8):
-            bound = norm * tile_norms[stage]
-        return bound
+            unit, bound = max_nan(scale * tiles.scales[stage], _LEAST_UNIT), norm * tiles.norms[stage]
+        return unit, bound
 
     @cute.jit
     def wait_turn(self, group):
@@ -120,11 +129,12 @@ class Mainloop:
 
     @cute.jit
     def attend(
-        self, qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, q_pipe, k_pipe, v_pipe, q_state,
-        state, entries, tile_scales, tile_norms, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32,
-        scale: Float32, norm: Float32, reach: Float32, votes_0: Boolean, votes_1: Boolean,
+        self, qk_mma, pv_mma, rq, rk, rv, scores, p, sums, out, top, shift, total, pipes: Pipes, q_state, state,
+        tiles: Tiles, kept, count: Int32, group, key_bits, batch: Int32, seq_k: Int32, scale: Float32, norm: Float32,
+        reach: Float32, votes_0: Boolean, votes_1: Boolean,
     ):  # fmt: skip
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes in `kept`."""
+        q_pipe, k_pipe, v_pipe = pipes
         words = cute.recast_tensor(cute.make_tensor(p.iterator, cute.make_layout(self.config.tile_n // 2)), Int32)
         factor, sums_shift = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         offset, lowest = cute.make_rmem_tensor(2, Int32), cute.make_rmem_tensor(2, Int32)
@@ -141,8 +151,8 @@ class Mainloop:
                 cute.autovec_copy(zeros, sums[None, i])
         if count > 0:
             k_pipe.consumer_wait(state)
-            entry = cute.arch.make_warp_uniform(entries[state.index])
-            unit, bound = self.unit(scale, tile_scales, state.index), self.bound(norm, tile_norms, state.index)
+            entry = cute.arch.make_warp_uniform(tiles.entries[state.index])
+            unit, bound = self.of_tile(scale, norm, tiles, state.index)
             j = entry & TILE_BITS
             if const_expr(self.config.skip):
                 kept[j] = Uint8(1)  # the first tile always is
@@ -159,8 +169,8 @@ class Mainloop:
                 before = state.clone()
                 state.advance()
                 k_pipe.consumer_wait(state)
-                entry = cute.arch.make_warp_uniform(entries[state.index])
-                unit, bound = self.unit(scale, tile_scales, state.index), self.bound(norm, tile_norms, state.index)
+                entry = cute.arch.make_warp_uniform(tiles.entries[state.index])
+                unit, bound = self.of_tile(scale, norm, tiles, state.index)
                 self.softmax.add_up(words, total)
                 self.wait_turn(group)
                 self.issue_qk(qk_mma, scores, rq, rk, state.index)  # scores of this tile
