@@ -47,7 +47,6 @@ from benchmarks import quality_report as reporting
 from benchmarks.quality_methods import (
     CALIBRATION,
     RENDERED,
-    VOTING,
     RandomSkips,
     Setup,
     SkipShares,
@@ -60,7 +59,7 @@ from benchmarks.quality_methods import (
     to_floats,
 )
 from benchmarks.quality_metrics import Pair, fidelity
-from benchmarks.quality_report import DENSE, FIDELITY, TRUTH, Record, Results, Videos
+from benchmarks.quality_report import DENSE, FIDELITY, TRUTH, VOTING, Record, Results, Videos
 from examples.moving_shapes.judge import Judge, load_judge, measure, path_distance
 from examples.moving_shapes.model import Config, VideoDiT, load_weights
 from lite_attention import masks

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import lite_attention
 from benchmarks.quality_metrics import Pair
-from benchmarks.quality_report import DENSE
+from benchmarks.quality_report import DENSE, VOTING
 from examples.moving_shapes.judge import HOLD_OUT, Judge
 from examples.moving_shapes.model import PATCH, VideoDiT
 from examples.moving_shapes.sample import time_steps
@@ -27,7 +27,6 @@ from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div, diagonal_tile
 
 RENDERED = "rendered"
-VOTING = ("threshold", "tile3d", "int8", "fp8")  # at a threshold
 _FAMILIES = (DENSE, RENDERED, *VOTING, "table", "radial", "spatial-temporal", "window", "random", "steps")
 _OWN_PROMPTS = HOLD_OUT + 2**30  # seeds of scenes that neither the model nor the judge has seen
 CALIBRATION = 1_000_000  # prompts from here on are only calibrated on

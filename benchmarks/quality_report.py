@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]  # "method", "prompt", "seed", and figures by name; None = could not be measured
 
 DENSE = "dense"
+VOTING = ("threshold", "tile3d", "int8", "fp8")  # at a threshold
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,12 @@ def as_json(results: Results, methods: Sequence[str], metrics: Sequence[Metric],
     return found
 
 
+def family_of(method: str) -> str:
+    """Return what methods that differ in one number have in common, such as "threshold" of "threshold:-3"."""
+    family, _, value = method.partition(":")
+    return f"{family}, first steps dense" if family in VOTING and "," in value else family
+
+
 def draw(
     results: Results, methods: Sequence[str], metrics: Sequence[Metric], pairs: Sequence[Pair], path: Path
 ) -> Figure:
@@ -277,7 +284,7 @@ def draw(
 
     Args:
         results: of the methods.
-        methods: dense and what is no method of saving are left out; those of one family share what is before the ":".
+        methods: dense and what is no method of saving are left out.
         metrics: those that were not measured are left out.
         pairs: of prompts and seeds.
         path: where to save it.
@@ -288,7 +295,7 @@ def draw(
     families: dict[str, list[str]] = {}
     for method in methods:
         if method != DENSE and results.values(method, "psnr", pairs):
-            families.setdefault(method.partition(":")[0], []).append(method)
+            families.setdefault(family_of(method), []).append(method)
     columns = min(4, len(metrics))
     rows = -(-len(metrics) // columns)
     figure = new_figure(4 * columns, 3.2 * rows + 0.8, "Quality against attention saved, with 95 % intervals")
@@ -306,7 +313,7 @@ def draw(
                 ]
                 axes.errorbar(
                     [x for x, _ in known], means, yerr=reach, marker="o", markersize=3, capsize=2, linewidth=1,
-                    label=family, color=f"C{number}",
+                    label=family, color=f"C{number}", linestyle="-" if number < 10 else "--",  # ten colours
                 )  # fmt: skip
         if metric.change:
             axes.axhline(0, color="black", linewidth=0.8, linestyle="dotted")

