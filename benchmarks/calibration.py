@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,40 +23,29 @@ import lite_attention
 from benchmarks.quality_methods import CALIBRATION, Setup, sample
 from examples.moving_shapes.model import WEIGHTS, Config, VideoDiT, load_weights
 from lite_attention.calibration import CalibrationResult
+from lite_attention.calibration.recorder import now
 
 
-def seconds(setup: Setup, error: float) -> tuple[float, list[float], CalibrationResult]:
-    """Return seconds of a dense generation, of each one that `calibrate` runs, verification last, and its result."""
-    taken: list[float] = []
+def generator(setup: Setup, taken: list[float]) -> Callable[[int], torch.Tensor]:
+    """Return what generates for a prompt, and adds the seconds that it took."""
 
     def generate(prompt: int) -> torch.Tensor:
-        synchronize()
-        start = time.perf_counter()
+        start = now()
         video = sample(setup, [(prompt, 0)], setup.steps).float()
-        synchronize()
-        taken.append(time.perf_counter() - start)
+        taken.append(now() - start)
         return video
 
-    def calibrate(steps: int) -> CalibrationResult:
-        setup.steps = steps
-        return lite_attention.calibrate(
-            setup.model, generate, num_steps=steps, target_error=error, prompts=[CALIBRATION], progress=False
-        )
-
-    steps = setup.steps
-    calibrate(2)  # loads kernels
-    setup.steps = steps
-    for _ in range(3):
-        generate(CALIBRATION)
-    dense = min(taken[-3:])
-    taken.clear()
-    return dense, taken, calibrate(steps)
+    return generate
 
 
-def synchronize() -> None:
-    """Wait until the device has done what it was given."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def calibrate(setup: Setup, error: float) -> tuple[list[float], CalibrationResult]:
+    """Return the seconds of each generation that `calibrate` runs, verification last, and its result."""
+    taken: list[float] = []
+    found = lite_attention.calibrate(
+        setup.model, generator(setup, taken), num_steps=setup.steps, target_error=error, prompts=[CALIBRATION],
+        progress=False,
+    )  # fmt: skip
+    return taken, found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.device.startswith("cuda"):
         model.bfloat16()
     setup = Setup(model, None, tuple(args.size), args.steps)
-    dense, (*passes, verification), found = seconds(setup, args.error)
+    calibrate(replace(setup, steps=2), args.error)  # loads kernels
+    alone: list[float] = []
+    for _ in range(3):
+        generator(setup, alone)(CALIBRATION)
+    dense = min(alone)
+    (*passes, verification), found = calibrate(setup, args.error)
     config, device = model.config, torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(
         f"width {config.width}, {config.layers} layers, head dims {config.head_dims}, {math.prod(setup.grid)} tokens, "

@@ -153,17 +153,16 @@ class Mainloop:
             k_pipe.consumer_wait(state)
             entry = cute.arch.make_warp_uniform(tiles.entries[state.index])
             unit, bound = self.of_tile(scale, norm, tiles, state.index)
-            j = entry & TILE_BITS
+            j, partial = entry & TILE_BITS, entry > TILE_BITS
             if const_expr(self.config.skip):
                 kept[j] = Uint8(1)  # the first tile always is
             self.issue_qk(qk_mma, scores, rq, rk, state.index)
             warpgroup.wait_group(0)
             k_pipe.consumer_release(state)
-            unit = self.softmax.prepare(scores, unit, entry > TILE_BITS, j * self.config.tile_n, seq_k, key_bits, batch)
+            unit = self.softmax.prepare(scores, unit, partial, j * self.config.tile_n, seq_k, key_bits, batch)
             _, _, slope, clamp = self.softmax.step(
-                scores, top, shift, total, factor, offset, lowest, unit, bound, entry > TILE_BITS, reach, votes_0,
-                votes_1,
-            )  # fmt: skip
+                scores, top, shift, total, factor, offset, lowest, unit, bound, partial, reach, votes_0, votes_1
+            )
             self.softmax.convert(scores, words, offset, lowest, slope, clamp)
             for n in cutlass.range(1, count, unroll=1):
                 before = state.clone()
@@ -179,14 +178,11 @@ class Mainloop:
                 self.pass_turn(group)
                 warpgroup.wait_group(1)
                 k_pipe.consumer_release(state)
-                j = entry & TILE_BITS
-                unit = self.softmax.prepare(
-                    scores, unit, entry > TILE_BITS, j * self.config.tile_n, seq_k, key_bits, batch
-                )
+                j, partial = entry & TILE_BITS, entry > TILE_BITS
+                unit = self.softmax.prepare(scores, unit, partial, j * self.config.tile_n, seq_k, key_bits, batch)
                 moved, keep, slope, clamp = self.softmax.step(
-                    scores, top, shift, total, factor, offset, lowest, unit, bound, entry > TILE_BITS, reach, votes_0,
-                    votes_1,
-                )  # fmt: skip
+                    scores, top, shift, total, factor, offset, lowest, unit, bound, partial, reach, votes_0, votes_1
+                )
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
                 self.softmax.convert(scores, words, offset, lowest, slope, clamp)

@@ -16,7 +16,7 @@ __all__ = [
     "visit_order",
 ]
 
-# (tile_m, tile_n) on Hopper by quantization and head dim: the best of those measured, see docs/performance.md.
+# (tile_m, tile_n) on Hopper by quantization and head dim, chosen among those measured: see docs/performance.md.
 _HOPPER_TILE_SHAPES = {
     "none": {64: (192, 128), 96: (192, 112), 128: (192, 80), 192: (128, 96), 256: (128, 64)},
     "int8": {64: (192, 128), 128: (192, 80)},

@@ -84,7 +84,7 @@ def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, launc
         assert scales.shape == (2, 3, 128)
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_int8_gets_values_without_those_of_excluded_keys(quantization: str, launches: list[Any]) -> None:
     """Weights made from bits may be a little more than 0 there, and what is masked out may be large."""
     q = torch.randn(2, 100, 2, 128, dtype=torch.bfloat16)
@@ -98,7 +98,4 @@ def test_int8_gets_values_without_those_of_excluded_keys(quantization: str, laun
     )  # fmt: skip
     config, (_, _, values, *_) = launches[-1]
     assert isinstance(config, KernelConfig)
-    if quantization == "int8":
-        assert torch.equal(values, mask[..., None, None].expand_as(q).to(q.dtype))
-    elif quantization == "none":
-        assert torch.equal(values, v)
+    assert torch.equal(values, mask[..., None, None].expand_as(q).to(q.dtype) if quantization == "int8" else v)
