@@ -133,7 +133,7 @@ def _fingerprint() -> str:
     digest = hashlib.sha256(b"sm_90a")
     for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
-    for name in ("control.py", "quantize.py"):
+    for name in ("control.py", "quantize.py", "units.py"):
         digest.update((pathlib.Path(__file__).parent.parent / "ops" / name).read_bytes())
     for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
         digest.update(f"{package}=={importlib.metadata.version(package)}".encode())

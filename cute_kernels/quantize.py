@@ -16,7 +16,7 @@ from cutlass import Boolean, Float32, Int8, Int32, Uint8, const_expr
 from lite_attention.cute_kernels.config import QuantizeConfig
 from lite_attention.cute_kernels.device import add_squares, max_nan, pack_e4m3, round_to_int8
 from lite_attention.ops.quantize import LARGEST_FP8, LARGEST_INT8
-from lite_attention.ops.reference import LOG2_E
+from lite_attention.ops.units import LOG2_E
 
 _THREADS = 128
 _VECTOR = 8  # elements of 16 bytes

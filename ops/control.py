@@ -5,6 +5,8 @@ int32 words: a header, then one block per slot. A kernel that keeps to this page
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 __all__ = [
@@ -22,9 +24,12 @@ __all__ = [
     "SLOT_WORDS",
     "STEP",
     "TICKETS",
+    "Call",
     "control_words",
     "new_control",
+    "read_control",
     "slot_word",
+    "write_control",
 ]
 
 # Header.
@@ -68,3 +73,43 @@ def new_control(
     words = [0] * control_words(slots)
     words[NUM_STEPS], words[REFRESH], words[FLAGS] = num_steps, refresh, FLAG_AUTO_STEP * auto_step
     return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+class Call(NamedTuple):
+    """What the control tensor says about this call."""
+
+    slot: int
+    step: int
+    fresh: bool
+    dense: bool
+    next_step: int
+
+
+def read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int]) -> Call:
+    """Return what a call at (batch, seq_q, seq_k) is to do. Waits for the device.
+
+    Raises:
+        ValueError: a slot or step out of range.
+    """
+    words = control.tolist()
+    slot = words[SLOT]
+    if not 0 <= slot < slots:
+        raise ValueError(f"control: expected a slot from 0 to {slots - 1}, got {slot}")
+    step = words[slot_word(slot, STEP)]
+    if step < 0:
+        raise ValueError(f"control: expected a step of at least 0, got {step}")
+    last = tuple(words[slot_word(slot, field)] for field in (BATCH, SEQ_Q, SEQ_K))
+    refresh, num_steps, flags = words[REFRESH], words[NUM_STEPS], words[FLAGS]
+    fresh = step == 0 or words[slot_word(slot, FRESH)] != 0 or (refresh > 0 and step % refresh == 0) or last != sizes
+    next_step = step
+    if flags & FLAG_AUTO_STEP:
+        next_step = 0 if num_steps > 0 and step + 1 >= num_steps else step + 1
+    return Call(slot, step, fresh, bool(flags & FLAG_DENSE), next_step)
+
+
+def write_control(control: torch.Tensor, call: Call, sizes: tuple[int, int, int]) -> None:
+    """Note that a call at (batch, seq_q, seq_k) has been done."""
+    block = {STEP: call.next_step, FRESH: 0, BATCH: sizes[0], SEQ_Q: sizes[1], SEQ_K: sizes[2]}
+    first = slot_word(call.slot, 0)
+    values = torch.tensor([block[field] for field in range(len(block))], dtype=torch.int32)
+    control[first : first + len(block)].copy_(values)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn.functional import pad
 
-from lite_attention.ops.reference import empty_output
+from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.validate import check_dense_call
 
 __all__ = ["attention_cpu"]

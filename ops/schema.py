@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from lite_attention.ops.allocate import empty_output
+from lite_attention.ops.cpu import skip_attention_reference
 from lite_attention.ops.dense import attention_cpu
 from lite_attention.ops.quantize import (
     KEY_MEAN_SCHEMA,
@@ -43,7 +45,6 @@ from lite_attention.ops.quantize import (
     quantize_value,
     quantize_value_fake,
 )
-from lite_attention.ops.reference import empty_output, skip_attention_reference
 from lite_attention.ops.tiles import check_quantization
 from lite_attention.ops.validate import check_inputs
 

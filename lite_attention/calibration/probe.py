@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lite_attention.module import LiteAttention
-from lite_attention.ops.control import FLAG_DENSE, FLAGS
-from lite_attention.ops.reference import Call, read_control, skipped_tiles, write_control
+from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, write_control
+from lite_attention.ops.cpu import skipped_tiles
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.wiring import disable, enable, parts_of, reset, store_of

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.quantize import dequantized
-from lite_attention.ops.reference import LOG2_E
 from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, visit_order
+from lite_attention.ops.units import LOG2_E
 
 __all__ = ["METRICS", "TileStatistics", "error_of", "error_parts", "loss_of", "measure_tiles"]
 

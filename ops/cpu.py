@@ -11,76 +11,15 @@ from typing import NamedTuple
 
 import torch
 
+from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
-from lite_attention.ops.control import (
-    BATCH,
-    FLAG_AUTO_STEP,
-    FLAG_DENSE,
-    FLAGS,
-    FRESH,
-    NUM_STEPS,
-    REFRESH,
-    SEQ_K,
-    SEQ_Q,
-    SLOT,
-    STEP,
-    slot_word,
-)
+from lite_attention.ops.control import Call, read_control, write_control
 from lite_attention.ops.quantize import dequantized, rounded_weights
 from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, check_quantization, visit_order
+from lite_attention.ops.units import LOG2_E
 from lite_attention.ops.validate import call_signature, check_call
 
-__all__ = [
-    "LOG2_E",
-    "Call",
-    "empty_output",
-    "read_control",
-    "skip_attention_reference",
-    "skipped_tiles",
-    "write_control",
-]
-
-LOG2_E = math.log2(math.e)
-
-
-class Call(NamedTuple):
-    """What the control tensor says about this call."""
-
-    slot: int
-    step: int
-    fresh: bool
-    dense: bool
-    next_step: int
-
-
-def read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int]) -> Call:
-    """Return what a call at (batch, seq_q, seq_k) is to do. Waits for the device.
-
-    Raises:
-        ValueError: a slot or step out of range.
-    """
-    words = control.tolist()
-    slot = words[SLOT]
-    if not 0 <= slot < slots:
-        raise ValueError(f"control: expected a slot from 0 to {slots - 1}, got {slot}")
-    step = words[slot_word(slot, STEP)]
-    if step < 0:
-        raise ValueError(f"control: expected a step of at least 0, got {step}")
-    last = tuple(words[slot_word(slot, field)] for field in (BATCH, SEQ_Q, SEQ_K))
-    refresh, num_steps, flags = words[REFRESH], words[NUM_STEPS], words[FLAGS]
-    fresh = step == 0 or words[slot_word(slot, FRESH)] != 0 or (refresh > 0 and step % refresh == 0) or last != sizes
-    next_step = step
-    if flags & FLAG_AUTO_STEP:
-        next_step = 0 if num_steps > 0 and step + 1 >= num_steps else step + 1
-    return Call(slot, step, fresh, bool(flags & FLAG_DENSE), next_step)
-
-
-def write_control(control: torch.Tensor, call: Call, sizes: tuple[int, int, int]) -> None:
-    """Note that a call at (batch, seq_q, seq_k) has been done."""
-    block = {STEP: call.next_step, FRESH: 0, BATCH: sizes[0], SEQ_Q: sizes[1], SEQ_K: sizes[2]}
-    first = slot_word(call.slot, 0)
-    values = torch.tensor([block[field] for field in range(len(block))], dtype=torch.int32)
-    control[first : first + len(block)].copy_(values)
+__all__ = ["skip_attention_reference", "skipped_tiles"]
 
 
 def skipped_tiles(call: Call, bits: torch.Tensor, initial_mask: torch.Tensor | None, k_tiles: int) -> torch.Tensor:
@@ -92,16 +31,6 @@ def skipped_tiles(call: Call, bits: torch.Tensor, initial_mask: torch.Tensor | N
         start = unpack_bits(initial_mask[:batch, :, :q_tiles], k_tiles)
         return start.expand(batch, heads, q_tiles, k_tiles).clone()
     return torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=bits.device)
-
-
-def empty_output(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return an empty [B, Sq, Hq, Dv]: dense, its dims in q's stride order, the head dim innermost."""
-    like = torch.empty_like(q if q.stride(-1) == 1 else q.contiguous())
-    if v.shape[-1] == q.shape[-1]:
-        return like
-    strides = like.stride()
-    order = [*sorted(range(3), key=lambda dim: -strides[dim]), 3]
-    return torch.empty_permuted((*q.shape[:-1], v.shape[-1]), order, dtype=q.dtype, device=q.device)
 
 
 def _in_tiles(x: torch.Tensor, tiles: int, tile_n: int) -> torch.Tensor:
