@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lite_attention import masks, schedules
+from lite_attention._version import __version__
 from lite_attention.inspection import Report, SparsityLog, report
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState, attention, skip_attention
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from lite_attention.calibration import Calibration, calibrate
     from lite_attention.compile import LiteAttentionBackend, liteattn_backend, make_skip_aware
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Calibration",
     "LiteAttention",
@@ -32,6 +31,7 @@ __all__ = [
     "SkipState",
     "SparsityLog",
     "ThresholdTable",
+    "__version__",
     "attention",
     "branch",
     "calibrate",

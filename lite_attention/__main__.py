@@ -1,35 +1,12 @@
-"""The command line: `python -m lite_attention`, or `lite-attention`."""
+"""`python -m lite_attention`: the command line."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
 
-from lite_attention import compile_kernels, inspect_thresholds
+from lite_attention.cli import main
 
 __all__ = ["main"]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status.
-
-    Args:
-        argv: arguments without the program's name; None = those of the process.
-    """
-    parser = argparse.ArgumentParser(prog="lite-attention", description="Skip-aware attention for diffusion models.")
-    commands = parser.add_subparsers(metavar="command", required=True)
-    compile_kernels.add_parser(commands)
-    inspect_thresholds.add_parser(commands)
-    args = parser.parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = args.command
-    try:
-        return command(args)
-    # What says what to do; a traceback would bury it.
-    except (ImportError, NotImplementedError, OSError, ValueError) as error:
-        print(f"lite-attention: {error}", file=sys.stderr)
-        return 1
-
 
 if __name__ == "__main__":
     sys.exit(main())

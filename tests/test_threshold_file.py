@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import lite_attention
 from lite_attention import ThresholdTable
-from lite_attention.__main__ import main
+from lite_attention.cli import main
 
 NEVER = -math.inf
 
@@ -231,3 +232,9 @@ def test_inspect_tells_errors_in_a_line(tmp_path: Path, capsys: pytest.CaptureFi
         err = capsys.readouterr().err
         assert err.startswith("lite-attention: ")
         assert str(wrong) in err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lite-attention {lite_attention.__version__}\n"

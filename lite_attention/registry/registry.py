@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import lite_attention
+from lite_attention._version import __version__
 from lite_attention.module import LiteAttention
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.control import FLAG_DENSE
@@ -307,6 +307,6 @@ def _describe(
         metric=config["metric"],
         target_error=config["target_error"],
         reached=dict(reached),
-        library_version=lite_attention.__version__,
+        library_version=__version__,
         date=datetime.date.today().isoformat(),
     )

@@ -1,0 +1,33 @@
+"""The command line: `lite-attention`, or `python -m lite_attention`. A module a command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from lite_attention._version import __version__
+from lite_attention.cli import compile_kernels, inspect_thresholds
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+        argv: arguments without the program's name; None = those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="lite-attention", description="Skip-aware attention for diffusion models.")
+    parser.add_argument("--version", action="version", version=f"lite-attention {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    compile_kernels.add_parser(commands)
+    inspect_thresholds.add_parser(commands)
+    args = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    # What says what to do; a traceback would bury it.
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+        print(f"lite-attention: {error}", file=sys.stderr)
+        return 1
