@@ -12,7 +12,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toys import (
+
+import lite_attention
+from lite_attention.compile import LiteAttentionBackend
+from lite_attention.ops import Session, default_session
+from tests.support.toys import (
     Attention,
     Block,
     Inner,
@@ -24,10 +28,6 @@ from toys import (
     tokens,
     toy_backend,
 )
-
-import lite_attention
-from lite_attention.compile import LiteAttentionBackend
-from lite_attention.ops import Session, default_session
 
 
 def assert_steps(

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, export
-from toys import (
+
+import lite_attention
+from lite_attention.compile import LiteAttentionBackend, SkipAwareProgram, make_skip_aware, skip_states
+from tests.support.toys import (
     THRESHOLD,
     TILE,
     Attention,
@@ -29,9 +32,6 @@ from toys import (
     tokens,
     toy_backend,
 )
-
-import lite_attention
-from lite_attention.compile import LiteAttentionBackend, SkipAwareProgram, make_skip_aware, skip_states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no attention was swapped"),

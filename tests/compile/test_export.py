@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import OutputKind
-from toys import THRESHOLD, TILE, Attention, Reference, Toy, context, tokens
 
 import lite_attention
 from lite_attention.compile import SkipAwareProgram, make_skip_aware, skip_states
 from lite_attention.ops import SkipState
+from tests.support.toys import THRESHOLD, TILE, Attention, Reference, Toy, context, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -14,7 +14,8 @@ import torch
 from expecttest import TestCase
 from torch import fx, nn
 from torch.utils._dtype_abbrs import dtype_abbrs
-from toys import Attention, Inner, Toy, context, tokens, toy_backend
+
+from tests.support.toys import Attention, Inner, Toy, context, tokens, toy_backend
 
 _STATE = ("skip_mask", "control", "threshold", "initial_mask")
 

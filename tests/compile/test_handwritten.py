@@ -9,10 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import THRESHOLD, TILE, Attend, Attention, Reference, Toy, assert_same_states, context, tokens, toy_backend
 
 import lite_attention
 from lite_attention.compile import make_skip_aware
+from tests.support.toys import (
+    THRESHOLD,
+    TILE,
+    Attend,
+    Attention,
+    Reference,
+    Toy,
+    assert_same_states,
+    context,
+    tokens,
+    toy_backend,
+)
 
 SCALE = 0.25  # that of head dim 16
 T = torch.Tensor

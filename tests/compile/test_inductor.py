@@ -15,11 +15,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
-from toys import Attention, Reference, assert_same_states, tokens, toy_backend
 
 import lite_attention
 from lite_attention.compile import LiteAttentionBackend, liteattn_backend
 from lite_attention.ops.cpu import skip_attention_reference
+from tests.support.toys import Attention, Reference, assert_same_states, tokens, toy_backend
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_models import silent_report
 from torch import nn
-from toys import TILE, Attention, Inner, Reference, Toy, assert_same_states, compile_toy, context, tokens, toy_backend
 
 import lite_attention
 from lite_attention import cute_kernels
@@ -18,6 +16,19 @@ from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.store import StateStore
 from lite_attention.ops import Session
 from lite_attention.ops.tiles import QUANTIZATIONS
+from tests.support.diffusers_models import silent_report
+from tests.support.toys import (
+    TILE,
+    Attention,
+    Inner,
+    Reference,
+    Toy,
+    assert_same_states,
+    compile_toy,
+    context,
+    tokens,
+    toy_backend,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 OPTIONS: dict[str, Any] = {"threshold": -4.0, "tile_shape": TILE}

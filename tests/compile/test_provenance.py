@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import TILE, Attention, Toy, compile_toy, context, tokens, toy_backend
 
 import lite_attention
 from lite_attention.compile import Site, make_skip_aware
+from tests.support.toys import TILE, Attention, Toy, compile_toy, context, tokens, toy_backend
 
 HOW = pytest.mark.parametrize("how", ["dynamo", "export"])
 

@@ -15,7 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import (
+
+import lite_attention
+from lite_attention.compile import LiteAttentionBackend, Site
+from lite_attention.ops.bitmask import pack_bits
+from tests.support.toys import (
     TILE,
     Attention,
     Inner,
@@ -27,10 +31,6 @@ from toys import (
     tokens,
     toy_backend,
 )
-
-import lite_attention
-from lite_attention.compile import LiteAttentionBackend, Site
-from lite_attention.ops.bitmask import pack_bits
 
 
 def run(model: nn.Module, backend: LiteAttentionBackend, *args: Any, steps: int = 2, **kwargs: Any) -> torch.Tensor:

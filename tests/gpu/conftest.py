@@ -1,6 +1,8 @@
-"""These tests run where there is a Hopper GPU and its kernels can be had, and are skipped elsewhere."""
+"""These tests have the marker `gpu`, run where a Hopper GPU and its kernels are, and are skipped elsewhere."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ def _missing() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = [item for item in items if "/gpu/" in item.path.as_posix()]
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
     reason = _missing() if here else None
-    if reason is not None:
-        for item in here:
+    for item in here:
+        item.add_marker(pytest.mark.gpu)
+        if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -10,7 +10,12 @@ import math
 
 import pytest
 import torch
-from gpu_cases import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lite_attention.ops import quantize
+from lite_attention.ops.tiles import tile_shape, visit_order
+from tests.support.gpu_cases import (
     KERNEL,
     KEY_MEAN,
     QUANTIZE_KEY,
@@ -20,11 +25,6 @@ from gpu_cases import (
     make_case,
     processors,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from lite_attention.ops import quantize
-from lite_attention.ops.tiles import tile_shape, visit_order
 
 
 def check_values(got: torch.Tensor, want: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ import threading
 
 import pytest
 import torch
-from gpu_cases import DENSE, KERNEL, Case, check_step, make_case, processors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ import lite_attention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.tiles import QUANTIZATIONS
+from tests.support.gpu_cases import DENSE, KERNEL, Case, check_step, make_case, processors
 
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
 

@@ -14,7 +14,7 @@ from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
 from lite_attention.ops.tiles import ceil_div
-from tests.conftest import assert_step, clustered_qkv, live_sparsity, too_close
+from tests.support.op_cases import assert_step, clustered_qkv, live_sparsity, too_close
 
 
 @dataclass

@@ -15,9 +15,7 @@ from lite_attention import cute_kernels
 from lite_attention.ops import SkipState, attention, skip_attention
 from lite_attention.ops.schema import ATTENTION, _cuda
 from lite_attention.ops.validate import check_dense_call
-from tests.conftest import Qkv, clustered_qkv
-from tests.ops.test_errors import QKV
-from tests.ops.test_op_layouts import LAYOUTS, stride_order
+from tests.support.op_cases import LAYOUTS, WRONG_QKV, Qkv, clustered_qkv, stride_order
 
 # Of torch's kernel: it stores the weights in the dtype of v.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -195,7 +193,7 @@ _MASKS = [
 ]
 
 
-@pytest.mark.parametrize(("argument", "value", "message"), QKV + _MASKS)
+@pytest.mark.parametrize(("argument", "value", "message"), WRONG_QKV + _MASKS)
 def test_a_call_that_does_not_fit(argument: str, value: Any, message: str) -> None:
     call = {"q": torch.randn(2, 20, 4, 8), "k": torch.randn(2, 36, 2, 8), "v": torch.randn(2, 36, 2, 5)}
     call |= {"key_mask": None, "scale": None, argument: value}

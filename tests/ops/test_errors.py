@@ -13,8 +13,7 @@ from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops import control as c
 from lite_attention.ops.schema import IMPLEMENTATIONS
 from lite_attention.ops.validate import call_signature, check_call, check_inputs, check_threshold
-
-B, SQ, SK, H, D = 2, 20, 36, 4, 8
+from tests.support.op_cases import SK, SQ, WRONG_QKV, B, D, H
 
 
 def _call() -> dict[str, Any]:
@@ -32,24 +31,6 @@ def _ints(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
 
-QKV = [
-    ("q", torch.randn(B, SQ, D), "q: expected (batch, seq_len, heads, head_dim), got 3 dimensions"),
-    ("k", torch.randn(B, SK, 2 * D), "k: expected (batch, seq_len, heads, head_dim), got 3 dimensions"),
-    ("v", torch.randn(B, SK, 2, D, 1), "v: expected (batch, seq_len, heads, head_dim), got 5 dimensions"),
-    ("k", torch.randn(B, SK, 2, D).half(), "dtype of k: expected that of q, torch.float32, got torch.float16"),
-    ("v", torch.randn(B, SK, 2, D).double(), "dtype of v: expected that of q, torch.float32, got torch.float64"),
-    ("k", torch.randn(B, SK, 2, D, device="meta"), "device of k: expected that of q, cpu, got meta"),
-    ("v", torch.randn(B, SK, 2, D, device="meta"), "device of v: expected that of q, cpu, got meta"),
-    ("k", torch.randn(1, SK, 2, D), "batch of k: expected that of q, 2, got 1"),
-    ("k", torch.randn(B, SK, 2, 7), "head_dim of k: expected that of q, 8, got 7"),
-    ("v", torch.randn(3, SK, 2, D), "batch of v: expected that of q, 2, got 3"),
-    ("v", torch.randn(B, 35, 2, D), "seq_len of v: expected that of k, 36, got 35"),
-    ("v", torch.randn(B, SK, 4, D), "heads of v: expected those of k, 2, got 4"),
-    ("q", torch.randn(B, 0, H, D), "seq_len of q: expected at least 1, got 0"),
-    ("v", torch.randn(B, SK, 2, 0), "head_dim of v: expected at least 1, got 0"),
-    ("q", torch.randn(B, SQ, 3, D), "heads of q: expected a multiple of those of k, 2, got 3"),
-    ("q", torch.randn(B, SQ, 0, D), "heads of q: expected a multiple of those of k, 2, got 0"),
-]
 STATE = [
     ("scale", 0.0, "scale: expected a number above 0, got 0.0"),
     ("scale", -1.0, "scale: expected a number above 0, got -1.0"),
@@ -101,7 +82,7 @@ def _id(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-@pytest.mark.parametrize(("argument", "value", "message"), QKV + STATE, ids=_id)
+@pytest.mark.parametrize(("argument", "value", "message"), WRONG_QKV + STATE, ids=_id)
 def test_a_call_that_does_not_fit(argument: str, value: Any, message: str) -> None:
     call = {**_call(), argument: value}
     state = [call[name].clone() for name in ("skip_mask", "control", "threshold")]

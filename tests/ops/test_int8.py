@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from lite_attention.ops import SkipState, skip_attention
-from tests.conftest import Qkv, assert_step, clustered_qkv, dequantized, dequantized_value
-from tests.ops.test_op_layouts import LAYOUTS
+from tests.support.op_cases import LAYOUTS, Qkv, assert_step, clustered_qkv, dequantized, dequantized_value
 
 OPS = torch.ops.lite_attention
 BOTH = pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])

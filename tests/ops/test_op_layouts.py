@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,34 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.schema import IMPLEMENTATIONS
-from tests.conftest import assert_step, clustered_qkv
-
-Layout = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _fused(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([x, x, x], dim=2)[:, :, 1]  # [B, S, 3, H, D], as one projection of q, k and v gives
-
-
-def _fused_last(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x, x, x], dim=3)[..., x.shape[3] : 2 * x.shape[3]]
-
-
-LAYOUTS: dict[str, Layout] = {
-    "bshd": torch.Tensor.contiguous,
-    "bhsd": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "sbhd": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "fused": _fused,
-    "fused_last": _fused_last,
-    "fused_bhsd": lambda x: _fused(x.transpose(1, 2)).transpose(1, 2),
-    "last_stride_not_1": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "every_other": lambda x: torch.stack([x, x], dim=4).flatten(3)[..., ::2],
-    "one_head_for_all": lambda x: x[:, :, :1].expand(-1, -1, x.shape[2], -1),
-}
-
-
-def stride_order(x: torch.Tensor) -> list[int]:
-    return sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+from tests.support.op_cases import LAYOUTS, assert_step, clustered_qkv, stride_order
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

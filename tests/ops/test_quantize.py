@@ -14,8 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lite_attention import cute_kernels
 from lite_attention.ops.schema import _cuda
-from tests.conftest import clustered_qkv, dequantized_value
-from tests.ops.test_op_layouts import LAYOUTS
+from tests.support.op_cases import LAYOUTS, clustered_qkv, dequantized_value
 
 OPS = torch.ops.lite_attention
 LOG2_E = math.log2(math.e)

@@ -14,7 +14,7 @@ from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.ranges import merge_ranges, must_do_words, must_skip_mask
 from lite_attention.ops.tiles import ceil_div
-from tests.conftest import assert_step, clustered_qkv
+from tests.support.op_cases import assert_step, clustered_qkv
 
 SEQ_K = 45
 

@@ -9,7 +9,7 @@ import torch
 
 from lite_attention.ops import Session, SkipState, skip_attention
 from lite_attention.ops import control as c
-from tests.conftest import Qkv, clustered_qkv
+from tests.support.op_cases import Qkv, clustered_qkv
 
 
 def _state(slots: int = 2) -> SkipState:

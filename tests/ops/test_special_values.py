@@ -10,7 +10,7 @@ import torch
 
 from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops import control as c
-from tests.conftest import assert_step, clustered_qkv
+from tests.support.op_cases import assert_step, clustered_qkv
 
 LN_2 = math.log(2)  # as a scale it leaves dot products as they are: the op works in log2 units
 

@@ -16,7 +16,7 @@ from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
-from tests.conftest import Qkv, clustered_qkv, live_sparsity
+from tests.support.op_cases import Qkv, clustered_qkv, live_sparsity
 
 SIZES = {"batch": 2, "heads": 4, "seq_q": 50, "seq_k": 70, "tile_m": 8, "tile_n": 8}  # 7 x 9 tiles
 

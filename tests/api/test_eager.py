@@ -7,16 +7,25 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import diffusers_models as dm
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers_models import NEVER, THRESHOLD, TILE, Case, ExplicitStates, run, silent_report, skipped_by_site
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
-from toys import Attention, Reference, Toy, context, tokens
 
 import lite_attention
+from tests.support import diffusers_models as dm
+from tests.support.diffusers_models import (
+    NEVER,
+    THRESHOLD,
+    TILE,
+    Case,
+    ExplicitStates,
+    run,
+    silent_report,
+    skipped_by_site,
+)
+from tests.support.toys import Attention, Reference, Toy, context, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
@@ -25,12 +34,9 @@ STEPS = 4
 
 @pytest.fixture(autouse=True)
 def no_mode_is_left_behind() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     before = _get_current_function_mode_stack()
     yield
     assert _get_current_function_mode_stack() == before
-    torch.set_num_threads(threads)
 
 
 def enable(model: nn.Module, **options: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import TILE, Toy, context, tokens
+
+from tests.support.toys import TILE, Toy, context, tokens
 
 pytest.importorskip("matplotlib")
 

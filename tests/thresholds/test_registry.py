@@ -5,19 +5,19 @@ from __future__ import annotations
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from toys import TILE, Toy, context, tokens
 
 import lite_attention
 from lite_attention import LiteAttention, LiteAttentionRegistry, ThresholdTable
 from lite_attention.inspection import named_states
-from lite_attention.ops import Session, SkipState, default_session
+from lite_attention.ops import SkipState
+from tests.support.toys import TILE, Toy, context, tokens
 
 NEVER = float("-inf")
 STEPS = 4
@@ -38,17 +38,6 @@ class ByHand(Toy):
     @staticmethod
     def _through(lite: LiteAttention) -> Callable[..., torch.Tensor]:
         return lambda q, k, v: lite(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    vars(default_session).update(vars(Session()))
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    vars(default_session).update(vars(Session()))
 
 
 def _enabled(compile: bool = False, **settings: Any) -> nn.Module:

@@ -5,31 +5,22 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-import diffusers_models as dm
 import pytest
 import torch
-from diffusers_models import TILE, silent_report
 from torch import nn
-from toys import Inner, Reference, Toy, compile_toy, context, tokens, toy_backend
 
 import lite_attention
 from lite_attention import LiteAttention, schedules
 from lite_attention.compile import Site
 from lite_attention.compile.store import records_of
-from lite_attention.ops import Session, SkipState, default_session
+from lite_attention.ops import SkipState
+from tests.support import diffusers_models as dm
+from tests.support.diffusers_models import TILE, silent_report
+from tests.support.toys import Inner, Reference, Toy, compile_toy, context, tokens, toy_backend
 
 INF = math.inf
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    vars(default_session).update(vars(Session()))
-    yield
-    vars(default_session).update(vars(Session()))
 
 
 def _enable(model: nn.Module, compile: bool | str = False, **options: Any) -> nn.Module:

@@ -5,35 +5,35 @@ from __future__ import annotations
 import gc
 import io
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import diffusers_models as dm
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
-from diffusers_models import NEVER, THRESHOLD, TILE, Case, ExplicitStates, run, silent_report, skipped_by_site
 from torch import nn
-from toys import Inner, Toy, context, tokens
 
 import lite_attention
 from lite_attention.ops import Session
 from lite_attention.ops.state import SkipState
+from tests.support import diffusers_models as dm
+from tests.support.diffusers_models import (
+    NEVER,
+    THRESHOLD,
+    TILE,
+    Case,
+    ExplicitStates,
+    run,
+    silent_report,
+    skipped_by_site,
+)
+from tests.support.toys import Inner, Toy, context, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # what Mochi asks for there is none
 
 STEPS = 4
 BRANCHES = ("cond", "uncond")
 SMALL = dm.WAN_OF_ONE_LAYER
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def no_recompiles() -> Any:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers_models as dm
 import pytest
 import torch
-from toys import Toy, context, tokens
 
 import lite_attention
 from lite_attention import masks
@@ -20,15 +18,11 @@ from lite_attention.compile import Site
 from lite_attention.compile.store import records_of
 from lite_attention.masks import SPATIAL, TEMPORAL, Pattern
 from lite_attention.ops.bitmask import unpack_bits
+from tests.support import diffusers_models as dm
+from tests.support.toys import Toy, context, tokens
 
 Token = tuple[int, int, int] | None  # frame, row, column; None is text
 Rule = Callable[[Token, Token], bool]
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    return
 
 
 def _video(pattern: Pattern, block: tuple[int, int, int] | None = None) -> list[Token]:

@@ -6,7 +6,6 @@ import copy
 import io
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,19 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lite_attention import LiteAttention
-from lite_attention.ops import Session, SkipState, default_session, skip_attention
+from lite_attention.ops import SkipState, default_session, skip_attention
 from lite_attention.ops import control as c
 from lite_attention.ops.ranges import must_skip_mask
-from tests.conftest import Qkv, clustered_qkv
+from tests.support.op_cases import Qkv, clustered_qkv
 
 SEQ, HEADS, DIM = 300, 2, 16  # 5 tiles of 64
-
-
-@pytest.fixture(autouse=True)
-def _session_of_its_own() -> Iterator[None]:
-    vars(default_session).update(vars(Session()))
-    yield
-    vars(default_session).update(vars(Session()))
 
 
 def _inputs(step: int = 0, batch: int = 1, seq_q: int = SEQ, seq_k: int = SEQ, heads: int = HEADS) -> Qkv:

@@ -26,7 +26,7 @@ from examples.moving_shapes.scenes import (
     prompt_ids,
 )
 from examples.moving_shapes.train import TINY, Trainer, train
-from tests.diffusers_models import silent_report
+from tests.support.diffusers_models import silent_report
 
 SIZE = (6, 24, 24)  # 216 tokens
 NEVER = float("-inf")

@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Qkv, clustered_qkv, dequantized, dequantized_value, too_close
-from diffusers_models import silent_report
 from torch import nn
-from toys import TILE, Attention, Toy, context, tokens
 
 import lite_attention
 from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, search, tile_statistics
@@ -25,6 +22,9 @@ from lite_attention.calibration.tile_statistics import METRICS, error_of, loss_o
 from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
+from tests.support.diffusers_models import silent_report
+from tests.support.op_cases import Qkv, clustered_qkv, dequantized, dequantized_value, too_close
+from tests.support.toys import TILE, Attention, Toy, context, tokens
 
 STEPS = 4
 BOUND = 0.05

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers_models as dm
 import numpy as np
 import pytest
 import torch
@@ -27,18 +26,11 @@ from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output
 from lite_attention.compile import settings
 from lite_attention.inspection import named_states
 from lite_attention.ops.tiles import diagonal_tile
+from tests.support import diffusers_models as dm
 
 SIZE: Size = (6, 24, 24)  # 216 tokens, 14 x 14 tiles
 STEPS = 4
 ABOUT = {"size": SIZE, "tokens": 216, "steps": STEPS, "guidance": 3.0, "dtype": "float32"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def video(seed: int, frames: int = 2, height: int = 16, width: int = 14) -> torch.Tensor:

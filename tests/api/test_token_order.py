@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import diffusers_models as dm
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers_models import TILE, Case, run, silent_report, skipped_by_site
-from toys import Toy
 
 import lite_attention
 from lite_attention import masks, token_order
@@ -20,14 +16,11 @@ from lite_attention.compile import settings
 from lite_attention.inspection import named_states
 from lite_attention.ops.tiles import quantization_of
 from lite_attention.token_order import block_of, tile3d_order, tile3d_rank
+from tests.support import diffusers_models as dm
+from tests.support.diffusers_models import TILE, Case, run, silent_report, skipped_by_site
+from tests.support.toys import Toy
 
 GRID = (3, 8, 4)  # of the tokens of the tiny models
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    return
 
 
 def _enable(model: Any, compile: bool | str = False, **options: Any) -> Any:
