@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tabulate import tabulate
 
 from benchmarks.quality_metrics import Interval, Pair, bootstrap, difference, fidelity, vmaf_missing
 
@@ -240,8 +241,8 @@ def _cell(results: Results, method: str, metric: Metric, pairs: Sequence[Pair]) 
 def table(results: Results, methods: Sequence[str], metrics: Sequence[Metric], pairs: Sequence[Pair]) -> str:
     """Return a markdown table, a row for each method; metrics that nothing was measured by are left out."""
     metrics = [m for m in metrics if any(results.values(method, m.name, pairs) for method in methods)]
-    lines = ["| method | videos | skipped | attention computed |" + "".join(f" {m.heading} |" for m in metrics)]
-    lines.append("|---|---|---|---|" + "---|" * len(metrics))
+    header = ["method", "videos", "skipped", "attention computed", *(m.heading for m in metrics)]
+    rows = []
     for method in methods:
         count = len(results.values(method, "attention", pairs))
         skipped = list(results.values(method, "skipped", pairs).values())
@@ -250,8 +251,8 @@ def table(results: Results, methods: Sequence[str], metrics: Sequence[Metric], p
             [f"{sum(skipped) / len(skipped):.1%}", f"{1 - saved(results, method, pairs):.1%}"] if count else ["-"] * 2
         )
         cells += [_cell(results, method, metric, pairs) for metric in metrics]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
 def as_json(results: Results, methods: Sequence[str], metrics: Sequence[Metric], pairs: Sequence[Pair]) -> Record:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -14,9 +13,10 @@ from torch import nn
 
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
+from lite_attention.tables import text_table
 from lite_attention.wiring import parts_of
 
-__all__ = ["Report", "ReportRow", "SparsityLog", "named_states", "report", "text_table"]
+__all__ = ["Report", "ReportRow", "SparsityLog", "named_states", "report"]
 
 
 @dataclass
@@ -99,15 +99,6 @@ class SparsityLog:
         """Return the shares, float32 (sites, steps), NaN where a site had not been called yet."""
         rows = [[step.get(site, math.nan) for step in self.steps] for site in self.sites]
         return torch.tensor(rows).view(len(rows), len(self.steps))
-
-
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table as text, its columns aligned."""
-    table = [header, *rows]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def named_states(model_or_pipe: Any) -> dict[str, SkipState]:

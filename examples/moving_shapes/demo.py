@@ -27,7 +27,8 @@ from examples.moving_shapes.model import PATCH, VideoDiT, load_weights
 from examples.moving_shapes.sample import generate, read_prompt
 from examples.moving_shapes.scenes import FIELDS, Size
 from lite_attention import plot
-from lite_attention.inspection import named_states, text_table
+from lite_attention.inspection import named_states
+from lite_attention.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lite_attention.inspection import text_table
+from lite_attention.tables import text_table
 
 __all__ = ["Curve", "ErrorReport", "ErrorRow"]
 

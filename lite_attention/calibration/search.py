@@ -24,7 +24,7 @@ from lite_attention.calibration.recorder import (
     Verification,
     now,
 )
-from lite_attention.inspection import text_table
+from lite_attention.tables import text_table
 
 __all__ = ["CalibrationResult", "calibrate"]
 

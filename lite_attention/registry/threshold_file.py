@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lite_attention.inspection import text_table
 from lite_attention.ops.validate import check_threshold
+from lite_attention.tables import text_table
 
 __all__ = ["ThresholdTable"]
 

@@ -29,7 +29,7 @@ assert not torch.cuda.is_initialized()
     result = _python(code)
     assert result.returncode == 0, result.stderr
     assert "lite_attention" in result.stdout.split()
-    assert {"cutlass", "triton", "diffusers", "matplotlib"}.isdisjoint(result.stdout.split())
+    assert {"cutlass", "triton", "diffusers", "matplotlib", "tabulate"}.isdisjoint(result.stdout.split())
 
 
 @pytest.mark.parametrize("folder", ["ops", "compile", "cute_kernels"])
