@@ -19,15 +19,9 @@ from lite_attention.cute_kernels.config import (
     Scales,
     State,
 )
-from lite_attention.ops.allocate import empty_output
+from lite_attention.ops.allocate import empty_output, empty_quantized, empty_quantized_value
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
-from lite_attention.ops.quantize import (
-    LARGEST_FP8,
-    QUERY_ROWS,
-    empty_quantized,
-    empty_quantized_value,
-    zero_excluded,
-)
+from lite_attention.ops.quantize import LARGEST_FP8, QUERY_ROWS, zero_excluded
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, QUANTIZATIONS, allowed_in_tiles, ceil_div, tile_shape
 from lite_attention.ops.units import LOG2_E
 from lite_attention.ops.validate import (

@@ -1,4 +1,4 @@
-"""INT8 queries and keys and FP8 values, of `quantization="int8"` and "int8_fp8". Schemas, fakes and the CPU's own.
+"""INT8 queries and keys and FP8 values, of `quantization="int8"` and "int8_fp8": the contract, and the CPU kernels.
 
 The mean of the keys is taken off them first, a channel at a time: that moves all scores of a row alike, so neither
 softmax nor votes see it, and an offset that the keys share costs no precision. The LSE sees it, and gets it back.
@@ -38,47 +38,25 @@ from lite_attention.ops.validate import check_keys, check_quantize_key, check_qu
 
 __all__ = [
     "FP8_KEYS",
-    "KEY_MEAN_SCHEMA",
     "LARGEST_FP8",
     "LARGEST_INT8",
-    "QUANTIZE_KEY_SCHEMA",
-    "QUANTIZE_QUERY_SCHEMA",
-    "QUANTIZE_VALUE_SCHEMA",
     "QUERY_ROWS",
-    "dequantized",
-    "empty_quantized",
-    "empty_quantized_value",
+    "each_row",
     "key_mean",
-    "key_mean_fake",
     "quantize_key",
-    "quantize_key_fake",
     "quantize_query",
-    "quantize_query_fake",
     "quantize_value",
-    "quantize_value_fake",
-    "rounded_weights",
     "zero_excluded",
 ]
-
-KEY_MEAN_SCHEMA = "(Tensor k, Tensor? key_mask) -> Tensor"
-QUANTIZE_QUERY_SCHEMA = (
-    "(Tensor q, Tensor mean, *, float? scale) -> (Tensor values, Tensor scales, Tensor norms, Tensor lse_shift)"
-)
-QUANTIZE_KEY_SCHEMA = (
-    "(Tensor k, Tensor mean, Tensor? key_mask, *, int tile_n) -> (Tensor values, Tensor scales, Tensor norms)"
-)
-QUANTIZE_VALUE_SCHEMA = "(Tensor v, Tensor? key_mask) -> (Tensor values, Tensor scales)"
 
 QUERY_ROWS = 16  # that share a scale: those that one warp of the Hopper kernel holds
 
 LARGEST_INT8 = 127
 LARGEST_FP8 = 448  # of e4m3
-_LARGEST_WEIGHT = 256  # leaves room for weights that grow before the kernel rescales a row
 FP8_KEYS = 32  # of one FP8 product: tiles, and the values in memory, are padded to a multiple
 # Key 8a + 2t + b of each 16 is at position 4t + 2a + b. So the scores of a thread of the kernel, whose columns of an
 # accumulator are 8a + 2t + b, are the weights that it has in the FP8 product as they lie.
 _KEYS_OF_16 = (2, 4, 2)  # a, t, b
-_POSITIONS_OF_16 = (4, 2, 2)  # t, a, b
 
 
 def key_mean(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
@@ -147,7 +125,7 @@ def _quantized(x: torch.Tensor, magnitudes: torch.Tensor, rows: int) -> tuple[to
     """Return values of x, float32 [B, S, H, D], scales [B, H, groups] by the magnitudes of so many rows, and norms."""
     largest = _largest_of_groups(magnitudes.amax(-1), rows)
     scales = largest / LARGEST_INT8
-    values = _scaled(x, _each_row(_factors(largest, LARGEST_INT8), rows, x.shape[1]), LARGEST_INT8).round_()
+    values = _scaled(x, each_row(_factors(largest, LARGEST_INT8), rows, x.shape[1]), LARGEST_INT8).round_()
     norms = _largest_of_groups(values.square().sum(-1), rows).sqrt_() * scales
     return values.to(torch.int8, memory_format=torch.contiguous_format), scales, norms
 
@@ -171,95 +149,6 @@ def _scaled(x: torch.Tensor, factors: torch.Tensor, limit: int) -> torch.Tensor:
     return (x * factors).clamp_(-limit, limit).nan_to_num_(0)
 
 
-def _each_row(scales: torch.Tensor, rows: int, seq: int) -> torch.Tensor:
-    """[B, H, groups] -> [B, seq, H, 1]."""
+def each_row(scales: torch.Tensor, rows: int, seq: int) -> torch.Tensor:
+    """Return for each row what its group of so many has, [B, seq, H, 1] from [B, H, groups]."""
     return scales.repeat_interleave(rows, 2)[..., :seq].transpose(1, 2).unsqueeze(-1)
-
-
-def dequantized(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    *,
-    quantization: str,
-    scale: float | None,
-    tile_n: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return q and k as INT8 scores see them, float32, their product in log2 units, v as it is seen, and lse_shift.
-
-    Args:
-        q: [B, Sq, Hq, D].
-        k: [B, Sk, Hkv, D].
-        v: [B, Sk, Hkv, Dv].
-        key_mask: bool [B or 1, Sk], True = the key takes part.
-        quantization: "int8", which leaves v as it is, or "int8_fp8".
-        scale: factor of the scores; None = D ** -0.5.
-        tile_n: keys of a tile.
-    """
-    mean = key_mean(k, key_mask)
-    q_values, q_scales, _, lse_shift = quantize_query(q, mean, scale=scale)
-    k_values, k_scales, _ = quantize_key(k, mean, key_mask, tile_n=tile_n)
-    seen_q = q_values * _each_row(q_scales, QUERY_ROWS, q.shape[1])
-    seen_k = k_values * _each_row(k_scales, tile_n, k.shape[1])
-    seen_v = _dequantized_value(v, key_mask) if quantization == "int8_fp8" else v
-    return seen_q, seen_k, seen_v, lse_shift
-
-
-def _dequantized_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return v [B, Sk, Hkv, Dv] as the FP8 product sees it, float32."""
-    values, scales = quantize_value(v, key_mask)
-    in_order: torch.Tensor = values.to(torch.float32).unflatten(3, (-1, *_POSITIONS_OF_16)).transpose(4, 5).flatten(3)
-    return (in_order[..., : v.shape[1]] * scales.unsqueeze(3)).permute(0, 3, 1, 2)
-
-
-def rounded_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Return weights of softmax, the largest of a row 1, as "int8_fp8" rounds them."""
-    return (weights * _LARGEST_WEIGHT).to(torch.float8_e4m3fn).to(weights.dtype) / _LARGEST_WEIGHT
-
-
-# ---- fake kernels --------------------------------------------------------------------------------------------------
-
-
-def key_mean_fake(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return an empty result of `key_mean`."""
-    check_keys(k, key_mask)
-    return k.new_empty((k.shape[0], *k.shape[2:]), dtype=torch.float32)
-
-
-def quantize_query_fake(
-    q: torch.Tensor, mean: torch.Tensor, *, scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return an empty result of `quantize_query`."""
-    check_queries(q, mean, scale)
-    return *empty_quantized(q, QUERY_ROWS), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-
-
-def quantize_key_fake(
-    k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tensor | None, *, tile_n: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return an empty result of `quantize_key`."""
-    check_quantize_key(k, mean, key_mask, tile_n)
-    return empty_quantized(k, tile_n)
-
-
-def quantize_value_fake(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an empty result of `quantize_value`."""
-    check_values(v, key_mask)
-    return empty_quantized_value(v), v.new_empty((v.shape[0], *v.shape[2:]), dtype=torch.float32)
-
-
-# ---- empty results, of the fakes and of the CUDA kernels -----------------------------------------------------------
-
-
-def empty_quantized(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return empty values, scales and norms of queries or keys [B, S, H, D], of which so many rows share a scale."""
-    batch, seq, heads, _ = x.shape
-    scales = x.new_empty((batch, heads, ceil_div(seq, rows)), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), scales, torch.empty_like(scales)
-
-
-def empty_quantized_value(v: torch.Tensor) -> torch.Tensor:
-    """Return empty FP8 values of v [B, Sk, Hkv, D]."""
-    batch, seq, heads, dim = v.shape
-    return v.new_empty((batch, heads, dim, ceil_div(seq, FP8_KEYS) * FP8_KEYS), dtype=torch.float8_e4m3fn)

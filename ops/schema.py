@@ -1,4 +1,4 @@
-"""The ops `lite_attention::skip_attention`, `::attention` and those of `quantize.py`: schemas, fakes, devices.
+"""The ops `lite_attention::skip_attention`, `::attention` and those of `quantize.py`: schemas, kernels, guards.
 
 Contract (`docs/design.md` has it in full; `oracle.py` computes it sentence by sentence). All tensors are read, and
 the first two state tensors written, on the device: a captured graph serves every step, branch and threshold.
@@ -15,7 +15,7 @@ the first two state tensors written, on the device: a captured graph serves ever
   scores of "int8", and weights and values in FP8; see `quantize.py`.
 * Returns out [B, Sq, Hq, Dv], dense with its dims in q's stride order, and lse float32 [B, Hq, Sq], natural log.
 
-`skip_attention_reference` is the same op running the CPU algorithm on every device, for comparison.
+`skip_attention_reference` is the same op running the CPU kernel on every device, for comparison.
 
 `attention` is dense: it has no state, and visits every tile. The arguments that are left, and what it returns, are as
 above. A row without an allowed key gives 0 and an LSE of -inf.
@@ -28,25 +28,18 @@ from typing import Any
 
 import torch
 
-from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.cpu import skip_attention_reference
 from lite_attention.ops.dense import attention_cpu
-from lite_attention.ops.quantize import (
-    KEY_MEAN_SCHEMA,
-    QUANTIZE_KEY_SCHEMA,
-    QUANTIZE_QUERY_SCHEMA,
-    QUANTIZE_VALUE_SCHEMA,
-    key_mean,
+from lite_attention.ops.fakes import (
+    attention_fake,
     key_mean_fake,
-    quantize_key,
     quantize_key_fake,
-    quantize_query,
     quantize_query_fake,
-    quantize_value,
     quantize_value_fake,
+    skip_attention_fake,
 )
-from lite_attention.ops.tiles import check_quantization
-from lite_attention.ops.validate import check_inputs
+from lite_attention.ops.guards import refuse_vmap, without_derivatives
+from lite_attention.ops.quantize import key_mean, quantize_key, quantize_query, quantize_value
 
 __all__ = ["ATTENTION", "DENSE_SCHEMA", "IMPLEMENTATIONS", "SCHEMA"]
 
@@ -56,21 +49,17 @@ SCHEMA = (
     " *, float? scale, int tile_m, int tile_n, str quantization='none') -> (Tensor out, Tensor lse)"
 )
 DENSE_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, *, float? scale) -> (Tensor out, Tensor lse)"
+_KEY_MEAN_SCHEMA = "(Tensor k, Tensor? key_mask) -> Tensor"
+_QUANTIZE_QUERY_SCHEMA = (
+    "(Tensor q, Tensor mean, *, float? scale) -> (Tensor values, Tensor scales, Tensor norms, Tensor lse_shift)"
+)
+_QUANTIZE_KEY_SCHEMA = (
+    "(Tensor k, Tensor mean, Tensor? key_mask, *, int tile_n) -> (Tensor values, Tensor scales, Tensor norms)"
+)
+_QUANTIZE_VALUE_SCHEMA = "(Tensor v, Tensor? key_mask) -> (Tensor values, Tensor scales)"
 
 _Kernel = Callable[..., Any]
 _library = torch.library.Library("lite_attention", "DEF")
-
-
-def _skip_fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, quantization: str = "none", **__: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_quantization(quantization)
-    return _fake(q, k, v)
-
-
-def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    check_inputs(q, k, v)
-    return empty_output(q, v), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 def _cuda(name: str) -> _Kernel:
@@ -85,46 +74,35 @@ def _cuda(name: str) -> _Kernel:
 
 
 def _register(
-    name: str, schema: str, kernels: dict[str, _Kernel], fake: _Kernel, inputs: tuple[str, ...] = ("q", "k", "v")
+    name: str, schema: str, cpu: _Kernel, cuda: _Kernel, fake: _Kernel, inputs: tuple[str, ...] = ("q", "k", "v")
 ) -> Any:
-    """Define an op; its first arguments, `inputs`, must not require a gradient."""
+    """Define an op; its first arguments, `inputs`, are those that a derivative would be of."""
     # Library.define, not custom_op: 3 to 6 us of overhead a call against 30.
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key, kernel in kernels.items():
-        _library.impl(name, kernel, key)
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"lite_attention::{name}", fake, lib=_library)
     op = getattr(torch.ops.lite_attention, name).default
-
-    def refuse_gradients(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in args[: len(inputs)]):
-            raise RuntimeError(
-                f"lite_attention::{name} has no backward, and {' or '.join(inputs)} requires a gradient: "
-                "call it under torch.no_grad() or torch.inference_mode()"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
-
-    _library.impl(name, refuse_gradients, "Autograd")
+    _library.impl(name, without_derivatives(op, inputs), "Autograd")
+    if op._schema.is_mutable:
+        _library.impl(name, refuse_vmap(op), "FuncTorchBatched")
     return op
 
 
-IMPLEMENTATIONS: dict[str | None, Any] = {
-    None: _register(
-        "skip_attention", SCHEMA, {"CPU": skip_attention_reference, "CUDA": _cuda("skip_attention_forward")}, _skip_fake
-    ),
-    "reference": _register(
-        "skip_attention_reference",
-        SCHEMA,
-        {"CPU": skip_attention_reference, "CUDA": skip_attention_reference},
-        _skip_fake,
-    ),
-}
-ATTENTION: Any = _register("attention", DENSE_SCHEMA, {"CPU": attention_cpu, "CUDA": _cuda("attention_forward")}, _fake)
+def _register_skip(name: str, cuda: _Kernel) -> Any:
+    return _register(name, SCHEMA, skip_attention_reference, cuda, skip_attention_fake)
 
-for _name, _schema, _kernel, _empty, _inputs in (
-    ("key_mean", KEY_MEAN_SCHEMA, key_mean, key_mean_fake, ("k",)),
-    ("quantize_query", QUANTIZE_QUERY_SCHEMA, quantize_query, quantize_query_fake, ("q", "mean")),
-    ("quantize_key", QUANTIZE_KEY_SCHEMA, quantize_key, quantize_key_fake, ("k", "mean")),
-    ("quantize_value", QUANTIZE_VALUE_SCHEMA, quantize_value, quantize_value_fake, ("v",)),
+
+IMPLEMENTATIONS: dict[str | None, Any] = {
+    None: _register_skip("skip_attention", _cuda("skip_attention_forward")),
+    "reference": _register_skip("skip_attention_reference", skip_attention_reference),
+}
+ATTENTION: Any = _register("attention", DENSE_SCHEMA, attention_cpu, _cuda("attention_forward"), attention_fake)
+
+for _name, _schema, _cpu, _fake, _inputs in (
+    ("key_mean", _KEY_MEAN_SCHEMA, key_mean, key_mean_fake, ("k",)),
+    ("quantize_query", _QUANTIZE_QUERY_SCHEMA, quantize_query, quantize_query_fake, ("q", "mean")),
+    ("quantize_key", _QUANTIZE_KEY_SCHEMA, quantize_key, quantize_key_fake, ("k", "mean")),
+    ("quantize_value", _QUANTIZE_VALUE_SCHEMA, quantize_value, quantize_value_fake, ("v",)),
 ):
-    _register(_name, _schema, {"CPU": _kernel, "CUDA": _cuda(_name)}, _empty, _inputs)
+    _register(_name, _schema, _cpu, _cuda(_name), _fake, _inputs)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from lite_attention.ops.bitmask import unpack_bits
-from lite_attention.ops.quantize import dequantized
+from lite_attention.ops.dequantize import dequantized
 from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, visit_order
 from lite_attention.ops.units import LOG2_E
 

@@ -1,0 +1,46 @@
+"""What the ops do not do is refused by name: derivatives of both modes, and `torch.vmap` over a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["refuse_vmap", "without_derivatives"]
+
+
+def without_derivatives(op: Any, inputs: tuple[str, ...]) -> Callable[..., Any]:
+    """Return the Autograd kernel of an op whose first arguments, `inputs`, must not ask for a derivative."""
+    name, count, either = op._schema.name, len(inputs), " or ".join(inputs)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args[:count]):
+            raise RuntimeError(
+                f"{name} has no backward, and {either} requires a gradient: "
+                "call it under torch.no_grad() or torch.inference_mode()"
+            )
+        # The level is torch's own, and spares a call without tangents 1 us.
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in args[:count]):
+            raise RuntimeError(
+                f"{name} has no forward-mode derivative, and {either} has a tangent: "
+                "torch.func.jvp, jacfwd and the like cannot go through it"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+
+    return kernel
+
+
+def refuse_vmap(op: Any) -> Callable[..., Any]:
+    """Return the vmap kernel of an op with a state."""
+    name = op._schema.name
+
+    def kernel(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            f"{name} cannot run under torch.vmap: calls that share a state come one after the other; "
+            "make the mapped dimension part of the batch, or use lite_attention.attention, which has no state"
+        )
+
+    return kernel
