@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 import lite_attention
 from lite_attention.ops import SkipState
-from tests.conftest import clustered_qkv
+from tests.support.op_cases import clustered_qkv
 
 Q, K, V = clustered_qkv(0, seq_q=24, seq_k=40)
 MEAN = torch.zeros(1, 2, 8)
