@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lite_attention.cute_kernels.ahead import kernel_configs
+from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import Config
 from lite_attention.ops.tiles import HOPPER_HEAD_DIMS
 

@@ -4,18 +4,18 @@ Everything above this folder reaches it through `unsupported_reason`, which the 
 site, and one function for each op, which the op calls. All are imported on first use; cutlass is imported when the
 first kernel is compiled, or never, where kernels compiled ahead of time are found.
 
-    config.py     what is fixed when a kernel is built, and the registers and shared memory that it needs
-    forward.py    host launch and the kernel: the producer warp and the consumer warpgroups
-    schedule.py   which q-tile a CTA computes next, and the step of the state
-    walk.py       from a row of the skip mask to the tiles to visit, and the votes back into the mask
-    mainloop.py   one q-tile in one consumer warpgroup
-    softmax.py    online softmax with votes
-    quantize.py   INT8 queries and keys, FP8 values, and their scales
-    device.py     packing, bits, where the elements of an accumulator lie
-    build.py      compiles a kernel for sm_90a, with or without a GPU
-    cache.py      compiled kernels in memory, on disk, and ahead of time
-    ahead.py      compiles kernels into a library that needs no compiler where it runs
-    launcher.py   from tensors to a launch
+    config.py          what is fixed when a kernel is built, and the registers and shared memory that it needs
+    forward_sm90.py    Hopper: host launch and the kernel: the producer warp and the consumer warpgroups
+    mainloop_sm90.py   Hopper: one q-tile in one consumer warpgroup
+    tile_scheduler.py  which q-tile a CTA computes next, and the step of the state
+    tile_iterator.py   from a row of the skip mask to the tiles to visit, and the votes back into the mask
+    softmax.py         online softmax with votes
+    quantizers.py      INT8 queries and keys, FP8 values, and their scales
+    ptx.py             instructions, packing, bits, where the elements of an accumulator lie
+    build.py           compiles a kernel, with or without a GPU
+    cache.py           compiled kernels in memory, on disk, and ahead of time
+    aot.py             compiles kernels into a library that needs no compiler where it runs
+    launcher.py        from tensors to a launch
 """
 
 from __future__ import annotations

@@ -13,16 +13,16 @@ from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from lite_attention.cute_kernels.config import Config, KernelConfig, Masks, QuantizeConfig, Scales, State
-from lite_attention.cute_kernels.forward import DTYPES, SkipAttentionForward
-from lite_attention.cute_kernels.quantize import Columns, Quantize, QuantizeValue
+from lite_attention.cute_kernels.forward_sm90 import DTYPES, SkipAttentionForward
+from lite_attention.cute_kernels.quantizers import ChannelReduce, Quantize, QuantizeValue
 
 __all__ = ["compile_kernel"]
 
 _QUANTIZERS = {
-    "key_sums": Columns,
+    "key_sums": ChannelReduce,
     "quantize_query": Quantize,
     "quantize_key": Quantize,
-    "value_max": Columns,
+    "value_max": ChannelReduce,
     "quantize_value": QuantizeValue,
 }
 

@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
 from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.device import (
+from lite_attention.cute_kernels.ptx import (
     as_float,
     column,
     element,

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Compile what the command line asks for, and return the exit status."""
-    from lite_attention.cute_kernels.ahead import compile_library, kernel_configs
+    from lite_attention.cute_kernels.aot import compile_library, kernel_configs
 
     configs = kernel_configs(args.head_dims, args.dtypes, all_variants=args.all_variants)
     library = compile_library(configs, args.out, arch=args.arch)

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
-from lite_attention.cute_kernels.ahead import kernel_configs
+from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
 
 pytestmark = pytest.mark.xdist_group("kernels")  # compiled once, not once a worker
@@ -33,7 +33,7 @@ Builds = tuple[pathlib.Path, dict[str, str]]
 
 COMPILE = """
 import pathlib, sys
-from lite_attention.cute_kernels.ahead import kernel_configs
+from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.build import compile_kernel
 configs = {config.name: config for config in kernel_configs(all_variants=True)}
 for name in sys.argv[2:]:

@@ -16,9 +16,9 @@ from cutlass import Boolean, Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 from lite_attention.cute_kernels.config import PROMOTED_KEYS, KernelConfig
-from lite_attention.cute_kernels.device import column, element, max_nan, pack_bf16, pack_fp16, quad_sum
+from lite_attention.cute_kernels.ptx import column, element, max_nan, pack_bf16, pack_fp16, quad_sum
 from lite_attention.cute_kernels.softmax import OnlineSoftmax
-from lite_attention.cute_kernels.walk import TILE_BITS
+from lite_attention.cute_kernels.tile_iterator import TILE_BITS
 
 _LN2 = math.log(2)
 _LEAST_UNIT = 2.0**-100  # not 0: an excluded key's -inf would become NaN

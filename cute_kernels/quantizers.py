@@ -14,13 +14,13 @@ import cutlass.memory
 from cutlass import Boolean, Float32, Int8, Int32, Uint8, const_expr
 
 from lite_attention.cute_kernels.config import QuantizeConfig
-from lite_attention.cute_kernels.device import add_squares, max_nan, pack_e4m3, round_to_int8
+from lite_attention.cute_kernels.ptx import add_squares, max_nan, pack_e4m3, round_to_int8
 from lite_attention.ops.quantize import LARGEST_FP8, LARGEST_INT8
 from lite_attention.ops.units import LOG2_E
 
 _THREADS = 128
 _VECTOR = 8  # elements of 16 bytes
-_DEPTH = 8  # rows that a thread of `Columns` has on their way
+_DEPTH = 8  # rows that a thread of `ChannelReduce` has on their way
 _KEYS = 16  # that change places among themselves
 _LARGEST, _LARGEST_FP8 = float(LARGEST_INT8), float(LARGEST_FP8)
 
@@ -46,7 +46,7 @@ class _Rows:
         return allowed
 
 
-class Columns(_Rows):
+class ChannelReduce(_Rows):
     """Sums of the allowed keys or largest magnitudes of their values, by channel; a block has a chunk of a head's."""
 
     def __init__(self, config: QuantizeConfig) -> None:

@@ -17,7 +17,7 @@ END = -1  # in place of a count: no job is left
 CLAIM_AHEAD = 4  # tiles: a job is claimed so late that CTAs finish together, and so early that nobody waits for it
 
 
-class Schedule:
+class TileScheduler:
     """Jobs are numbered by q-tile, then head, then batch element: those of one head run together and share K and V.
 
     With a state, a CTA claims the next job when it is almost through with the last one, so uneven rows balance; without

@@ -7,14 +7,14 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.device import has_bit
+from lite_attention.cute_kernels.ptx import has_bit
 
 PARTIAL = 1 << 15  # of an entry: some key of the tile is excluded
 TILE_BITS = PARTIAL - 1
 _SPECIAL = 3  # the tiles visited first: on the diagonal, the first, the last
 
 
-class Walk:
+class TileIterator:
     """The producer warp finds and walks the tiles; the last consumer warp of a job writes the votes back."""
 
     def __init__(self, config: KernelConfig) -> None:

@@ -19,9 +19,10 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
 from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig, Masks, Scales, State
-from lite_attention.cute_kernels.device import uniform_float
-from lite_attention.cute_kernels.mainloop import Mainloop, Pipes, Tiles
-from lite_attention.cute_kernels.schedule import (
+from lite_attention.cute_kernels.mainloop_sm90 import Mainloop, Pipes, Tiles
+from lite_attention.cute_kernels.ptx import uniform_float
+from lite_attention.cute_kernels.tile_iterator import TileIterator
+from lite_attention.cute_kernels.tile_scheduler import (
     BATCH,
     CLAIM_AHEAD,
     COUNT,
@@ -31,9 +32,8 @@ from lite_attention.cute_kernels.schedule import (
     JOB_WORDS,
     Q_TILE,
     RING,
-    Schedule,
+    TileScheduler,
 )
-from lite_attention.cute_kernels.walk import Walk
 from lite_attention.ops import control as c
 from lite_attention.ops.quantize import FP8_KEYS, QUERY_ROWS
 
@@ -65,8 +65,8 @@ class SkipAttentionForward:
         if config.fp8:
             self.v_dtype, self.v_tile, self.v_tiles = cutlass.Float8E4M3FN, (self.head_dim, self.tile_n), (0, None)
         self.stages, self.groups = config.stages, config.groups
-        self.schedule = Schedule(config)
-        self.walk = Walk(config)
+        self.scheduler = TileScheduler(config)
+        self.tile_iterator = TileIterator(config)
         self.mainloop = Mainloop(config)
 
     @cute.jit
@@ -172,8 +172,8 @@ class SkipAttentionForward:
         if const_expr(self.config.skip):
             if thread == 0:
                 slot = control[c.SLOT]
-                fresh = self.schedule.is_fresh(
-                    control, self.schedule.block(slot), gq.shape[3], gq.shape[0], gk.shape[0]
+                fresh = self.scheduler.is_fresh(
+                    control, self.scheduler.block(slot), gq.shape[3], gq.shape[0], gk.shape[0]
                 )
                 jobs.call[_SLOT] = slot
                 jobs.call[_FRESH] = Int32(fresh)
@@ -284,7 +284,7 @@ class SkipAttentionForward:
                 flags = masks.tile_flags[batch, None, None]
             row, initial_row = self.rows(skip, slot, batch, head, q_tile)
             bits = jobs.visited[ring, None]
-            count = self.walk.find_visited(
+            count = self.tile_iterator.find_visited(
                 row, initial_row, skip.must_do, flags, bits, partial, lane, k_tiles, fresh, dense
             )
             if lane == 0:
@@ -293,7 +293,7 @@ class SkipAttentionForward:
                 jobs.words[ring, BATCH] = batch
                 jobs.words[ring, COUNT] = count
                 if const_expr(self.config.skip):
-                    jobs.reach[ring] = self.schedule.reach(skip.threshold, skip.control, slot, head, scale)
+                    jobs.reach[ring] = self.scheduler.reach(skip.threshold, skip.control, slot, head, scale)
             cute.arch.sync_warp()
             q_pipe.producer_acquire(q_state)
             q_tiled = cute.local_tile(gq[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
@@ -304,12 +304,12 @@ class SkipAttentionForward:
             v_tiled = cute.local_tile(gv[None, None, kv_head, batch], self.v_tile, self.v_tiles)
             k_dst, k_src = self.partition(k_atom, sk, k_tiled)
             v_dst, v_src = self.partition(v_atom, sv, v_tiled)
-            diagonal = self.walk.diagonal(q_tile, seq_q, seq_k, k_tiles)
+            diagonal = self.tile_iterator.diagonal(q_tile, seq_q, seq_k, k_tiles)
             left, after = count, job
             if left <= CLAIM_AHEAD:
-                after = self.schedule.next_job(skip.control, job, ctas, lane)
-            for turn in cutlass.range(self.walk.turns(cute.ceil_div(k_tiles, 32)), unroll=1):
-                at, word = self.walk.turn(bits, turn, diagonal, k_tiles - 1)
+                after = self.scheduler.next_job(skip.control, job, ctas, lane)
+            for turn in cutlass.range(self.tile_iterator.turns(cute.ceil_div(k_tiles, 32)), unroll=1):
+                at, word = self.tile_iterator.turn(bits, turn, diagonal, k_tiles - 1)
                 while word != 0:
                     bit = 31 - Int32(cute.arch.clz(word))
                     word = word & ~(Uint32(1) << Uint32(bit))
@@ -319,7 +319,7 @@ class SkipAttentionForward:
                         tile_scale, tile_norm = scales.k[batch, kv_head, j], scales.k_norms[batch, kv_head, j]
                     k_pipe.sync_object_empty.wait(stage, state.phase)
                     if lane == 0:
-                        tiles.entries[stage] = self.walk.entry(partial, j, seq_k)
+                        tiles.entries[stage] = self.tile_iterator.entry(partial, j, seq_k)
                         if const_expr(self.config.int8):
                             tiles.scales[stage] = tile_scale
                             tiles.norms[stage] = tile_norm
@@ -332,7 +332,7 @@ class SkipAttentionForward:
                     state.advance()
                     left -= 1
                     if left == CLAIM_AHEAD:
-                        after = self.schedule.next_job(skip.control, job, ctas, lane)
+                        after = self.scheduler.next_job(skip.control, job, ctas, lane)
             job = after
             ring += 1
             if ring == RING:
@@ -415,7 +415,7 @@ class SkipAttentionForward:
                 if done & (jobs.call[_DENSE] == 0):
                     row, initial_row = self.rows(skip, jobs.call[_SLOT], batch, head, q_tile)
                     k_tiles = cute.ceil_div(seq_k, self.tile_n)
-                    self.walk.write_back(
+                    self.tile_iterator.write_back(
                         row, initial_row, skip.must_do, jobs.visited[ring, None], jobs.kept[ring, None],
                         cute.arch.lane_idx(), k_tiles, jobs.call[_FRESH] != 0,
                     )  # fmt: skip
@@ -427,7 +427,7 @@ class SkipAttentionForward:
         if const_expr(self.config.skip):
             if worker == 0:
                 ctas, _, _ = cute.arch.grid_dim()
-                self.schedule.end_call(
+                self.scheduler.end_call(
                     skip.control, jobs.call[_SLOT], gout.shape[3], seq_q, seq_k, ctas, jobs.call[_DENSE] != 0
                 )
 
