@@ -86,7 +86,7 @@ class KernelConfig:
 
     @property
     def value_columns(self) -> int:
-        """ChannelReduce of the product with V. In FP8 it has eight more, of ones, whose products are sums of weights."""
+        """Columns of the product with V. In FP8 it has eight more, of ones, whose products are sums of weights."""
         return self.head_dim + 8 * self.fp8
 
     @property
