@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from lite_attention.compile.provenance import value_of, written_between
+from lite_attention.compile.torch_internals import is_op, op_name
 
 __all__ = [
     "ATTENTION_OPS",
@@ -98,8 +99,8 @@ def _called(node: object, *names: str) -> bool:
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return False
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.removeprefix("aten::")
+    if is_op(target):
+        name = op_name(target).removeprefix("aten::")
     else:
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name in names

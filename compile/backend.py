@@ -89,15 +89,15 @@ class LiteAttentionBackend:
         extra: list[torch.Tensor] = []
         found = [site for site in found if site.site.swapped or site.site.dense_kernel]
         if found:
-            gm, twins = _clone(gm)
+            gm, copies = _clone(gm)
             modes = _FakeModes.of(gm, example_inputs)
             for original in found:
-                site, nodes = original.on(twins), None
+                site, nodes = original.remap(copies), None
                 if site.site.swapped:
                     nodes, fakes = _add_state_inputs(gm.graph, site, self.settings, modes)
                     extra += fakes
                 # What attends to this output next finds it here.
-                twins[original.call.node] = swap_site(gm.graph, site, nodes, self.settings, "example_value")
+                copies[original.call.node] = swap_site(gm.graph, site, nodes, self.settings, "example_value")
             gm.recompile()
         compiled = self._compile(gm, [*example_inputs, *extra], mode, options)
         return self._wrap(compiled, runtime, _first_parameter(gm))
@@ -209,7 +209,7 @@ def _runtime_sites(gm: fx.GraphModule, found: list[GraphSite], nested: list[Site
             site.reason = "sizes are not known before the call"
         runtime.append(_RuntimeSite.of(site, owners, inputs, (ordinals[owners],), sizes))
         ordinals[owners] += 1
-    # No state, but a place in the report of the model whose parameters the graph has.
+    # No state, but a row in the report of the model whose parameters the graph has.
     anyone = tuple(node for node in gm.graph.nodes if _is_parameter(node))[:1]
     runtime += [_RuntimeSite.of(site, anyone, inputs, (id(gm), i), []) for i, site in enumerate(nested)]
     return runtime
@@ -265,8 +265,8 @@ def _is_weight(node: fx.Node) -> bool:
 def _clone(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Copy dynamo's graph with all that compile_fx looks for; dynamo still reads its own after the backend returns."""
     graph = fx.Graph()
-    clones: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(gm.graph, clones)
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copies)
     output = next(node for node in gm.graph.nodes if node.op == "output")
     graph.output(result).meta.update(output.meta)
     clone = fx.GraphModule(gm, graph)
@@ -274,10 +274,10 @@ def _clone(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
         if hasattr(gm, name):
             setattr(clone, name, copy.copy(getattr(gm, name)))
-    for node, twin in clones.items():
+    for node, copied in copies.items():
         if hasattr(node, "_dynamo_source"):
-            twin._dynamo_source = node._dynamo_source
-    return clone, clones
+            copied._dynamo_source = node._dynamo_source
+    return clone, copies
 
 
 class _FakeModes(NamedTuple):

@@ -22,6 +22,7 @@ from lite_attention.compile.attention_calls import ATTENTION_OPS
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
+from lite_attention.compile.torch_internals import storage_key, uncompiled
 from lite_attention.ops import attention, skip_attention
 
 __all__ = ["attach"]
@@ -38,7 +39,7 @@ class _Origins:
 
     @staticmethod
     def _storages(values: object) -> Iterable[int]:
-        return (t.untyped_storage()._cdata for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+        return (storage_key(t) for t in tree_leaves(values) if isinstance(t, torch.Tensor))
 
     def of(self, values: object) -> int:
         found = 0
@@ -238,7 +239,7 @@ def attach(model: nn.Module, store: StateStore) -> Callable[[], None]:
             handles.append(module.register_forward_pre_hook(mode.enter_module))
             handles.append(module.register_forward_hook(mode.leave_module, always_call=True))
     # Not hooks of the model, which a KeyboardInterrupt goes past. A torch.compile around it has to leave it as it is.
-    model._compiled_call_impl = torch.compiler.disable(mode.run_model)
+    model._compiled_call_impl = uncompiled(mode.run_model)
 
     def detach() -> None:
         for handle in handles:

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.utils._sympy.value_ranges import bound_sympy
 
 from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS, is_skip_attention
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.swap import swap_site
+from lite_attention.compile.torch_internals import AUTO_FUNCTIONALIZED, fake_mode_of, upper_bound
 from lite_attention.ops import SkipState
 from lite_attention.ops.state import STATE_BUFFERS
 
@@ -35,9 +34,9 @@ class SkipAwareProgram(ExportedProgram):
         """Return a module that runs the program, with skip states of its own that begin fresh."""
         module: fx.GraphModule = super().module(*args, **kwargs)
         for owner in list(module.modules()):
-            for name, buffer in list(owner._buffers.items()):
-                if name in STATE_BUFFERS and buffer is not None:
-                    owner._buffers[name] = buffer.clone()
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                if name in STATE_BUFFERS:
+                    setattr(owner, name, buffer.clone())
         return module
 
     def run_decompositions(self, *args: Any, **kwargs: Any) -> SkipAwareProgram:
@@ -87,7 +86,7 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
         warnings.warn(f"make_skip_aware: no attention was swapped ({reasons})", stacklevel=2)
     swapped: dict[fx.Node, fx.Node] = {}
     for original in found:
-        item = original.on(swapped)  # its inputs may be the output of another site
+        item = original.remap(swapped)  # its inputs may be the output of another site
         if item.site.swapped or item.site.dense_kernel:
             nodes = _add_buffers(program, item, options) if item.site.swapped else None
             out = swapped[item.call.node] = swap_site(program.graph, item, nodes, options, "val")
@@ -100,8 +99,8 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
 def _copy(program: ExportedProgram) -> SkipAwareProgram:
     """Copy the graph and its signature; the weights are shared."""
     graph = copy.deepcopy(program.graph)
-    for node, twin in zip(program.graph.nodes, graph.nodes, strict=True):
-        twin.name = node.name  # a copy renames what is called like a builtin, such as "input"
+    for node, copied in zip(program.graph.nodes, graph.nodes, strict=True):
+        copied.name = node.name  # a copy renames what is called like a builtin, such as "input"
     return SkipAwareProgram(
         root=fx.GraphModule(program.graph_module, graph),
         graph=graph,
@@ -116,15 +115,13 @@ def _copy(program: ExportedProgram) -> SkipAwareProgram:
 
 
 def _upper_bound(size: int | torch.SymInt, what: str) -> int:
-    if isinstance(size, int):
-        return size
-    upper = bound_sympy(size.node.expr, size.node.shape_env.var_to_range).upper
-    if not upper.is_Integer or int(upper) >= 1 << 31:
+    upper = upper_bound(size)
+    if upper is None:
         raise ValueError(
             f"exported_program: expected a bound for {what} = {size}, got none; "
             "export with torch.export.Dim(name, max=...), so that the skip state has room for the largest call"
         )
-    return int(upper)
+    return upper
 
 
 def _add_buffers(program: SkipAwareProgram, found: GraphSite, settings: SkipSettings) -> list[fx.Node | None]:
@@ -135,7 +132,7 @@ def _add_buffers(program: SkipAwareProgram, found: GraphSite, settings: SkipSett
         for name, size in zip(("batch", "seq_q", "seq_k"), (*site.q_shape[:2], site.k_shape[1]), strict=True)
     )
     state = settings.new_state(site, (batch, seq_q, seq_k))
-    fake_mode = detect_fake_mode([value_of(found.call.q)])
+    fake_mode = fake_mode_of([value_of(found.call.q)])
     assert fake_mode is not None
     owner = ".".join(filter(None, (site.name, _STATE_MODULE)))
     while f"{owner}.control" in program.constants:  # a module may call attention twice
@@ -184,7 +181,7 @@ def _mask_of(node: fx.Node) -> fx.Node | None:
     mask: Any = None
     if is_skip_attention(node):
         mask = node.args[3]
-    elif node.target is torch.ops.higher_order.auto_functionalized_v2 and node.args[0] in SKIP_ATTENTION_OPS:
+    elif node.target is AUTO_FUNCTIONALIZED and node.args[0] in SKIP_ATTENTION_OPS:
         bases: Any = node.kwargs["_all_bases"]
         mask = bases[node.kwargs["_skip_mask_base_index"]]
     return mask if isinstance(mask, fx.Node) else None

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
+from lite_attention.compile.torch_internals import is_op, storage_key, written_arguments
+
 __all__ = ["Provenance", "value_of", "written_between"]
 
 _MAX_OWNERS = 8
@@ -25,17 +27,15 @@ def value_of(node: fx.Node) -> object:
 
 def _storage(node: fx.Node) -> int | None:
     value = value_of(node)
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    return storage_key(value) if isinstance(value, torch.Tensor) else None
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """Return the nodes into whose memory a node writes."""
     target, args = node.target, node.args
     candidates: list[object] = []
-    if isinstance(target, torch._ops.OpOverload):
-        schema = target._schema.arguments
-        given = {a.name: x for a, x in zip(schema, args, strict=False)} | dict(node.kwargs)
-        candidates = [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    if is_op(target):
+        candidates = written_arguments(target, args, node.kwargs)
     elif node.op == "call_method" and isinstance(target, str):
         candidates = [args[0]] if target.endswith("_") and not target.endswith("__") else []
     elif node.op == "call_function":

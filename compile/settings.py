@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from lite_attention.compile.torch_internals import holds_unless_unknown
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
 from lite_attention.ops.tiles import ceil_div, quantization_of
 from lite_attention.ops.validate import check_threshold
@@ -187,7 +187,7 @@ class SkipSettings:
         if self.dense != "kernel" or _no_kernel_reason(site) is not None:
             return False
         # The op refuses what is empty, scaled_dot_product_attention does not. Sizes that only the call tells may be 0.
-        return all(guard_or_false(size >= 1) for size in (*site.q_shape[:2], site.k_shape[1]))
+        return all(holds_unless_unknown(size >= 1) for size in (*site.q_shape[:2], site.k_shape[1]))
 
 
 def _no_kernel_reason(site: Site) -> str | None:

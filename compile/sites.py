@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lite_attention.compile.attention_calls import AttentionCall, find_attention_calls, is_our_attention, is_sdpa
 from lite_attention.compile.provenance import Provenance, value_of
 from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.compile.torch_internals import holds_for_all_sizes
 from lite_attention.ops.tiles import ceil_div
 
 __all__ = ["GraphSite", "find_sites", "module_path", "sites_in_subgraphs"]
@@ -26,24 +26,24 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class GraphSite:
-    """A site and its place in the graph."""
+    """A site and the nodes that it is made of."""
 
     site: Site
     call: AttentionCall
     owners: list[fx.Node]
 
-    def on(self, twins: dict[fx.Node, fx.Node]) -> GraphSite:
+    def remap(self, copies: dict[fx.Node, fx.Node]) -> GraphSite:
         """Return the same site where some nodes have others in their place: in a copy, or after an earlier swap."""
         call = self.call
 
-        def twin(node: fx.Node) -> fx.Node:
-            return twins.get(node, node)
+        def copy(node: fx.Node) -> fx.Node:
+            return copies.get(node, node)
 
         moved = replace(
-            call, node=twin(call.node), q=twin(call.q), k=twin(call.k), v=twin(call.v),
-            mask=None if call.mask is None else twin(call.mask), inner=[*map(twin, call.inner)],
+            call, node=copy(call.node), q=copy(call.q), k=copy(call.k), v=copy(call.v),
+            mask=None if call.mask is None else copy(call.mask), inner=[*map(copy, call.inner)],
         )  # fmt: skip
-        return GraphSite(self.site, moved, [*map(twin, self.owners)])
+        return GraphSite(self.site, moved, [*map(copy, self.owners)])
 
 
 def module_path(node: fx.Node) -> tuple[str, str]:
@@ -81,7 +81,7 @@ def _describe(call: AttentionCall, ordinal: int) -> Site:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return bool(statically_known_true(a == b))
+    return holds_for_all_sizes(a == b)
 
 
 def unsupported_call(
@@ -147,9 +147,9 @@ def choice_reason(site: Site, settings: SkipSettings) -> str | None:
     if site.is_self_attention is None and not _same(site.q_shape[1], site.k_shape[1]):
         return "no evidence of self-attention in the graph, and lengths differ"
     k_tiles = ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1])
-    if statically_known_true(k_tiles < settings.min_tiles):
+    if holds_for_all_sizes(k_tiles < settings.min_tiles):
         return f"only {k_tiles} k-tile(s), fewer than min_tiles={settings.min_tiles}"
-    if statically_known_true(site.q_shape[1] != site.k_shape[1]):
+    if holds_for_all_sizes(site.q_shape[1] != site.k_shape[1]):
         return "queries and keys of one origin but of different number, as where tokens are pooled"
     return None
 
@@ -167,7 +167,7 @@ def find_sites(
         settings: what the user wants.
         is_weight: tells placeholders and attributes that hold parameters or buffers.
         is_parameter: tells those that hold parameters, where a state is found by its owners: a site without any is
-            left alone. None: every site has a place of its own.
+            left alone. None: every site has a key of its own.
     """
     calls = find_attention_calls(graph)
     outputs = {call.node for call in calls}

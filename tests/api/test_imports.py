@@ -32,6 +32,36 @@ assert not torch.cuda.is_initialized()
     assert {"cutlass", "triton", "diffusers", "matplotlib", "tabulate"}.isdisjoint(result.stdout.split())
 
 
+def test_running_eagerly_loads_no_compiler() -> None:
+    code = """
+import io, sys
+import torch
+import lite_attention
+from torch import nn
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 8)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+model = lite_attention.enable(Attention().requires_grad_(False), compile=False, tile_shape=(16, 16))
+model(torch.randn(1, 64, 8))
+lite_attention.set_threshold(model, -4.0)
+lite_attention.reset(model)
+assert len(lite_attention.report(model, file=io.StringIO()).swapped) == 1
+lite_attention.disable(model)
+heavy = ("torch._dynamo", "torch._inductor", "sympy", "lite_attention.compile.backend", "lite_attention.compile.export")
+print(*[name for name in heavy if name in sys.modules])
+"""
+    result = _python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
 @pytest.mark.parametrize("folder", ["ops", "compile", "cute_kernels"])
 def test_bare_folders_are_refused_in_one_line(folder: str) -> None:
     result = _python(f"import {folder}")
