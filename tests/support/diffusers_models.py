@@ -49,19 +49,24 @@ class Case:
     block_graphs: int | None = 1  # graphs that hold attention when compiled per repeated block; None = cannot be
 
     def model(self, seed: int = 0) -> nn.Module:
-        """Return the model, its query norms turned up: attention of default random weights is all but uniform."""
-        torch.manual_seed(seed)
-        model = self.build().eval().requires_grad_(False)
-        for name, parameter in model.named_parameters():
-            if name.endswith(("norm_q.weight", "norm_added_q.weight")):
-                parameter.mul_(5.0)
-        return model
+        """Return the model, with attention that is not uniform."""
+        return peaked(self.build, seed)
 
     def reason_of(self, path: str) -> str | None:
         """Return how the reason of a site begins, None for one that is swapped."""
         if path in self.swapped:
             return None
         return next(reason for end, reason in self.reasons.items() if path.endswith(end))
+
+
+def peaked(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Build a model, its query norms turned up: attention of default random weights is all but uniform."""
+    torch.manual_seed(seed)
+    model = build().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm_q.weight", "norm_added_q.weight")):
+            parameter.mul_(5.0)
+    return model
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -89,9 +94,9 @@ def text_mask(count: int, valid: int) -> torch.Tensor:
 # ---- the models: 96 tokens of video or image, 24 of text; see notes of each for what its attention looks like ------
 
 
-def _wan(layers: int = 3) -> nn.Module:
+def _wan(layers: int = 3, in_channels: int = 4) -> nn.Module:
     return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        num_attention_heads=2, attention_head_dim=12, in_channels=in_channels, out_channels=4, text_dim=16, freq_dim=16,
         ffn_dim=32, num_layers=layers, rope_max_seq_len=32,
     )  # fmt: skip
 
@@ -176,11 +181,11 @@ def _flux_inputs(step: int = 0, seed: int = 0) -> Inputs:
     }
 
 
-def _hunyuan() -> nn.Module:
+def _hunyuan(**options: Any) -> nn.Module:
     return HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
         num_single_layers=2, num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 6),
+        rope_axes_dim=(2, 4, 6), **options,
     )  # fmt: skip
 
 
