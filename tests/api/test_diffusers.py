@@ -165,6 +165,7 @@ def test_pooling_attention_is_left_alone() -> None:
     assert "time_embed.pooler" not in [row.name for row in silent_report(model).swapped]
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     model = dm.WAN.model()
     explicit = ExplicitStates(dm.WAN, model)

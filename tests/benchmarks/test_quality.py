@@ -424,6 +424,7 @@ def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert bench.videos.has("threshold:-1", (0, 0))
 
 
+@pytest.mark.slow
 def test_records_say_what_was_measured(tmp_path: Path) -> None:
     bench = bench_of(tmp_path)
     ran, twins = quality.run_all(bench, ["steps:threshold:-1", "steps:3", "random:threshold:-1"], [(0, 0), (0, 1)])
@@ -445,6 +446,7 @@ def test_records_say_what_was_measured(tmp_path: Path) -> None:
     assert bench.resolved("steps:threshold:-1", [(0, 0), (0, 1)]) == "steps:2"
 
 
+@pytest.mark.slow
 def test_tiny_run_of_all_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "out"), "--prompts", "2", "--random-of-tables"]
     command += ["--calibrate", "error=0.1", "--calibration-prompts", "1"]

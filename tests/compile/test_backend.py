@@ -104,6 +104,7 @@ def test_a_state_born_in_a_branch_starts_in_its_slot() -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "dynamic", "inner", "most_graphs"),
     [("blocks", True, "eager", 1), ("blocks", None, "aot_eager", 3), ("whole", None, "eager", 3)],

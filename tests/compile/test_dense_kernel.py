@@ -108,6 +108,7 @@ def test_dynamic_sizes_and_no_recompiles() -> None:
     assert len(inner.graphs) == len(inner.calls(DENSE)) == 1
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     model, backend = Toy(1), toy_backend("inductor", dense="kernel")
     reference = Reference(model)
@@ -313,6 +314,7 @@ def _dense_calls(program: torch.export.ExportedProgram) -> int:
     return len(program.graph.find_nodes(op="call_function", target=DENSE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_export_round_trip(decomposed: bool, tmp_path: Path) -> None:
     model = Toy(2)

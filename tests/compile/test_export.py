@@ -301,6 +301,7 @@ for path in paths:
 """
 
 
+@pytest.mark.slow
 def test_a_saved_program_needs_the_op_where_it_is_loaded(tmp_path: Path) -> None:
     program = skip_aware(Toy(1))
     paths = [tmp_path / name for name in ("training.pt2", "decomposed.pt2")]
@@ -311,6 +312,7 @@ def test_a_saved_program_needs_the_op_where_it_is_loaded(tmp_path: Path) -> None
     assert "lite_attention" in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_aot_inductor(tmp_path: Path) -> None:
     """One package, run twice: with states of its own, and with states that the caller holds."""
     model = nn.Sequential(Attention(), Attention())

@@ -126,6 +126,7 @@ def test_enable_tells_a_wrong_switch_before_anything_changes() -> None:
 # ---- torch.export --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_export_round_trip(decomposed: bool, quantization: str, switches: Switches, tmp_path: Path) -> None:
     model = Toy(2)
@@ -140,6 +141,7 @@ def test_export_round_trip(decomposed: bool, quantization: str, switches: Switch
         assert sum(int((~state.kept_tiles()).sum()) for state in states.values()) == reference.skipped
 
 
+@pytest.mark.slow
 def test_aot_inductor(quantization: str, switches: Switches, tmp_path: Path) -> None:
     model = Attention()
     program = make_skip_aware(torch.export.export(model, (tokens(0),)), **OPTIONS, **switches)

@@ -89,16 +89,19 @@ def test_the_psnr_is_that_of_the_pixels(result: demo.Result) -> None:
 def test_prints_and_draws(
     result: demo.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[demo.Options] = []
-    monkeypatch.setattr(demo, "run", lambda options: asked.append(options) or result)
+    """The command makes the videos that `run` makes of the same options."""
     picture = tmp_path / "demo.png"
     command = "demo --steps 4 --threshold -3 --tile 16 --size 6 32 32 --prompt shape=star colour=red --output"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(picture)])
     demo.main()
-    assert asked == [result.options]
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for part in ("384 tokens", "layer 5", f"PSNR {result.psnr:.1f} dB", f"{float(result.sparsity.mean()):.0%} of all"):
+    last_step = ["3", *(f"{share:.0%}" for share in (*result.sparsity[3].tolist(), float(result.sparsity[3].mean())))]
+    assert last_step in [line.split() for line in printed.splitlines()]
+    for part in (
+        "384 tokens; 4 steps; threshold -3, tiles of 16 x 16", f"PSNR {result.psnr:.1f} dB",
+        f"{float(result.sparsity.mean()):.0%} of all", f"{result.path_distance:.4f} of a side apart",
+    ):  # fmt: skip
         assert part in printed
 
 

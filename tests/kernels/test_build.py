@@ -21,7 +21,7 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
 
-pytestmark = pytest.mark.xdist_group("kernels")  # compiled once, not once a worker
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kernels")]  # compiled once, not once a worker
 
 BF16 = kernel_configs(dtypes=("bf16",))
 FP16 = kernel_configs((64, 128), ("fp16",), all_variants=True)

@@ -144,6 +144,7 @@ def _prepare(state: SkipState, call: Call, rng: torch.Generator) -> None:
         state.reset(call.slot)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_equals_the_oracle(case: Case) -> None:

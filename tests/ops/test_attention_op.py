@@ -11,9 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lite_attention
-from lite_attention import cute_kernels
 from lite_attention.ops import SkipState, attention, skip_attention
-from lite_attention.ops.schema import ATTENTION, _cuda
+from lite_attention.ops.schema import ATTENTION
 from lite_attention.ops.validate import check_dense_call
 from tests.support.op_cases import LAYOUTS, WRONG_QKV, Qkv, clustered_qkv, stride_order
 
@@ -214,13 +213,3 @@ def test_the_fake_refuses_what_the_kernel_does() -> None:
     q, k, v = (torch.randn(2, 20, 4, 8, device="meta") for _ in range(3))
     with pytest.raises(ValueError, match="head_dim of k: expected that of q, 8, got 7"):
         ATTENTION(q, k[..., :7], v, None, scale=None)
-
-
-def test_the_cuda_entry_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the op's CUDA entry asks of the kernels, on machines without a GPU."""
-
-    def attention_forward(q: Any, k: Any, v: Any, key_mask: Any, *, scale: Any) -> tuple[Any, ...]:
-        return q, k, v, key_mask, scale
-
-    monkeypatch.setattr(cute_kernels, "attention_forward", attention_forward)
-    assert _cuda("attention_forward")("q", "k", "v", None, scale=0.5) == ("q", "k", "v", None, 0.5)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lite_attention import cute_kernels
-from lite_attention.ops.schema import _cuda
 from tests.support.op_cases import LAYOUTS, clustered_qkv, dequantized_value
 
 OPS = torch.ops.lite_attention
@@ -349,10 +346,3 @@ def test_a_call_that_does_not_fit(name: str, argument: str, value: Any, message:
     (options if argument in options else tensors)[argument] = value
     with pytest.raises(ValueError, match=re.escape(message)):
         op(*(x.to(device) for x in tensors.values()), **options)
-
-
-@pytest.mark.parametrize("name", _calls())
-def test_the_cuda_entry_calls_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry: Callable[..., Any] = lambda *args, **kwargs: (args, kwargs)  # noqa: E731
-    monkeypatch.setattr(cute_kernels, name, entry, raising=False)
-    assert _cuda(name)("x", "mean", scale=0.5) == (("x", "mean"), {"scale": 0.5})

@@ -417,11 +417,21 @@ def test_a_copy_goes_its_own_way() -> None:
 def test_a_state_born_in_inference_mode_lives_outside_of_it() -> None:
     with torch.inference_mode():
         state = _used(initial_mask=torch.zeros(1, 1, 7, 9, dtype=torch.bool))
-    skip_attention(*_inputs(3), state)
-    state.set_threshold(-1.0)
-    state.slot = 0
-    state.reset()
-    state.load_state_dict(_used(initial_mask=torch.ones(1, 1, 7, 9, dtype=torch.bool)).state_dict())
-    with torch.inference_mode():
-        skip_attention(*_inputs(3), state)
-        state.reset()
+    outside = _used(initial_mask=torch.zeros(1, 1, 7, 9, dtype=torch.bool))
+    other = _used(initial_mask=torch.ones(1, 1, 7, 9, dtype=torch.bool), threshold=-2.0)
+    before = _buffers(outside)
+    for action in (
+        lambda state: skip_attention(*_inputs(3), state),
+        lambda state: state.set_threshold(-1.0),
+        lambda state: setattr(state, "slot", 0),
+        lambda state: state.reset(),
+        lambda state: state.load_state_dict(other.state_dict()),
+        torch.inference_mode()(lambda state: skip_attention(*_inputs(3), state)),
+        torch.inference_mode()(lambda state: state.reset()),
+    ):
+        results = [action(x) for x in (state, outside)]
+        if isinstance(results[0], torch.Tensor):
+            assert torch.equal(*results)
+        _assert_equal(state, _buffers(outside))
+        assert any(not torch.equal(buffer, before[name]) for name, buffer in state.named_buffers())
+        before = _buffers(outside)

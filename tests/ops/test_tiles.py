@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from lite_attention.ops import SkipState, tile_shape
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
-from lite_attention.ops.tiles import ceil_div, diagonal_tile, visit_order
+from lite_attention.ops.tiles import QUANTIZATIONS, ceil_div, diagonal_tile, visit_order
 
 
 @pytest.mark.parametrize(
@@ -39,26 +40,21 @@ def test_visit_order(seq_q: int, seq_k: int, tile_m: int, tile_n: int, data: st.
     assert rest == sorted(below, reverse=True) + sorted(above, reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "device", "shape"),
-    [(128, "cuda", (192, 80)), (128, "cuda:1", (192, 80)), (128, "cpu", (64, 64)), (64, "meta", (64, 64))],
-)
-def test_tile_shape(head_dim: int, device: str, shape: tuple[int, int]) -> None:
-    assert tile_shape(head_dim, torch.bfloat16, device) == tile_shape(head_dim, torch.float16, device) == shape
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_tiles_of_other_devices_are_those_of_the_cpu_kernel(quantization: str) -> None:
+    for head_dim, device in itertools.product((8, 64, 96, 128), ("cpu", "meta", "mps")):
+        assert tile_shape(head_dim, torch.bfloat16, device, quantization) == (64, 64)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "device", "shape"),
-    [(128, "cuda", (192, 80)), (64, "cuda:1", (192, 128)), (128, "cpu", (64, 64)), (96, "cpu", (64, 64))],
-)
-def test_tile_shape_of_int8(head_dim: int, device: str, shape: tuple[int, int]) -> None:
-    assert tile_shape(head_dim, torch.bfloat16, device, "int8") == shape
-
-
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_tile_shape_of_fp8(head_dim: int) -> None:
-    assert tile_shape(head_dim, torch.bfloat16, "cuda", "int8_fp8")[1] % 32 == 0  # keys of one product
-    assert tile_shape(head_dim, torch.bfloat16, "cpu", "int8_fp8") == (64, 64)
+def test_tiles_on_hopper_are_whole_products_of_the_tensor_cores(head_dim: int, quantization: str) -> None:
+    tile_m, tile_n = tile_shape(head_dim, torch.bfloat16, "cuda:1", quantization)
+    assert tile_m % 64 == 0  # rows of one warpgroup
+    assert tile_n % (32 if quantization == "int8_fp8" else 16) == 0  # keys of one product
+    assert tile_n <= 256
+    for dtype, device in itertools.product((torch.float16, torch.bfloat16), ("cuda", "cuda:0")):
+        assert tile_shape(head_dim, dtype, device, quantization) == (tile_m, tile_n)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])
