@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from measure import block, one_line, where
 
+from lite_attention.ops.targets import SM90A
+
 SIZES = [(4096, 4096, 4096), (8192, 8192, 8192), (8192, 8192, 16384), (16384, 16384, 16384)]  # M, N, K
-HEAD_DIMS = (64, 96, 128, 192, 256)
+HEAD_DIMS = SM90A.head_dims()
 ROUNDS = 2048  # exponentials of each chain
 BLOCK = 2048  # chains of a program: 16 a thread
 WARPS = 4

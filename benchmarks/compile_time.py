@@ -25,7 +25,7 @@ from typing import Any
 
 from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import Config
-from lite_attention.ops.tiles import HOPPER_HEAD_DIMS
+from lite_attention.ops.targets import SM90A
 
 LOOKUPS = 10_000
 
@@ -80,7 +80,7 @@ def about() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dims", type=int, nargs="+", choices=HOPPER_HEAD_DIMS, default=HOPPER_HEAD_DIMS)
+    parser.add_argument("--head-dims", type=int, nargs="+", choices=SM90A.head_dims(), default=SM90A.head_dims())
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=["bf16"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)

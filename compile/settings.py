@@ -10,7 +10,8 @@ import torch
 
 from lite_attention.compile.torch_internals import holds_unless_unknown
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
-from lite_attention.ops.tiles import ceil_div, quantization_of
+from lite_attention.ops.quantization import quantization_of
+from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.validate import check_threshold
 
 __all__ = ["Site", "SkipSettings", "Threshold"]

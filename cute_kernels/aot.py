@@ -9,79 +9,95 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from tqdm import tqdm
 
 from lite_attention.cute_kernels.cache import LIBRARY_NAME, publish
-from lite_attention.cute_kernels.config import KEY_CHUNK, VALUE_BLOCK, Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import DTYPES, KEY_CHUNK, VALUE_BLOCK, Config, KernelConfig, QuantizeConfig
+from lite_attention.ops.quantization import NONE, QUANTIZATIONS, Quantization
 from lite_attention.ops.quantize import QUERY_ROWS
-from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, QUANTIZATIONS, tile_shape
+from lite_attention.ops.targets import TARGETS, Target
 
 __all__ = ["compile_library", "kernel_configs"]
 
 
 def kernel_configs(
-    head_dims: Iterable[int] = HOPPER_HEAD_DIMS, dtypes: Iterable[str] = ("bf16", "fp16"), *, all_variants: bool = False
+    head_dims: Iterable[int] | None = None,
+    dtypes: Iterable[str] = tuple(DTYPES),
+    *,
+    all_variants: bool = False,
+    targets: Iterable[Target] = tuple(TARGETS.values()),
 ) -> list[Config]:
     """Return the kernels worth having, or all variants: with and without state, key mask and quantization.
 
     Args:
-        head_dims: of the table in `lite_attention.ops.tiles`.
+        head_dims: of the tables in `lite_attention.ops.targets`; None = all.
         dtypes: "bf16" and "fp16".
         all_variants: also initial masks and must_do ranges, in all combinations.
+        targets: what to compile for.
     """
-    flags = (False, True)
-    extras = [(i, d) for i in flags for d in flags] if all_variants else [(False, False)]
     configs: list[Config] = []
-    for head_dim, dtype, quantization in itertools.product(head_dims, dtypes, QUANTIZATIONS):
-        try:
-            tile_m, tile_n = tile_shape(head_dim, None, "cuda", quantization)
-        except ValueError:  # not for this head dim
-            continue
-        sizes = (dtype, head_dim, tile_m, tile_n)
-        if quantization != "none":
-            configs.append(QuantizeConfig("quantize_query", dtype, head_dim, QUERY_ROWS))
-        for key_mask in flags:
-            if quantization == "none":
-                configs.append(KernelConfig(*sizes, skip=False, key_mask=key_mask))
-            else:
-                configs.append(QuantizeConfig("key_sums", dtype, head_dim, KEY_CHUNK, key_mask))
-                configs.append(QuantizeConfig("quantize_key", dtype, head_dim, tile_n, key_mask))
-            if quantization == "int8_fp8":
-                configs.append(QuantizeConfig("value_max", dtype, head_dim, KEY_CHUNK, key_mask))
-                configs.append(QuantizeConfig("quantize_value", dtype, head_dim, VALUE_BLOCK, key_mask))
-            for initial_mask, must_do in extras:
-                configs.append(
-                    KernelConfig(
-                        *sizes, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask, quantization=quantization
-                    )
-                )
+    for target, dtype, quantization in itertools.product(targets, dtypes, QUANTIZATIONS.values()):
+        for head_dim in target.head_dims(quantization.name):
+            if head_dims is None or head_dim in head_dims:
+                configs += _quantizers(target, dtype, quantization, head_dim)
+                configs += _attention(target, dtype, quantization, head_dim, all_variants)
     return list(dict.fromkeys(configs))  # quantizations share some
 
 
-def compile_library(configs: Sequence[Config], out: pathlib.Path, *, arch: str = "sm_90a") -> pathlib.Path | None:
+def _attention(
+    target: Target, dtype: str, quantization: Quantization, head_dim: int, all_variants: bool
+) -> Iterator[Config]:
+    """What attends, without a state only where nothing is quantized."""
+    config = KernelConfig(
+        dtype, head_dim, *target.tile_shape(head_dim, quantization.name), quantization=quantization, target=target
+    )
+    flags = (False, True)
+    extras = [(i, d) for i in flags for d in flags] if all_variants else [(False, False)]
+    for key_mask in flags:
+        if quantization == NONE:
+            yield replace(config, skip=False, key_mask=key_mask)
+        for initial_mask, must_do in extras:
+            yield replace(config, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask)
+
+
+def _quantizers(target: Target, dtype: str, quantization: Quantization, head_dim: int) -> Iterator[Config]:
+    """What makes queries, keys and values ready for it."""
+    _, tile_n = target.tile_shape(head_dim, quantization.name)
+    needed = []
+    if quantization.scores is not None:
+        yield QuantizeConfig("quantize_query", dtype, head_dim, QUERY_ROWS, target=target)
+        needed += [("key_sums", KEY_CHUNK), ("quantize_key", tile_n)]
+    if quantization.values is not None:
+        needed += [("value_max", KEY_CHUNK), ("quantize_value", VALUE_BLOCK)]
+    for (op, rows), key_mask in itertools.product(needed, (False, True)):
+        yield QuantizeConfig(op, dtype, head_dim, rows, key_mask, target)
+
+
+def compile_library(configs: Sequence[Config], out: pathlib.Path) -> pathlib.Path | None:
     """Compile kernels into a folder, and link them where a C compiler and a CUDA toolkit are present.
 
     Args:
-        configs: what to compile; a GPU is not needed.
+        configs: what to compile; a GPU is not needed. One library may hold kernels for several architectures.
         out: the folder, made if it is not there.
-        arch: "sm_90a" is the only one.
 
     Returns:
         The library, or None if only the objects could be made.
 
     Raises:
-        ValueError: another architecture.
         ImportError: the CuTe DSL is not installed.
     """
-    if arch != "sm_90a":
-        raise ValueError(f"arch: expected 'sm_90a', got {arch!r}")
     try:
         from lite_attention.cute_kernels.build import compile_kernel
     except ImportError as error:
         raise ImportError(f"the CuTe DSL is not installed ({error}): pip install 'lite-attention[cu13]'") from error
     out.mkdir(parents=True, exist_ok=True)
     objects = []
-    for config in configs:
+    progress = tqdm(configs, desc="compiling", unit="kernel")  # on stderr
+    for config in progress:
+        progress.set_postfix_str(config.name)
         path = out / f"{config.name}.o"
         publish(compile_kernel(config), path, config)
         objects.append(path)

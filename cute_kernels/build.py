@@ -1,10 +1,11 @@
-"""Compiling a kernel for sm_90a. Needs the DSL, but neither a GPU nor a driver.
+"""Compiling a kernel for its target. Needs the DSL, but neither a GPU nor a driver.
 
 Sizes are symbolic: one compile serves every batch, length and number of heads.
 """
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any
 
 import cutlass
@@ -12,8 +13,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from lite_attention.cute_kernels.config import Config, KernelConfig, Masks, QuantizeConfig, Scales, State
-from lite_attention.cute_kernels.forward_sm90 import DTYPES, SkipAttentionForward
+from lite_attention.cute_kernels.config import DTYPES, Config, KernelConfig, Masks, QuantizeConfig, Scales, State
+from lite_attention.cute_kernels.ptx import TYPES
 from lite_attention.cute_kernels.quantizers import ChannelReduce, Quantize, QuantizeValue
 
 __all__ = ["compile_kernel"]
@@ -45,8 +46,8 @@ def _vectors(dtype: Any, *shape: Any) -> Any:
 
 def _attention_arguments(config: KernelConfig) -> list[Any]:
     batch, seq_q, seq_k, heads, kv_heads = (cute.sym_int() for _ in range(5))
-    dtype: Any = getattr(cutlass, DTYPES[config.dtype])
-    qk_dtype = cutlass.Int8 if config.int8 else dtype
+    dtype: Any = TYPES[DTYPES[config.dtype]]
+    quantization = config.quantization
     state, masks, scales = State(), Masks(), Scales()
     if config.skip:
         skip_mask = _table(Int32, *(cute.sym_int() for _ in range(5)))
@@ -58,19 +59,19 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
         state = State(skip_mask, control, threshold, initial_mask, must_do)
     if config.key_mask:
         masks = Masks(_table(Int32, batch, 2, cute.sym_int()), _table(Int32, batch, cute.sym_int()))
-    if config.int8:
+    if quantization.scores is not None:
         of_q, of_k = (batch, heads, cute.sym_int()), (batch, kv_heads, cute.sym_int())
         scales = Scales(
             _table(Float32, *of_q), _table(Float32, *of_q), _table(Float32, *of_k), _table(Float32, *of_k),
             _table(Float32, batch, heads, seq_q),
-            _table(Float32, batch, kv_heads, config.head_dim) if config.fp8 else None,
+            _table(Float32, batch, kv_heads, config.head_dim) if quantization.values is not None else None,
         )  # fmt: skip
     v = _vectors(dtype, batch, seq_k, kv_heads, config.head_dim)
-    if config.fp8:
+    if quantization.values is not None:
         v = _vectors(cutlass.Uint8, batch, kv_heads, config.head_dim, cute.sym_int())  # e4m3 as bytes
     return [
-        _vectors(qk_dtype, batch, seq_q, heads, config.head_dim),
-        _vectors(qk_dtype, batch, seq_k, kv_heads, config.head_dim),
+        _vectors(TYPES[config.score_dtype], batch, seq_q, heads, config.head_dim),
+        _vectors(TYPES[config.score_dtype], batch, seq_k, kv_heads, config.head_dim),
         v,
         _vectors(dtype, batch, seq_q, heads, config.head_dim),
         _table(Float32, batch, heads, seq_q), *state, *masks, *scales, Float32(1.0), Int32(1),
@@ -79,7 +80,7 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
 
 def _quantize_arguments(config: QuantizeConfig) -> list[Any]:
     batch, seq, heads, groups = (cute.sym_int() for _ in range(4))
-    x = _vectors(getattr(cutlass, DTYPES[config.dtype]), batch, seq, heads, config.head_dim)
+    x = _vectors(TYPES[DTYPES[config.dtype]], batch, seq, heads, config.head_dim)
     key_mask = _table(cutlass.Uint8, cute.sym_int(), seq) if config.key_mask else None
     if config.op in ("key_sums", "value_max"):
         return [x, key_mask, _table(Float32, batch, heads, groups, config.head_dim)]
@@ -102,12 +103,13 @@ def compile_kernel(config: Config, *, options: str = "") -> Any:
     """
     kernel: Any
     if isinstance(config, KernelConfig):
-        kernel, arguments = SkipAttentionForward(config), _attention_arguments(config)
+        kernel = pkgutil.resolve_name(config.target.kernel)(config)
+        arguments = _attention_arguments(config)
     else:
         kernel, arguments = _QUANTIZERS[config.op](config), _quantize_arguments(config)
     return cute.compile(
         kernel,
         *arguments,
         make_fake_stream(use_tvm_ffi_env_stream=True),  # torch's current stream at the time of a call
-        options=f"--gpu-arch sm_90a --enable-tvm-ffi {options}".strip(),
+        options=f"--gpu-arch {config.target.name} --enable-tvm-ffi {options}".strip(),
     )

@@ -1,19 +1,24 @@
-"""What is fixed when a kernel is built; for attention, also its budget of registers and shared memory."""
+"""What is fixed when a kernel is built."""
 
 from __future__ import annotations
 
+import functools
+import pkgutil
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lite_attention.ops.quantize import FP8_KEYS
-from lite_attention.ops.tiles import check_quantization
+import torch
+
+from lite_attention.ops.quantization import NONE, Quantization
+from lite_attention.ops.targets import DTYPE_NAMES, SM90A, Target
 
 __all__ = [
+    "DTYPES",
     "KEY_BITS_PAD",
     "KEY_CHUNK",
     "MAX_TILES",
     "MAX_WORDS",
-    "PROMOTED_KEYS",
+    "REDUCE_DEPTH",
     "VALUE_BLOCK",
     "Config",
     "KernelConfig",
@@ -27,15 +32,10 @@ MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, 
 MAX_WORDS = MAX_TILES // 32
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
 KEY_CHUNK = 256  # keys that one thread block adds up for their mean, or whose largest values it finds
-PROMOTED_KEYS = 1536  # that FP8 products sum up before the sum goes on in float32
+REDUCE_DEPTH = 8  # rows that a thread of `ChannelReduce` has on their way
 VALUE_BLOCK = 128  # keys whose values one thread block transposes
 
-_REGISTERS_PER_SM = 65536
-_SHARED_BYTES = 227 * 1024
-_WARPGROUP = 128
-# Registers of a consumer thread that hold neither scores, output nor weights: addresses, maxima, sums, pipeline state.
-_OTHER_REGISTERS = 28
-_CONSUMER_REGISTERS = {2: 240, 3: 160}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,19 @@ class KernelConfig:
     """One compiled attention kernel. Everything that is not here is read at run time.
 
     Args:
-        dtype: "bf16" or "fp16", of the output, and of what is not quantised.
+        dtype: "bf16" or "fp16", of the output, and of what is not quantized.
         head_dim: of queries, keys and values.
-        tile_m: query rows of a CTA, 64 for each consumer warpgroup.
+        tile_m: query rows of a CTA.
         tile_n: keys of a tile.
         skip: read and write the skip state; False is dense attention without state.
         initial_mask: a fresh step starts from an initial mask.
         must_do: some tiles are always visited.
         key_mask: some keys are excluded.
-        quantization: "none", "int8" for queries and keys in 8 bits with their scales, or "int8_fp8" for values too.
+        quantization: what scores and products with values are computed from.
+        target: what it is compiled for.
+
+    Raises:
+        ValueError: it does not fit the target, or tile_n the quantization.
     """
 
     dtype: str
@@ -62,98 +66,41 @@ class KernelConfig:
     initial_mask: bool = False
     must_do: bool = False
     key_mask: bool = False
-    quantization: str = "none"
+    quantization: Quantization = NONE
+    target: Target = SM90A
 
     def __post_init__(self) -> None:
-        check_quantization(self.quantization)
-        if self.fp8 and self.tile_n % FP8_KEYS:
-            raise ValueError(f"tile_n: expected a multiple of {FP8_KEYS} for {self.quantization!r}, got {self.tile_n}")
-        if self.registers_needed > self.consumer_registers or self.shared_bytes > _SHARED_BYTES:
+        multiple = self.quantization.key_multiple
+        if self.tile_n % multiple:
             raise ValueError(
-                f"{self}: {self.registers_needed} of {self.consumer_registers} registers a thread, "
-                f"{self.shared_bytes} of {_SHARED_BYTES} bytes of shared memory"
+                f"tile_n: expected a multiple of {multiple} for {self.quantization.name!r}, got {self.tile_n}"
             )
+        self.budget.check()
+
+    @functools.cached_property
+    def budget(self) -> Any:
+        """What it takes of a multiprocessor; a class of the target's."""
+        return pkgutil.resolve_name(self.target.budget)(self)
 
     @property
-    def int8(self) -> bool:
-        """Whether queries and keys are quantised."""
-        return self.quantization != "none"
+    def score_dtype(self) -> torch.dtype:
+        """Of queries and keys."""
+        return self.quantization.scores or DTYPES[self.dtype]
 
     @property
-    def fp8(self) -> bool:
-        """Whether values are quantised, and so weights."""
-        return self.quantization == "int8_fp8"
-
-    @property
-    def value_columns(self) -> int:
-        """Columns of the product with V. In FP8 it has eight more, of ones, whose products are sums of weights."""
-        return self.head_dim + 8 * self.fp8
-
-    @property
-    def groups(self) -> int:
-        """Consumer warpgroups."""
-        return self.tile_m // 64
-
-    @property
-    def consumers(self) -> int:
-        """Consumer threads."""
-        return _WARPGROUP * self.groups
-
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA: one producer warpgroup and the consumers."""
-        return _WARPGROUP * (1 + self.groups)
-
-    @property
-    def consumer_registers(self) -> int:
-        """Registers of a consumer thread, after the producer has given up its share."""
-        return _CONSUMER_REGISTERS[self.groups]
-
-    @property
-    def producer_registers(self) -> int:
-        """Registers of a producer thread: what consumers leave of those of the launch, which are multiples of 8."""
-        at_launch = _REGISTERS_PER_SM // self.threads // 8 * 8 * self.threads
-        return (at_launch - self.consumers * self.consumer_registers) // _WARPGROUP // 8 * 8
-
-    @property
-    def registers_needed(self) -> int:
-        """Scores and output in 32 bits, weights in 16 or 8, and the rest."""
-        weights = self.tile_n // (8 if self.fp8 else 4)
-        return self.tile_n // 2 + self.value_columns // 2 + weights + _OTHER_REGISTERS
-
-    @property
-    def promoted_sums(self) -> int:
-        """Float32 sums in shared memory. FP8 products cut what they add off 13 bits below the largest, so over a long
-        row most would be lost: every PROMOTED_KEYS keys the output goes on in these sums.
-        """
-        return self.tile_m * self.head_dim if self.fp8 else 0
-
-    @property
-    def stages(self) -> int:
-        """Depth of the rings of K and V tiles: three where shared memory allows it."""
-        return 3 if self._shared_bytes(3) <= _SHARED_BYTES else 2
-
-    @property
-    def shared_bytes(self) -> int:
-        """Q, the rings of K and V, promoted sums, what three jobs visit (bits) and keep (bytes), and padding."""
-        return self._shared_bytes(self.stages)
-
-    def _shared_bytes(self, stages: int) -> int:
-        walk = (3 + self.key_mask) * 4 * MAX_WORDS + 3 * MAX_TILES
-        qk, v = 1 if self.int8 else 2, 1 if self.fp8 else 2  # bytes of an element
-        ring = stages * self.tile_n * (qk * self.head_dim + v * self.value_columns)
-        return qk * self.head_dim * self.tile_m + ring + 4 * self.promoted_sums + walk + 2 * 1024
+    def value_dtype(self) -> torch.dtype:
+        """Of weights and values."""
+        return self.quantization.values or DTYPES[self.dtype]
 
     @property
     def name(self) -> str:
         """Name of the exported function."""
-        flags = "".join(
-            letter for letter, on in (("i", self.initial_mask), ("d", self.must_do), ("k", self.key_mask)) if on
-        )
         kind = "skip" if self.skip else "dense"
         parts = [kind, self.dtype, f"d{self.head_dim}", f"{self.tile_m}x{self.tile_n}"]
-        parts += [self.quantization] if self.int8 else []
-        return "_".join(["lite_attention", *parts, *([flags] if flags else [])])
+        parts += [] if self.quantization == NONE else [self.quantization.name]
+        options = (("i", self.initial_mask), ("d", self.must_do), ("k", self.key_mask))
+        flags = "".join(letter for letter, on in options if on)
+        return "_".join(["lite_attention", self.target.symbol, *parts, *([flags] if flags else [])])
 
 
 @dataclass(frozen=True)
@@ -166,6 +113,10 @@ class QuantizeConfig:
         head_dim: of queries, keys and values.
         rows: that share a scale; otherwise those of one thread block.
         key_mask: some keys are excluded.
+        target: what it is compiled for.
+
+    Raises:
+        ValueError: threads cannot share out rows of this width, or so many of them.
     """
 
     op: str
@@ -173,11 +124,29 @@ class QuantizeConfig:
     head_dim: int
     rows: int
     key_mask: bool = False
+    target: Target = SM90A
+
+    def __post_init__(self) -> None:
+        least = 32 if self.op == "quantize_value" else 8  # channels of a warp, and of a thread
+        if self.head_dim not in (8 << i for i in range(5)) or self.head_dim < least:
+            raise ValueError(
+                f"head_dim: expected a power of two from {least} to 128 for {self.op}, got {self.head_dim}"
+            )
+        if self.rows < 1 or self.rows % self.rows_at_once:
+            raise ValueError(f"rows: expected a multiple of {self.rows_at_once} for {self.op}, got {self.rows}")
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that the threads which share them have on their way together."""
+        if self.op == "quantize_value":
+            return VALUE_BLOCK
+        rows = (32 if self.op == "quantize_query" else 128) // (self.head_dim // 8)  # a thread has 8 channels
+        return rows * REDUCE_DEPTH if self.op in ("key_sums", "value_max") else rows
 
     @property
     def name(self) -> str:
         """Name of the exported function."""
-        name = f"lite_attention_{self.op}_{self.dtype}_d{self.head_dim}_{self.rows}"
+        name = f"lite_attention_{self.target.symbol}_{self.op}_{self.dtype}_d{self.head_dim}_{self.rows}"
         return f"{name}_k" if self.key_mask else name
 
 

@@ -18,9 +18,9 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint8, Uint32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig, Masks, Scales, State
+from lite_attention.cute_kernels.config import DTYPES, MAX_TILES, MAX_WORDS, KernelConfig, Masks, Scales, State
 from lite_attention.cute_kernels.mainloop_sm90 import Mainloop, Pipes, Tiles
-from lite_attention.cute_kernels.ptx import uniform_float
+from lite_attention.cute_kernels.ptx import TYPES, uniform_float
 from lite_attention.cute_kernels.tile_iterator import TileIterator
 from lite_attention.cute_kernels.tile_scheduler import (
     BATCH,
@@ -37,7 +37,6 @@ from lite_attention.cute_kernels.tile_scheduler import (
 from lite_attention.ops import control as c
 from lite_attention.ops.quantize import FP8_KEYS, QUERY_ROWS
 
-DTYPES = {"bf16": "BFloat16", "fp16": "Float16"}
 _E4M3_ONE = 0x38
 _SLOT, _FRESH, _DENSE = range(3)  # of what shared memory holds about the call
 
@@ -56,15 +55,16 @@ class SkipAttentionForward:
     """Builds one kernel; called through `cute.compile`."""
 
     def __init__(self, config: KernelConfig) -> None:
-        self.config = config
-        self.dtype = getattr(cutlass, DTYPES[config.dtype])
-        self.qk_dtype, self.score_dtype = (cutlass.Int8, Int32) if config.int8 else (self.dtype, Float32)
+        self.config, self.budget = config, config.budget
+        self.int8, self.fp8 = config.quantization.scores is not None, config.quantization.values is not None
+        self.dtype, self.qk_dtype = TYPES[DTYPES[config.dtype]], TYPES[config.score_dtype]
+        self.score_dtype = Int32 if self.int8 else Float32
         self.tile_m, self.tile_n, self.head_dim = config.tile_m, config.tile_n, config.head_dim
         # A tile of V, and where tiles are in the whole. FP8 products want keys innermost.
         self.v_dtype, self.v_tile, self.v_tiles = self.dtype, (self.tile_n, self.head_dim), (None, 0)
-        if config.fp8:
+        if self.fp8:
             self.v_dtype, self.v_tile, self.v_tiles = cutlass.Float8E4M3FN, (self.head_dim, self.tile_n), (0, None)
-        self.stages, self.groups = config.stages, config.groups
+        self.stages, self.groups = self.budget.stages, self.budget.groups
         self.scheduler = TileScheduler(config)
         self.tile_iterator = TileIterator(config)
         self.mainloop = Mainloop(config)
@@ -80,14 +80,14 @@ class SkipAttentionForward:
         pv_mma = cute.make_tiled_mma(cute.make_mma_atom(self.pv_op()), (self.groups, 1, 1))
         # (B, S, H, D) as torch has it, to (S, D, H, B) as TMA tiles it; FP8 values (B, H, D, S) to (D, S, H, B).
         q, k, out = [cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in (q, k, out)]
-        v_modes = [2, 3, 1, 0] if self.config.fp8 else [1, 3, 2, 0]
+        v_modes = [2, 3, 1, 0] if self.fp8 else [1, 3, 2, 0]
         v = cute.make_tensor(cute.recast_ptr(v.iterator, dtype=self.v_dtype), cute.select(v.layout, mode=v_modes))
         q_layout = self.layout(self.qk_dtype, self.tile_m, self.head_dim)
         k_layout = self.layout(self.qk_dtype, self.tile_n, self.head_dim, self.stages)
-        ones = self.config.value_columns - self.head_dim
+        ones = self.budget.value_columns - self.head_dim
         v_layout = self.layout(self.v_dtype, self.v_tile[0] + ones, self.v_tile[1], self.stages)
         one_k, one_v = (cute.select(layout, mode=[0, 1]) for layout in (k_layout, v_layout))
-        if const_expr(self.config.fp8):
+        if const_expr(self.fp8):
             one_v = cute.composition(one_v, self.v_tile)  # less the ones
         load = cpasync.CopyBulkTensorTileG2SOp()
         q_tma = cpasync.make_tiled_tma_atom(load, q, q_layout, (self.tile_m, self.head_dim))
@@ -114,7 +114,7 @@ class SkipAttentionForward:
             partial: cute.struct.MemRange[Uint32, MAX_WORDS if self.config.key_mask else 1]
             k_scales: cute.struct.MemRange[Float32, self.stages]
             k_norms: cute.struct.MemRange[Float32, self.stages]
-            sums: cute.struct.Align[cute.struct.MemRange[Float32, max(1, self.config.promoted_sums)], 16]
+            sums: cute.struct.Align[cute.struct.MemRange[Float32, max(1, self.budget.promoted_sums)], 16]
             q: q_buffer
             k: k_buffer
             v: v_buffer
@@ -127,7 +127,7 @@ class SkipAttentionForward:
             v_layout,
         ).launch(
             grid=[cutlass.min(jobs, processors), 1, 1],
-            block=[self.config.threads, 1, 1],
+            block=[self.budget.threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )  # fmt: skip
@@ -159,14 +159,14 @@ class SkipAttentionForward:
         of_tiles = (storage.entries, storage.k_scales, storage.k_norms)
         tiles = Tiles(*[x.get_tensor(cute.make_layout(self.stages)) for x in of_tiles])
         partial = storage.partial.get_tensor(cute.make_layout(MAX_WORDS if self.config.key_mask else 1))
-        sums = storage.sums.get_tensor(cute.make_layout(max(1, self.config.promoted_sums)))
+        sums = storage.sums.get_tensor(cute.make_layout(max(1, self.budget.promoted_sums)))
         pipes = Pipes(
             self.pipe(1, self.q_bytes, storage.q_bars),
             self.pipe(self.stages, self.k_bytes, storage.k_bars),
             self.pipe(self.stages, self.v_bytes, storage.v_bars),
         )
         cute.arch.mbarrier_init_fence()
-        if const_expr(self.config.fp8):
+        if const_expr(self.fp8):
             self.fill_ones(sv, thread)
 
         if const_expr(self.config.skip):
@@ -182,22 +182,22 @@ class SkipAttentionForward:
             for ring in cutlass.range_constexpr(RING):
                 if thread == 0:
                     jobs.words[ring, DONE] = Int32(0)
-                for tile in cutlass.range(thread, words * 32, self.config.threads, unroll=1):
+                for tile in cutlass.range(thread, words * 32, self.budget.threads, unroll=1):
                     jobs.kept[ring, tile] = Uint8(0)
         cute.arch.sync_threads()
         sv_loaded = sv
-        if const_expr(self.config.fp8):
+        if const_expr(self.fp8):
             sv_loaded = cute.composition(sv, (*self.v_tile, self.stages))
 
         if warp < 4:
-            cute.arch.setmaxregister_decrease(self.config.producer_registers)
+            cute.arch.setmaxregister_decrease(self.budget.producer_registers)
             if warp == 0:
                 self.produce(
                     q_atom, gq, sq, k_atom, gk, sk, v_atom, gv, sv_loaded, pipes, skip, masks, scales, jobs, tiles,
                     partial, scale,
                 )  # fmt: skip
         else:
-            cute.arch.setmaxregister_increase(self.config.consumer_registers)
+            cute.arch.setmaxregister_increase(self.budget.consumer_registers)
             self.consume(
                 qk_mma, pv_mma, sq, sk, sv, pipes, gout, lse, skip, masks, scales, jobs, tiles, sums, scale,
                 gq.shape[0], gk.shape[0],
@@ -206,7 +206,7 @@ class SkipAttentionForward:
     def qk_op(self):
         """One product of queries and keys, 32 bytes of a row at a time."""
         major = OperandMajorMode.K
-        if self.config.int8:
+        if self.int8:
             shape = (64, self.tile_n, 32)
             return warpgroup.MmaI8Op(
                 cutlass.Int8, cutlass.Int8, Int32, shape, warpgroup.OperandSource.SMEM, major, major
@@ -217,8 +217,8 @@ class SkipAttentionForward:
     def pv_op(self):
         """One product of weights and values, 16 keys at a time, or 32 in FP8."""
         source, major_k, major_mn = warpgroup.OperandSource.RMEM, OperandMajorMode.K, OperandMajorMode.MN
-        if self.config.fp8:
-            shape = (64, self.config.value_columns, FP8_KEYS)
+        if self.fp8:
+            shape = (64, self.budget.value_columns, FP8_KEYS)
             return warpgroup.MmaF8Op(self.v_dtype, self.v_dtype, Float32, shape, source, major_k, major_k)
         shape = (64, self.head_dim, 16)
         return warpgroup.MmaF16BF16Op(self.dtype, Float32, shape, source, major_k, major_mn)
@@ -232,7 +232,7 @@ class SkipAttentionForward:
     def fill_ones(self, sv, thread):
         """Write the columns of V, rows in shared memory, that sum up the weights. TMA leaves them alone."""
         ones = cute.recast_tensor(sv, Uint8)
-        for i in cutlass.range(thread, 8 * self.tile_n * self.stages, self.config.threads, unroll=1):
+        for i in cutlass.range(thread, 8 * self.tile_n * self.stages, self.budget.threads, unroll=1):
             ones[self.head_dim + i % 8, i // 8 % self.tile_n, i // 8 // self.tile_n] = Uint8(_E4M3_ONE)
         cute.arch.fence_proxy("async.shared", space="cta")
 
@@ -314,13 +314,13 @@ class SkipAttentionForward:
                     bit = 31 - Int32(cute.arch.clz(word))
                     word = word & ~(Uint32(1) << Uint32(bit))
                     j, stage = at * 32 + bit, state.index
-                    if const_expr(self.config.int8):
+                    if const_expr(self.int8):
                         # On their way while the ring is full.
                         tile_scale, tile_norm = scales.k[batch, kv_head, j], scales.k_norms[batch, kv_head, j]
                     k_pipe.sync_object_empty.wait(stage, state.phase)
                     if lane == 0:
                         tiles.entries[stage] = self.tile_iterator.entry(partial, j, seq_k)
-                        if const_expr(self.config.int8):
+                        if const_expr(self.int8):
                             tiles.scales[stage] = tile_scale
                             tiles.norms[stage] = tile_norm
                     cute.arch.sync_warp()
@@ -362,20 +362,20 @@ class SkipAttentionForward:
         group = cute.arch.make_warp_uniform(worker // 128)
         group_start = cute.make_layout(self.groups, stride=128)(group)
         qk_part, pv_part = qk_mma.get_slice(group_start), pv_mma.get_slice(group_start)
-        if const_expr(not self.config.fp8):
+        if const_expr(not self.fp8):
             sv = cute.make_tensor(sv.iterator, cute.select(sv.layout, mode=[1, 0, 2]))
         rq = qk_mma.make_fragment_A(qk_part.partition_A(sq))
         rk = qk_mma.make_fragment_B(qk_part.partition_B(sk))
         rv = pv_mma.make_fragment_B(pv_part.partition_B(sv))
         scores = cute.make_rmem_tensor(qk_mma.partition_shape_C((self.tile_m, self.tile_n)), self.score_dtype)
-        each = 4 if self.config.fp8 else 2  # weights in a register
+        each = 4 if self.fp8 else 2  # weights in a register
         weights_layout = cute.make_layout(
             ((each, 2, 2), 1, self.tile_n // (8 * each)), stride=((1, each, 2 * each), 0, 4 * each)
         )
         p = cute.make_rmem_tensor(weights_layout, self.v_dtype)
-        out = cute.make_rmem_tensor(pv_mma.partition_shape_C((self.tile_m, self.config.value_columns)), Float32)
-        if const_expr(self.config.fp8):  # four at a time, so that threads next to each other are in memory too
-            layout = cute.make_layout((4, self.config.head_dim // 8), stride=(1, 4 * self.config.consumers))
+        out = cute.make_rmem_tensor(pv_mma.partition_shape_C((self.tile_m, self.budget.value_columns)), Float32)
+        if const_expr(self.fp8):  # four at a time, so that threads next to each other are in memory too
+            layout = cute.make_layout((4, self.config.head_dim // 8), stride=(1, 4 * self.budget.consumers))
             sums = cute.make_tensor(sums.iterator + 4 * worker, layout)
         top, shift, total = [cute.make_rmem_tensor(2, Float32) for _ in range(3)]
         if group == self.groups - 1:  # the first turn is the first warpgroup's
@@ -392,7 +392,7 @@ class SkipAttentionForward:
             limit, norm = Float32(0.0), Float32(0.0)
             if const_expr(self.config.skip):
                 limit = jobs.reach[ring]
-            if const_expr(self.config.int8):
+            if const_expr(self.int8):
                 rows = cutlass.min(first_row // QUERY_ROWS, scales.q.shape[2] - 1)
                 scale = uniform_float(scales.q[jobs.words[ring, BATCH], jobs.words[ring, HEAD], rows])
                 norm = uniform_float(scales.q_norms[jobs.words[ring, BATCH], jobs.words[ring, HEAD], rows])
@@ -403,7 +403,7 @@ class SkipAttentionForward:
             )  # fmt: skip
             q_state.advance()
             q_tile, head, batch = jobs.words[ring, Q_TILE], jobs.words[ring, HEAD], jobs.words[ring, BATCH]
-            if const_expr(self.config.fp8):
+            if const_expr(self.fp8):
                 if count > 0:  # or else it is 0, whatever the scales
                     kv_head = head // (gout.shape[2] // scales.v.shape[1])
                     self.mainloop.scale_channels(out, scales.v[batch, kv_head, None])

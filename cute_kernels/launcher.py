@@ -21,8 +21,10 @@ from lite_attention.cute_kernels.config import (
 )
 from lite_attention.ops.allocate import empty_output, empty_quantized, empty_quantized_value
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
+from lite_attention.ops.quantization import QUANTIZATIONS, Quantization, check_quantization
 from lite_attention.ops.quantize import LARGEST_FP8, QUERY_ROWS, zero_excluded
-from lite_attention.ops.tiles import HOPPER_HEAD_DIMS, QUANTIZATIONS, allowed_in_tiles, ceil_div, tile_shape
+from lite_attention.ops.targets import DTYPE_NAMES, TARGETS, target_of
+from lite_attention.ops.tiles import allowed_in_tiles, ceil_div
 from lite_attention.ops.units import LOG2_E
 from lite_attention.ops.validate import (
     CallSignature,
@@ -48,7 +50,6 @@ __all__ = [
     "unsupported_reason",
 ]
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
 
@@ -62,13 +63,14 @@ def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device
         dtype: of all three.
         device: a CUDA device; its capability is read.
     """
-    if dtype not in _DTYPES:
-        return f"the Hopper kernel computes in bfloat16 and float16, got {dtype}"
-    if value_dim != head_dim or head_dim not in HOPPER_HEAD_DIMS:
-        return f"the Hopper kernel has head dims {HOPPER_HEAD_DIMS}, values alike, got {head_dim} and {value_dim}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"the kernel needs compute capability 9.0 (H100, H200), got {major}.{minor}"
+    target = target_of(device)
+    reason = target.unsupported_reason(head_dim, value_dim, dtype)
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in target.capabilities:
+        served = ", ".join(f"{major}.{minor} ({t.title})" for t in TARGETS.values() for major, minor in t.capabilities)
+        return f"there are kernels for compute capability {served}, got {capability[0]}.{capability[1]}"
     if library() is None and not has_compiler():
         driver = "cu13" if (torch.version.cuda or "13").startswith("13") else "cu12"
         return f"the CuTe DSL is not installed: pip install 'lite-attention[{driver}]'"
@@ -122,7 +124,7 @@ class _Plan(NamedTuple):
     lse_shape: tuple[int, int, int]
     scale: float
     tile_n: int
-    quantization: str
+    quantization: Quantization
     processors: int
 
 
@@ -137,18 +139,20 @@ def _plan(
 ) -> _Plan:
     batch, seq_q, heads, head_dim = q.shape
     _check_supported(op, head_dim, v.shape[3], q.dtype, q.device)
-    tile_m, tile_n = tile_shape(head_dim, q.dtype, q.device, quantization)
+    target, kind = target_of(q.device), check_quantization(quantization)
+    tile_m, tile_n = target.tile_shape(head_dim, quantization)
+    config = KernelConfig(DTYPE_NAMES[q.dtype], head_dim, tile_m, tile_n, quantization=kind, target=target, **variant)
     if ceil_div(k.shape[1], tile_n) > MAX_TILES:
         raise ValueError(f"seq_len of k: expected at most {MAX_TILES * tile_n}, got {k.shape[1]}")
     if batch * heads * ceil_div(seq_q, tile_m) > _MAX_JOBS:
         raise ValueError(f"q: expected at most {_MAX_JOBS} tiles of {tile_m} rows in all, got {tuple(q.shape)}")
     return _Plan(
-        get_kernel(KernelConfig(_DTYPES[q.dtype], head_dim, tile_m, tile_n, quantization=quantization, **variant)),
+        get_kernel(config),
         tuple(_reads(x.stride) for x in (q, k, v)),
         (batch, heads, seq_q),
         head_dim**-0.5 if scale is None else scale,
         tile_n,
-        quantization,
+        kind,
         _processors(q.device),
     )
 
@@ -158,7 +162,7 @@ def _skip_plan(call: CallSignature, quantization: str) -> _Plan:
     """Check a call and plan it; a call like one before costs a look-up."""
     check_call(call)
     (q, k, v, *_), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = split_signature(call)
-    expected = tile_shape(q.shape[3], q.dtype, q.device, quantization)
+    expected = target_of(q.device).tile_shape(q.shape[3], quantization)
     if (tile_m, tile_n) != expected:
         raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
     return _plan(
@@ -189,16 +193,16 @@ def _launch(
     lse = q.new_empty(plan.lse_shape, dtype=torch.float32)
     q, k, v = (_readable(x, reads) for x, reads in zip((q, k, v), plan.readable, strict=True))
     scales = Scales()
-    if plan.quantization != "none":
+    if plan.quantization.scores is not None:
         mean = _key_mean(k, key_mask)
         q, q_scales, q_norms, lse_shift = _quantize_query(q, mean, plan.scale)
         k, k_scales, k_norms = _quantize_key(k, mean, key_mask, plan.tile_n)
         v_scales: torch.Tensor | None = None
-        if plan.quantization == "int8_fp8":
+        if plan.quantization.values is not None:
             v, v_scales = _quantize_value(v, key_mask)
             v = v.view(torch.uint8)
-        elif key_mask is not None:
-            v = zero_excluded(v, key_mask)  # weights made from bits are tiny there, not 0
+        elif plan.quantization.weighs_excluded:
+            v = zero_excluded(v, key_mask)
         scales = Scales(q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales)
     _run(
         plan.kernel, out.device, q, k, v, out, lse, *state, *masks, *scales, plan.scale * LOG2_E, plan.processors,
@@ -308,12 +312,14 @@ def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torc
 def _check_quantizable(op: str, x: torch.Tensor) -> list[int]:
     """Return the keys of a tile, by quantization, if there are kernels for queries, keys or values like these."""
     _check_supported(op, x.shape[3], x.shape[3], x.dtype, x.device)
-    tiles = [tile_shape(x.shape[3], x.dtype, x.device, quantization)[1] for quantization in QUANTIZATIONS[1:]]
+    names = [name for name, quantization in QUANTIZATIONS.items() if quantization.scores is not None]
+    tiles = [target_of(x.device).tile_shape(x.shape[3], name)[1] for name in names]
     return list(dict.fromkeys(tiles))
 
 
 def _quantizer(op: str, x: torch.Tensor, rows: int, key_mask: torch.Tensor | None = None) -> Kernel:
-    return get_kernel(QuantizeConfig(op, _DTYPES[x.dtype], x.shape[3], rows, key_mask is not None))
+    target = target_of(x.device)
+    return get_kernel(QuantizeConfig(op, DTYPE_NAMES[x.dtype], x.shape[3], rows, key_mask is not None, target))
 
 
 def _bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:

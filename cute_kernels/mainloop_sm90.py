@@ -15,7 +15,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from lite_attention.cute_kernels.config import PROMOTED_KEYS, KernelConfig
+from lite_attention.cute_kernels.budget_sm90 import PROMOTED_KEYS
+from lite_attention.cute_kernels.config import KernelConfig
 from lite_attention.cute_kernels.ptx import column, element, max_nan, pack_bf16, pack_fp16, quad_sum
 from lite_attention.cute_kernels.softmax import OnlineSoftmax
 from lite_attention.cute_kernels.tile_iterator import TILE_BITS
@@ -45,7 +46,8 @@ class Mainloop:
     """What consumer warpgroups do between the barriers of a job."""
 
     def __init__(self, config: KernelConfig) -> None:
-        self.config = config
+        self.config, self.budget = config, config.budget
+        self.int8, self.fp8 = config.quantization.scores is not None, config.quantization.values is not None
         self.pack = _PACKS[config.dtype]
         self.softmax = OnlineSoftmax(config, self.pack)
         self.promoted_tiles = PROMOTED_KEYS // config.tile_n
@@ -113,7 +115,7 @@ class Mainloop:
     def of_tile(self, scale: Float32, norm: Float32, tiles: Tiles, stage):
         """What makes log2 units of the scores of a tile, and what none exceeds then; of use for integers."""
         unit, bound = scale, norm
-        if const_expr(self.config.int8):
+        if const_expr(self.int8):
             unit, bound = max_nan(scale * tiles.scales[stage], _LEAST_UNIT), norm * tiles.norms[stage]
         return unit, bound
 
@@ -125,7 +127,7 @@ class Mainloop:
     @cute.jit
     def pass_turn(self, group):
         """Named barrier 2 + g opens for warpgroup g when the 128 threads of the one before it have arrived."""
-        cute.arch.barrier_arrive(barrier_id=2 + (group + 1) % self.config.groups, number_of_threads=256)
+        cute.arch.barrier_arrive(barrier_id=2 + (group + 1) % self.budget.groups, number_of_threads=256)
 
     @cute.jit
     def attend(
@@ -143,7 +145,7 @@ class Mainloop:
         shift.fill(-1e30)
         factor.fill(1.0)
         total.fill(0.0)
-        if const_expr(self.config.fp8):
+        if const_expr(self.fp8):
             sums_shift.fill(-1e30)
             zeros = cute.make_rmem_tensor(4, Float32)
             zeros.fill(0.0)
@@ -186,7 +188,7 @@ class Mainloop:
                 warpgroup.wait_group(0)
                 v_pipe.consumer_release(before)
                 self.softmax.convert(scores, words, offset, lowest, slope, clamp)
-                if const_expr(self.config.fp8):
+                if const_expr(self.fp8):
                     self.take_totals(out, total, factor)
                     if n % self.promoted_tiles == 0:
                         self.promote(sums, out, shift, sums_shift, factor)
@@ -204,7 +206,7 @@ class Mainloop:
             self.issue_pv(pv_mma, out, p, rv, state.index)
             warpgroup.wait_group(0)
             v_pipe.consumer_release(state)
-            if const_expr(self.config.fp8):
+            if const_expr(self.fp8):
                 factor.fill(1.0)
                 self.take_totals(out, total, factor)
                 self.take_sums(sums, out, shift, sums_shift)
@@ -227,7 +229,7 @@ class Mainloop:
         """Divide by the sums, and write the output and the log-sum-exp."""
         lane = cute.arch.lane_idx()
         for half in cutlass.range_constexpr(2):
-            row_sum = total[half] if const_expr(self.config.fp8) else quad_sum(total[half])
+            row_sum = total[half] if const_expr(self.fp8) else quad_sum(total[half])
             inverse = cute.arch.rcp_approx(row_sum)
             if row_sum == 0.0:
                 inverse = Float32(0.0)

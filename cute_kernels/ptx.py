@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import cutlass
 import cutlass.cute as cute
+import torch
 from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
+
+TYPES = {
+    torch.bfloat16: cutlass.BFloat16,
+    torch.float16: cutlass.Float16,
+    torch.int8: cutlass.Int8,
+    torch.float8_e4m3fn: cutlass.Float8E4M3FN,
+}
 
 
 def _assembly(result, operands, text, constraints):

@@ -13,14 +13,13 @@ import cutlass.cute as cute
 import cutlass.memory
 from cutlass import Boolean, Float32, Int8, Int32, Uint8, const_expr
 
-from lite_attention.cute_kernels.config import QuantizeConfig
+from lite_attention.cute_kernels.config import REDUCE_DEPTH, QuantizeConfig
 from lite_attention.cute_kernels.ptx import add_squares, max_nan, pack_e4m3, round_to_int8
 from lite_attention.ops.quantize import LARGEST_FP8, LARGEST_INT8
 from lite_attention.ops.units import LOG2_E
 
 _THREADS = 128
 _VECTOR = 8  # elements of 16 bytes
-_DEPTH = 8  # rows that a thread of `ChannelReduce` has on their way
 _KEYS = 16  # that change places among themselves
 _LARGEST, _LARGEST_FP8 = float(LARGEST_INT8), float(LARGEST_FP8)
 
@@ -73,15 +72,15 @@ class ChannelReduce(_Rows):
         lane, place = thread % self.lanes, thread // self.lanes
         layout = cute.make_layout((self.step, self.head_dim), stride=(self.head_dim, 1))
         shared = cutlass.memory.SmemAllocator().allocate_tensor(Float32, layout, 16)
-        keys = cute.make_rmem_tensor(cute.make_layout((_DEPTH, _VECTOR), stride=(_VECTOR, 1)), k.element_type)
+        keys = cute.make_rmem_tensor(cute.make_layout((REDUCE_DEPTH, _VECTOR), stride=(_VECTOR, 1)), k.element_type)
         total = cute.make_rmem_tensor(_VECTOR, Float32)
         total.fill(0.0)
-        for at in cutlass.range(0, self.rows, _DEPTH * self.step, unroll=1):
+        for at in cutlass.range(0, self.rows, REDUCE_DEPTH * self.step, unroll=1):
             first = chunk * self.rows + at + place
-            for i in cutlass.range_constexpr(_DEPTH):
+            for i in cutlass.range_constexpr(REDUCE_DEPTH):
                 row = cutlass.min(first + i * self.step, k.shape[1] - 1)
                 cute.autovec_copy(self.part(k[batch, row, head, None], lane), keys[i, None])
-            for i in cutlass.range_constexpr(_DEPTH):
+            for i in cutlass.range_constexpr(REDUCE_DEPTH):
                 row = cutlass.min(first + i * self.step, k.shape[1] - 1)
                 if (first + i * self.step < k.shape[1]) & self.allowed(key_mask, batch, row):
                     for e in cutlass.range_constexpr(_VECTOR):

@@ -55,15 +55,15 @@ class OnlineSoftmax:
     """
 
     def __init__(self, config: KernelConfig, pack: Callable[..., Int32]) -> None:
+        self.int8 = config.quantization.scores is not None
+        self.fp8 = config.quantization.values is not None
         self.columns = config.tile_n // 4  # of one row in one thread
-        self.output_columns = config.value_columns // 4
-        self.words = self.columns // 2 if config.fp8 else self.columns  # registers of weights
-        self.pack = pack_e4m3 if config.fp8 else pack
+        self.output_columns = config.budget.value_columns // 4
+        self.words = self.columns // 2 if self.fp8 else self.columns  # registers of weights
+        self.pack = pack_e4m3 if self.fp8 else pack
         self.dtype = config.dtype
         self.vote = config.skip
-        self.int8 = config.int8
-        self.fp8 = config.fp8
-        self.first, self.most = (FP8_TOP, FP8_RESCALE_ABOVE) if config.fp8 else (0.0, RESCALE_ABOVE)
+        self.first, self.most = (FP8_TOP, FP8_RESCALE_ABOVE) if self.fp8 else (0.0, RESCALE_ABOVE)
 
     @cute.jit
     def prepare(self, x, unit: Float32, partial: Boolean, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):

@@ -51,7 +51,7 @@ class TileScheduler:
             cutlass.max(cutlass.min(step, threshold.shape[1] - 1), 0),
             cutlass.min(head, threshold.shape[2] - 1),
         ]
-        reach = limit if const_expr(self.config.int8) else limit / scale
+        reach = limit if const_expr(self.config.quantization.scores is not None) else limit / scale
         if limit == -Float32.inf:
             reach = Float32.nan  # compares false
         return reach

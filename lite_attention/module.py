@@ -18,7 +18,7 @@ from lite_attention.ops import (
     tile_shape,
 )
 from lite_attention.ops.control import FLAG_DENSE
-from lite_attention.ops.tiles import quantization_of
+from lite_attention.ops.quantization import quantization_of
 from lite_attention.ops.validate import check_inputs, check_threshold
 
 __all__ = ["LiteAttention"]

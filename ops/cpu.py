@@ -15,7 +15,8 @@ from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.ops.control import Call, read_control, write_control
 from lite_attention.ops.dequantize import dequantized, rounded_weights
-from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, check_quantization, visit_order
+from lite_attention.ops.quantization import check_quantization
+from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, visit_order
 from lite_attention.ops.units import LOG2_E
 from lite_attention.ops.validate import call_signature, check_call
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from lite_attention.ops.allocate import empty_output, empty_quantized, empty_quantized_value
+from lite_attention.ops.quantization import check_quantization
 from lite_attention.ops.quantize import QUERY_ROWS
-from lite_attention.ops.tiles import check_quantization
 from lite_attention.ops.validate import check_inputs, check_keys, check_quantize_key, check_queries, check_values
 
 __all__ = [

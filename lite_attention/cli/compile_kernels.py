@@ -1,4 +1,4 @@
-"""The command `compile-kernels`: Hopper kernels ahead of time, on any machine that has the CuTe DSL."""
+"""The command `compile-kernels`: kernels ahead of time, on any machine that has the CuTe DSL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lite_attention.ops.tiles import HOPPER_HEAD_DIMS
+from lite_attention.ops.targets import DTYPE_NAMES, TARGETS
 
 __all__ = ["add_parser", "main"]
 
@@ -15,15 +15,17 @@ def add_parser(commands: Any) -> None:
     """Add the command to what `argparse.ArgumentParser.add_subparsers` returned."""
     parser = commands.add_parser(
         "compile-kernels",
-        help="compile the Hopper kernels ahead of time; no GPU is needed",
+        help="compile the kernels ahead of time; no GPU is needed",
         description="Writes an object file for each kernel, and, where a C compiler and a CUDA 13 toolkit are present, "
         "one library. Set LITE_ATTENTION_KERNELS to the folder where the kernels run: no compiler is needed there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--arch", default="sm_90a", help="sm_90a is the only one")
+    parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=TARGETS, help="one library is for all")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=list(HOPPER_HEAD_DIMS), choices=HOPPER_HEAD_DIMS)
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16"], choices=["bf16", "fp16"])
+    head_dims = sorted({head_dim for target in TARGETS.values() for head_dim in target.head_dims()})
+    dtypes = list(DTYPE_NAMES.values())
+    parser.add_argument("--head-dims", type=int, nargs="+", default=head_dims, choices=head_dims)
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes)
     parser.add_argument("--all-variants", action="store_true", help="also initial masks and must_do ranges")
     parser.set_defaults(command=main)
 
@@ -32,8 +34,9 @@ def main(args: argparse.Namespace) -> int:
     """Compile what the command line asks for, and return the exit status."""
     from lite_attention.cute_kernels.aot import compile_library, kernel_configs
 
-    configs = kernel_configs(args.head_dims, args.dtypes, all_variants=args.all_variants)
-    library = compile_library(configs, args.out, arch=args.arch)
+    targets = [TARGETS[name] for name in args.arch]
+    configs = kernel_configs(args.head_dims, args.dtypes, all_variants=args.all_variants, targets=targets)
+    library = compile_library(configs, args.out)
     print(f"{len(configs)} kernels in {args.out}")
     if library is None:
         print("not linked: that needs cc, a CUDA 13 toolkit (CUDA_HOME) and the cu13 flavour of the CuTe DSL")

@@ -14,7 +14,7 @@ import lite_attention
 from lite_attention import masks, token_order
 from lite_attention.compile import settings
 from lite_attention.inspection import named_states
-from lite_attention.ops.tiles import quantization_of
+from lite_attention.ops.quantization import quantization_of
 from lite_attention.token_order import block_of, tile3d_order, tile3d_rank
 from tests.support import diffusers_models as dm
 from tests.support.diffusers_models import TILE, Case, run, silent_report, skipped_by_site

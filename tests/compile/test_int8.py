@@ -15,7 +15,7 @@ from lite_attention.compile import make_skip_aware, skip_states
 from lite_attention.compile.settings import Site, SkipSettings
 from lite_attention.compile.store import StateStore
 from lite_attention.ops import Session
-from lite_attention.ops.tiles import QUANTIZATIONS
+from lite_attention.ops.quantization import QUANTIZATIONS
 from tests.support.diffusers_models import silent_report
 from tests.support.toys import (
     TILE,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lite_attention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
-from lite_attention.ops.tiles import QUANTIZATIONS
+from lite_attention.ops.quantization import QUANTIZATIONS
 from tests.support.gpu_cases import DENSE, KERNEL, Case, check_step, make_case, processors
 
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))

@@ -1,6 +1,6 @@
-"""Every kernel compiles for sm_90a without a GPU, keeps its registers, and uses the tensor cores as it should.
+"""Every kernel compiles for its target without a GPU, keeps its registers, and uses the tensor cores as it should.
 
-A change that spills, or makes ptxas serialise the asynchronous products, would cost half the speed and no test of
+A change that spills, or makes ptxas serialize the asynchronous products, would cost half the speed and no test of
 numbers would see it.
 """
 
@@ -20,11 +20,13 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
+from lite_attention.ops.quantization import QUANTIZATIONS
+from lite_attention.ops.targets import SM90A
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kernels")]  # compiled once, not once a worker
 
 BF16 = kernel_configs(dtypes=("bf16",))
-FP16 = kernel_configs((64, 128), ("fp16",), all_variants=True)
+FP16 = kernel_configs(SM90A.head_dims("int8"), ("fp16",), all_variants=True)
 CONFIGS = [c for c in BF16 if isinstance(c, KernelConfig) and (c.skip or not c.key_mask or c.head_dim == 128)]
 CONFIGS += [c for c in FP16 if isinstance(c, KernelConfig) and c.initial_mask and c.must_do]
 QUANTIZERS = [c for c in BF16 + FP16 if isinstance(c, QuantizeConfig)]
@@ -84,9 +86,9 @@ def test_build(config: KernelConfig, builds: Builds) -> None:
     code = checked_code(config, builds)
     # First scores, then scores and values in the loop, then the last values.
     floats, eights, integers = 2 * (config.tile_n // 16), 0, 0
-    if config.fp8:
+    if config.quantization.values is not None:
         floats, eights = 0, 2 * (config.tile_n // 32)
-    if config.int8:
+    if config.quantization.scores is not None:
         integers = 2 * (config.head_dim // 32)
         assert not re.search(r"\bI2FP?\.F32\.S32\b", code), "scores are converted, a quarter as fast as anything else"
     else:
@@ -118,6 +120,6 @@ def test_a_budget_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="shared memory"):
         KernelConfig("bf16", 256, 128, 80)
     with pytest.raises(ValueError, match="registers"):
-        KernelConfig("bf16", 128, 192, 128, quantization="int8_fp8")
+        KernelConfig("bf16", 128, 192, 128, quantization=QUANTIZATIONS["int8_fp8"])
     with pytest.raises(ValueError, match="multiple of 32"):
-        KernelConfig("bf16", 128, 192, 80, quantization="int8_fp8")
+        KernelConfig("bf16", 128, 192, 80, quantization=QUANTIZATIONS["int8_fp8"])

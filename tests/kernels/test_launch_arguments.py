@@ -14,8 +14,9 @@ from cutlass import Numeric
 
 from lite_attention.cute_kernels import build, launcher
 from lite_attention.cute_kernels.config import Config, KernelConfig
-from lite_attention.ops import SkipState, tile_shape
-from lite_attention.ops.tiles import QUANTIZATIONS
+from lite_attention.ops import SkipState
+from lite_attention.ops.quantization import QUANTIZATIONS
+from lite_attention.ops.targets import SM90A
 
 DTYPES = {
     "BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32, "Int32": torch.int32,
@@ -55,7 +56,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Config, tup
     monkeypatch.setattr(launcher, "_run", run)
     monkeypatch.setattr(launcher, "_check_supported", lambda *_: None)
     monkeypatch.setattr(launcher, "_processors", lambda _: 132)
-    monkeypatch.setattr(launcher, "tile_shape", lambda dim, dtype, _, kind="none": tile_shape(dim, dtype, "cuda", kind))
+    monkeypatch.setattr(launcher, "target_of", lambda _: SM90A)
     launcher._skip_plan.cache_clear()
     yield ran
     launcher._skip_plan.cache_clear()
@@ -67,7 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Config, tup
 def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, launches: list[Any]) -> None:
     q, k, v = (torch.randn(2, seq, heads, 129, dtype=torch.bfloat16) for seq, heads in ((70, 6), (333, 3), (333, 3)))
     q, k, v = (x[..., 1:] if unaligned else x[..., 1:].contiguous() for x in (q, k, v))
-    tile_m, tile_n = tile_shape(128, q.dtype, "cuda", quantization)
+    tile_m, tile_n = SM90A.tile_shape(128, quantization)
     state = SkipState.for_inputs(q, k, tile_m=tile_m, tile_n=tile_n)
     mask = torch.ones(1, 333, dtype=torch.bool) if key_mask else None
     out, lse = launcher.skip_attention_forward(
@@ -90,7 +91,7 @@ def test_int8_gets_values_without_those_of_excluded_keys(quantization: str, laun
     q = torch.randn(2, 100, 2, 128, dtype=torch.bfloat16)
     mask = torch.arange(100).expand(2, -1) % 3 > 0
     v = torch.where(mask[..., None, None], 1.0, 3e38).expand_as(q).to(q.dtype)
-    tile_m, tile_n = tile_shape(128, q.dtype, "cuda", quantization)
+    tile_m, tile_n = SM90A.tile_shape(128, quantization)
     state = SkipState.for_inputs(q, q, tile_m=tile_m, tile_n=tile_n)
     launcher.skip_attention_forward(
         q, q, v.contiguous(), state.skip_mask, state.control, state.threshold, None, None, mask, scale=None,
