@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lite_attention.ops import SkipState, tile_shape
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
-from lite_attention.ops.tiles import QUANTIZATIONS, ceil_div, diagonal_tile, visit_order
+from lite_attention.ops.quantization import QUANTIZATIONS
+from lite_attention.ops.tiles import ceil_div, diagonal_tile, visit_order
 
 
 @pytest.mark.parametrize(
