@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lite_attention.compile.provenance import value_of, written_between
-from lite_attention.compile.torch_internals import is_op, op_name
+from lite_attention.compile.provenance import name_of, value_of, written_between
 
 __all__ = [
     "ATTENTION_OPS",
@@ -98,12 +97,7 @@ def _called(node: object, *names: str) -> bool:
     """Return whether a node calls a function or method of one of these names, in dynamo's graph or in export's."""
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return False
-    target = node.target
-    if is_op(target):
-        name = op_name(target).removeprefix("aten::")
-    else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name in names
+    return name_of(node) in names
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

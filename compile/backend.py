@@ -20,9 +20,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import Site, SkipSettings
-from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
+from lite_attention.compile.sites import GraphSite, Names, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.store import Resolved, StateStore
 from lite_attention.compile.swap import swap_site
+from lite_attention.compile.torch_internals import is_held_by_module, running_module
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
@@ -79,8 +80,9 @@ class LiteAttentionBackend:
         options: dict[str, Any] | None = None,
     ) -> _Compiled:
         """Compile a graph of dynamo; called by torch.compile."""
-        found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter)
-        nested = sites_in_subgraphs(gm)
+        names = Names(self.store.model)
+        found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter, names)
+        nested = sites_in_subgraphs(gm, names)
         runtime = _runtime_sites(gm, found, nested)
         sites = [site.site for site in runtime]
         self.sites += sites
@@ -135,7 +137,8 @@ class LiteAttentionBackend:
             return pairs, [buffer for _, state in pairs for buffer in state.present_buffers()]
 
         def run(*args: Any) -> Any:
-            key = (graph, *[id(args[i]) for i in owner_inputs], *[read(args) for read in readers])
+            owners = [id(args[i]) for i in owner_inputs] or [id(running_module())]
+            key = (graph, *owners, *[read(args) for read in readers])
             extra = self.store.resolved(key, lambda: resolve(args))
             if not self._warned:
                 layer = 0 if first_parameter is None else id(args[first_parameter])
@@ -190,7 +193,8 @@ class _RuntimeSite:
         return cls(site, [inputs[node] for node in owners if node in inputs], fixed, key, sizes)
 
     def owners(self, args: Sequence[Any]) -> list[object]:
-        return [*(args[i] for i in self.owner_inputs), *self.fixed_owners]
+        owners = [*(args[i] for i in self.owner_inputs), *self.fixed_owners]
+        return owners or [running_module()]
 
 
 def _runtime_sites(gm: fx.GraphModule, found: list[GraphSite], nested: list[Site]) -> list[_RuntimeSite]:
@@ -199,7 +203,7 @@ def _runtime_sites(gm: fx.GraphModule, found: list[GraphSite], nested: list[Site
     runtime = []
     for graph_site in found:
         site, owners = graph_site.site, tuple(graph_site.owners)
-        if not owners:
+        if not owners and not site.swapped:
             nested.append(site)
             continue
         shape = (*site.q_shape[:2], site.k_shape[1]) if site.swapped else ()
@@ -245,11 +249,6 @@ def _first_parameter(gm: fx.GraphModule) -> int | None:
     return next((i for i, node in enumerate(inputs) if _is_parameter(node)), None)
 
 
-def _source_name(node: fx.Node) -> str:
-    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
-    return str(name() if callable(name) else name)
-
-
 def _is_parameter(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return isinstance(_attribute(node), torch.nn.Parameter)
@@ -259,7 +258,7 @@ def _is_parameter(node: fx.Node) -> bool:
 def _is_weight(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return isinstance(_attribute(node), torch.Tensor)
-    return _is_parameter(node) or (node.op == "placeholder" and "_buffers" in _source_name(node))
+    return _is_parameter(node) or (node.op == "placeholder" and is_held_by_module(node))
 
 
 def _clone(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

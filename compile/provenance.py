@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from lite_attention.compile.torch_internals import is_op, storage_key, written_arguments
+from lite_attention.compile.torch_internals import is_op, op_name, storage_key, written_arguments
 
-__all__ = ["Provenance", "value_of", "written_between"]
+__all__ = ["Provenance", "name_of", "value_of", "written_between"]
 
 _MAX_OWNERS = 8
 
@@ -28,6 +28,28 @@ def value_of(node: fx.Node) -> object:
 def _storage(node: fx.Node) -> int | None:
     value = value_of(node)
     return storage_key(value) if isinstance(value, torch.Tensor) else None
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls, in dynamo's graph or in export's."""
+    target = node.target
+    if is_op(target):
+        return op_name(target).removeprefix("aten::")
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+_LAYERS = ("linear", "conv1d", "conv2d", "conv3d")  # tokens first, then weights
+
+
+def _is_product(name: str) -> bool:
+    return name in ("matmul", "einsum", *_LAYERS) or name.endswith("mm")
+
+
+def _is_weight_by_use(node: fx.Node) -> bool:
+    """Return whether all uses are as a layer's weight or bias, as in a functional call of a module."""
+    return bool(node.users) and all(
+        name_of(user) in _LAYERS and node is not next(iter(user.all_input_nodes)) for user in node.users
+    )
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
@@ -80,7 +102,7 @@ class Provenance:
         is_parameter: Callable[[fx.Node], bool],
     ) -> None:
         self._is_attention = is_attention
-        self._is_weight = is_weight
+        self._is_weight = lambda node: is_weight(node) or _is_weight_by_use(node)
         self._is_parameter = is_parameter
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._writers: dict[int, list[fx.Node]] = defaultdict(list)
@@ -91,6 +113,7 @@ class Provenance:
                     self._writers[storage].append(node)
 
     def _parents(self, node: fx.Node, before: int) -> list[fx.Node]:
+        """Return what a node depends on when the node at position `before` runs."""
         if self._is_attention(node):
             return []
         storage = _storage(node)
@@ -120,16 +143,43 @@ class Provenance:
         is_input = node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() > 0
         return self._is_attention(node) or (is_input and not self._is_weight(node))
 
-    def _has_origin_outside(self, node: fx.Node, other: set[fx.Node], site: fx.Node) -> bool:
-        reached = self._walk([node], self._position[site], lambda n: n in other or self._is_origin(n))
-        return any(n not in other and self._is_origin(n) for n in reached)
+    def _is_projection(self, node: fx.Node) -> bool:
+        """Return whether a node multiplies tokens with a matrix of weights: what makes queries and keys of them."""
+        if not (_is_product(name_of(node)) or (is_op(node.target) and "::" in name_of(node))):  # or an op of others
+            return False
+        return any(self._is_matrix_of_weights(operand) for operand in node.all_input_nodes)
+
+    def _is_matrix_of_weights(self, node: fx.Node) -> bool:
+        made_of = self._walk([node], self._position[node], lambda _: False)
+        weights = (value_of(n) for n in made_of if self._is_weight(n))
+        is_matrix = any(isinstance(weight, torch.Tensor) and weight.dim() > 1 for weight in weights)
+        return is_matrix and not any(map(self._is_origin, made_of))
+
+    def _origins_outside(self, node: fx.Node, other: set[fx.Node], site: fx.Node) -> tuple[bool, bool]:
+        """Return whether the node has origins that are not among the others: projected ones, and ready-made ones."""
+
+        def reached(stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
+            walked = self._walk([node], self._position[site], lambda n: n in other or self._is_origin(n) or stop(n))
+            return {n for n in walked if n not in other and self._is_origin(n)}
+
+        ready = reached(self._is_projection)
+        return bool(reached(lambda _: False) - ready), bool(ready)
 
     def is_self_attention(self, q: fx.Node, k: fx.Node, site: fx.Node) -> bool | None:
-        """Return whether q and k have the same origins; None if they reach the graph from outside, ready-made."""
+        """Return whether q and k are made of the same tokens; None without evidence.
+
+        Tokens are told apart before they are projected. What reaches the graph behind its projection, ready-made, may
+        be of any tokens: a graph break lies between, as hooks on the projections cause. Weights that only scale, as
+        those of norms, say nothing.
+        """
         of_q, of_k = self.ancestors(q, site), self.ancestors(k, site)
-        if not any(map(self._is_weight, of_q | of_k)) and not any(map(self._is_attention, of_q | of_k)):
+        projected_q, ready_q = self._origins_outside(q, of_k, site)
+        projected_k, ready_k = self._origins_outside(k, of_q, site)
+        if projected_q and projected_k:
+            return False
+        if ready_q or ready_k or not any(map(self._is_origin, of_q | of_k)):
             return None
-        return not (self._has_origin_outside(q, of_k, site) or self._has_origin_outside(k, of_q, site))
+        return not (projected_q or projected_k)
 
     def owners(self, qkv: Iterable[fx.Node], site: fx.Node) -> list[fx.Node]:
         """Return the nearest parameters that feed q, k and v, or, if none does, those that the output meets first.

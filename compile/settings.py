@@ -24,7 +24,7 @@ class Site:
     `select` gets it to decide, `report` prints it.
     """
 
-    name: str  # path of the module that calls attention, relative to what was compiled
+    name: str  # path of the module that calls attention, in the model; relative to what was compiled if that is unknown
     class_name: str  # of that module
     ordinal: int  # among the sites of its graph
     q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim
@@ -36,6 +36,7 @@ class Site:
     reason: str | None = None  # why it does not skip; None = swapped
     fits_dense_kernel: bool = False  # the settings ask for `lite_attention::attention`, and it computes this call
     tile_shape: tuple[int, int] | None = None  # (tile_m, tile_n) of its state; None before that is born
+    owner_paths: tuple[str, ...] = ()  # of the parameters that tell its layer, where its graph was compiled, as `name`
 
     @property
     def swapped(self) -> bool:

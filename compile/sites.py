@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lite_attention.compile.attention_calls import AttentionCall, find_attention_calls, is_our_attention, is_sdpa
 from lite_attention.compile.provenance import Provenance, value_of
 from lite_attention.compile.settings import Site, SkipSettings
-from lite_attention.compile.torch_internals import holds_for_all_sizes
+from lite_attention.compile.torch_internals import (
+    example_of,
+    holds_for_all_sizes,
+    holds_unless_unknown,
+    input_path,
+    module_ids,
+    module_text,
+    running_module,
+)
 from lite_attention.ops.tiles import ceil_div
 
-__all__ = ["GraphSite", "find_sites", "module_path", "sites_in_subgraphs"]
+__all__ = ["GraphSite", "Names", "find_sites", "sites_in_subgraphs"]
 
 _log = logging.getLogger("lite_attention")
 
@@ -46,17 +53,25 @@ class GraphSite:
         return GraphSite(self.site, moved, [*map(copy, self.owners)])
 
 
-def module_path(node: fx.Node) -> tuple[str, str]:
-    """Return the path of the innermost module around a node, relative to the compiled one, and its class name."""
-    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "", ""
-    path, cls = list(stack.values())[-1]
-    path = re.sub(r"\.__dict__\['_modules'\]|\._modules(?=\[)", "", path)
-    path = re.sub(r"\['(\w+)'\]|\[(\d+)\]", lambda m: "." + (m[1] or m[2]), path)
-    path = re.sub(r"^L\.\w+\.?|^G\.\w+\.?", "", path)
-    class_name = cls if isinstance(cls, str) else cls.__name__
-    return path, class_name.rpartition(".")[2]
+class Names:
+    """What the modules and parameters of a graph are called: in the model, or, if that is not known, from the frame."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        modules = {} if model is None else dict(model.named_modules())
+        self._modules = {id(module): (path, type(module).__name__) for path, module in modules.items()}
+        self._parameters = {} if model is None else {id(p): path for path, p in model.named_parameters()}
+
+    def of_caller(self, node: fx.Node) -> tuple[str, str]:
+        """Return the path and class name of the innermost module around a node."""
+        running = running_module() if self._modules else None  # a frame that a graph break made is within no module
+        for module in (*module_ids(node), id(running)):
+            if module in self._modules:
+                return self._modules[module]
+        return module_text(node)
+
+    def of_owner(self, node: fx.Node) -> str:
+        """Return the path of a parameter."""
+        return self._parameters.get(id(example_of(node))) or input_path(node)
 
 
 def _tensor(node: fx.Node) -> torch.Tensor | None:
@@ -70,8 +85,8 @@ def _permuted_shape(node: fx.Node, permutation: tuple[int, ...]) -> tuple[Any, .
     return tuple(shape[i] for i in permutation) if len(shape) == 4 else shape
 
 
-def _describe(call: AttentionCall, ordinal: int) -> Site:
-    path, class_name = module_path(call.node)
+def _describe(call: AttentionCall, ordinal: int, names: Names) -> Site:
+    path, class_name = names.of_caller(call.node)
     value = _tensor(call.node)  # not q: autocast and attention written by hand may cast on the way
     return Site(
         path, class_name, ordinal, _permuted_shape(call.q, call.q_permutation),
@@ -137,14 +152,21 @@ def is_key_mask(mask: torch.Tensor, site: Site) -> bool:
     return fits and (_same(batch, 1) or _same(batch, site.q_shape[0]))
 
 
-def choice_reason(site: Site, settings: SkipSettings) -> str | None:
-    """Return why a site that could be swapped should not be, None if it should."""
+def choice_reason(site: Site, settings: SkipSettings, *, may_guard: bool = True) -> str | None:
+    """Return why a site that could be swapped should not be, None if it should.
+
+    Args:
+        site: as far as decided.
+        settings: what the user wants.
+        may_guard: whether lengths that are symbols may be told apart by what they are now, as dynamo can.
+    """
     chosen = settings.select(site) if settings.select is not None else None
     if chosen is not None:
         return None if chosen else "not selected"
     if site.is_self_attention is False:
         return "cross-attention"
-    if site.is_self_attention is None and not _same(site.q_shape[1], site.k_shape[1]):
+    same = holds_unless_unknown if may_guard else holds_for_all_sizes
+    if site.is_self_attention is None and not same(site.q_shape[1] == site.k_shape[1]):
         return "no evidence of self-attention in the graph, and lengths differ"
     k_tiles = ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1])
     if holds_for_all_sizes(k_tiles < settings.min_tiles):
@@ -159,6 +181,7 @@ def find_sites(
     settings: SkipSettings,
     is_weight: Callable[[fx.Node], bool],
     is_parameter: Callable[[fx.Node], bool] | None = None,
+    names: Names | None = None,
 ) -> list[GraphSite]:
     """Return all attention of a graph, decided.
 
@@ -167,9 +190,10 @@ def find_sites(
         settings: what the user wants.
         is_weight: tells placeholders and attributes that hold parameters or buffers.
         is_parameter: tells those that hold parameters, where a state is found by its owners: a site without any is
-            left alone. None: every site has a key of its own.
+            left alone, if no module is running either. None: every site has a key of its own.
+        names: of the model's modules, where it is known.
     """
-    calls = find_attention_calls(graph)
+    calls, names = find_attention_calls(graph), names or Names()
     outputs = {call.node for call in calls}
     provenance = Provenance(
         graph,
@@ -179,8 +203,10 @@ def find_sites(
     )
     found = []
     for ordinal, call in enumerate(calls):
-        site = _describe(call, ordinal)
+        site = _describe(call, ordinal, names)
         owners = provenance.owners((call.q, call.k, call.v), call.node)
+        owners.sort(key=lambda node: node.op == "get_attr")  # inputs first
+        site.owner_paths = tuple(map(names.of_owner, owners)) if is_parameter else ()
         tensors = [_tensor(node) for node in (call.q, call.k, call.v)]
         mask = None if call.mask is None else _tensor(call.mask)
         out = _tensor(call.node)
@@ -191,25 +217,27 @@ def find_sites(
         if reason is None:
             site.fits_dense_kernel = settings.fits_dense_kernel(site)
             site.is_self_attention = provenance.is_self_attention(call.q, call.k, call.node)
-            reason = settings.unsupported_reason(site) or choice_reason(site, settings)
-        if reason is None and is_parameter is not None and not owners:
-            reason = "owner unknown: no parameter of the model in this graph, a graph break on either side"
+            reason = settings.unsupported_reason(site) or choice_reason(
+                site, settings, may_guard=is_parameter is not None
+            )
+        if reason is None and is_parameter is not None and not owners and running_module() is None:
+            reason = "owner unknown: no parameter in this graph, and no module runs it"
         site.reason = reason
         found.append(GraphSite(site, call, owners))
     return found
 
 
-def sites_in_subgraphs(module: fx.GraphModule) -> list[Site]:
+def sites_in_subgraphs(module: fx.GraphModule, names: Names | None = None) -> list[Site]:
     """Return the attention inside higher-order ops, where a state cannot be reached."""
     users = {node.target: user for node in module.graph.nodes if node.op == "get_attr" for user in node.users}
     found: list[Site] = []
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule):
             for call in find_attention_calls(child.graph):
-                site = _describe(call, len(found))
+                site = _describe(call, len(found), names or Names())
                 site.reason = "inside a nested region" + (f" ({users[name].target})" if name in users else "")
                 found.append(site)
-            found.extend(sites_in_subgraphs(child))
+            found.extend(sites_in_subgraphs(child, names))
     return found
 
 

@@ -42,17 +42,23 @@ class SiteRecord:
             paths[id(parameter)].append(path.removeprefix("_orig_mod."))
         for path, module in model.named_modules(remove_duplicate=False):
             paths[id(module)].append(path.removeprefix("_orig_mod."))
-        known = [(owner(), paths[id(owner())]) for owner in self.owners if id(owner()) in paths]
+        known = [(paths[id(owner())], i) for i, owner in enumerate(self.owners) if id(owner()) in paths]
         # A parameter that layers share does not name the layer: the others come first.
-        for owner, (path, *_) in sorted(known, key=lambda item: len(item[1])):
-            if isinstance(owner, nn.Module):
+        for (path, *_), i in sorted(known, key=lambda item: len(item[0])):
+            if isinstance(self.owners[i](), nn.Module):
                 return path
-            start = f".{path}".find(f".{self.site.name}.")
-            if self.site.name and start >= 0:
-                return path[: start + len(self.site.name)]
-            if not self.site.name:
-                return path.rpartition(".")[0].rpartition(".")[0]
+            if i < len(self.site.owner_paths):
+                return _renamed(self.site.name, self.site.owner_paths[i], path)
         return self.site.name
+
+
+def _renamed(name: str, then: str, now: str) -> str:
+    """Return what a module is called in the layer whose parameter is `now`, from its name in that of `then`."""
+    old, new = then.split("."), now.split(".")
+    while old and new and old[-1] == new[-1]:
+        old.pop(), new.pop()
+    parts = name.split(".") if name else []
+    return ".".join([*new, *parts[len(old) :]]) if parts[: len(old)] == old else name
 
 
 # The sites of one run of a graph with their states, and the states' buffers in the order of the graph's inputs.
@@ -83,6 +89,11 @@ class StateStore:
     def records(self) -> list[SiteRecord]:
         """All sites met so far."""
         return list(self._records.values())
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose paths name the sites."""
+        return None if self._model is None else self._model()
 
     def record(self, owners: Sequence[object], key: tuple[object, ...], site: Site) -> SiteRecord:
         """Return the record of a site, made on first use and dropped when its first owner dies.

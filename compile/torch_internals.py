@@ -5,12 +5,14 @@ Light to import: dynamo, inductor and sympy load with the first call that needs 
 
 from __future__ import annotations
 
+import operator
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -18,12 +20,17 @@ __all__ = [
     "AUTO_FUNCTIONALIZED",
     "FakeTensor",
     "FakeTensorMode",
+    "example_of",
     "fake_mode_of",
     "holds_for_all_sizes",
     "holds_unless_unknown",
+    "input_path",
+    "is_held_by_module",
     "is_op",
     "module_ids",
+    "module_text",
     "op_name",
+    "running_module",
     "storage_key",
     "uncompiled",
     "upper_bound",
@@ -97,14 +104,80 @@ def upper_bound(size: int | torch.SymInt) -> int | None:
 # ---- where dynamo and export found a node --------------------------------------------------------------------------
 
 
-def module_ids(node: fx.Node) -> Iterable[int]:
-    """Return the `id`s of the modules around a node in dynamo's graph, innermost first; nothing in export's."""
+def module_ids(node: fx.Node) -> list[int]:
+    """Return the `id`s of the modules around a node in dynamo's graph, innermost first; none in export's."""
     keys = reversed(node.meta.get("nn_module_stack") or {})
     ids = (str(key).partition("@")[0] for key in keys)  # "@1" and so on for further calls of one module
     return [int(key) for key in ids if key.isdecimal()]
 
 
+def module_text(node: fx.Node) -> tuple[str, str]:
+    """Return the path of the innermost module around a node, as it was reached when traced, and its class name.
+
+    Dynamo writes the way as an expression in Python, such as `L['self']._modules['blocks'].0`. Hooks that replace
+    `forward` make detours through closures and bound methods; these are taken out.
+    """
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "", ""
+    path, cls = [*stack.values()][-1]
+    return _plain_path(path), (cls if isinstance(cls, str) else cls.__name__).rpartition(".")[2]
+
+
+def input_path(node: fx.Node) -> str:
+    """Return the path of an input of dynamo's graph that a module holds, as `module_text` would write it."""
+    source = getattr(node, "_dynamo_source", None)
+    if node.op == "get_attr":  # freezing makes parameters attributes of the graph
+        source = getattr(node.graph.owning_module, "_param_name_to_source", {}).get(node.target)
+    name: Any = getattr(source, "name", "")  # a method in torch 2.11
+    return _plain_path(str(name() if callable(name) else name))
+
+
+def _plain_path(expression: str) -> str:
+    """Return the dotted path in dynamo's expression, relative to the variable that it starts from."""
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", expression)
+    path = re.sub(r"\.forward\b.*?\.__self__\b", "", path)
+    path = re.sub(r"^[LG]\.\w+", "", path)
+    return ".".join(part for part in path.split(".") if part not in ("", "__dict__", *_CONTAINERS))
+
+
+_CONTAINERS = ("_modules", "_parameters", "_buffers")  # of nn.Module
+
+
+def example_of(node: fx.Node) -> object:
+    """Return the tensor that an input of dynamo's graph was traced with, None if it is not known."""
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(node.graph.owning_module)
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
+def is_held_by_module(node: fx.Node) -> bool:
+    """Return whether an input of dynamo's graph is a buffer or any other tensor that a module of the model holds."""
+    from torch._dynamo.source import is_from_unspecialized_nn_module_source
+
+    source = getattr(node, "_dynamo_source", None)
+    return source is not None and is_from_unspecialized_nn_module_source(source)
+
+
 # ---- running modules -----------------------------------------------------------------------------------------------
+
+
+def running_module() -> nn.Module | None:
+    """Return the innermost module that Python is calling in this thread, None outside of all.
+
+    Modules that dynamo has compiled into the frame of another are not seen.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _CALLS and frame.f_code.co_filename == _MODULE_FILE:
+            module = frame.f_locals.get("self")
+            return getattr(module, "_orig_mod", module)
+        frame = frame.f_back
+    return None
+
+
+_CALLS = ("_wrapped_call_impl", "_call_impl")
+_MODULE_FILE = nn.Module._call_impl.__code__.co_filename
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
