@@ -73,7 +73,7 @@ class SkipSettings:
         use_int8: sites that skip compute scores, and so votes, from INT8 queries and keys. On Hopper those in bfloat16
             and float16 with head dims 64 and 128, and others stay dense; on the CPU, for comparison, all.
         use_fp8: with `use_int8`, they multiply weights and values in FP8 (e4m3) too; votes stay the same.
-        implementation: None, or "reference" for the CPU algorithm on any device; of the sites that skip.
+        implementation: None, or "reference" for the CPU kernel on any device; of the sites that skip.
         dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
             `lite_attention::attention` in place of those that it computes exactly.
         allow_positive: accept thresholds above 0.

@@ -47,7 +47,7 @@ class LiteAttention(nn.Module):
         initial_mask: bool (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start.
         persistent_state: save the state in the `state_dict` of a model that holds this module.
         allow_positive: accept thresholds above 0.
-        implementation: None, or "reference" for the CPU algorithm on any device.
+        implementation: None, or "reference" for the CPU kernel on any device.
     """
 
     state: SkipState | None

@@ -39,7 +39,7 @@ REFRESH = 2  # every so many steps starts fresh; 0 = only step 0
 FLAGS = 3
 TICKETS = 4  # scratch of a kernel whose last CTA moves the step; 0 between calls
 JOBS = 5  # scratch of a kernel whose CTAs take work as they become free; 0 between calls
-_HEADER_WORDS = 8
+_HEADER_WORDS = 8  # 6 is for QUERY_START, where a shard's queries stand among the keys; 7 is free
 
 FLAG_AUTO_STEP = 1  # the op moves the step of the slot after each call
 FLAG_DENSE = 2  # skipping is off: visit everything, vote nothing, change nothing

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.quantize import QUERY_ROWS, each_row, key_mean, quantize_key, quantize_query, quantize_value
 
-__all__ = ["dequantized", "rounded_weights"]
+__all__ = ["dequantized", "round_weights_"]
 
 _LARGEST_WEIGHT = 256  # leaves room for weights that grow before the kernel rescales a row
 _POSITIONS_OF_16 = (4, 2, 2)  # t, a, b: undoes the order of keys that `quantize_value` makes
@@ -38,7 +39,7 @@ def dequantized(
     k_values, k_scales, _ = quantize_key(k, mean, key_mask, tile_n=tile_n)
     seen_q = q_values * each_row(q_scales, QUERY_ROWS, q.shape[1])
     seen_k = k_values * each_row(k_scales, tile_n, k.shape[1])
-    seen_v = _dequantized_value(v, key_mask) if quantization == "int8_fp8" else v
+    seen_v = _dequantized_value(v, key_mask) if QUANTIZATIONS[quantization].values is not None else v
     return seen_q, seen_k, seen_v, lse_shift
 
 
@@ -49,6 +50,6 @@ def _dequantized_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.
     return (in_order[..., : v.shape[1]] * scales.unsqueeze(3)).permute(0, 3, 1, 2)
 
 
-def rounded_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Return weights of softmax, the largest of a row 1, as "int8_fp8" rounds them."""
-    return (weights * _LARGEST_WEIGHT).to(torch.float8_e4m3fn).to(weights.dtype) / _LARGEST_WEIGHT
+def round_weights_(weights: torch.Tensor, dtype: torch.dtype) -> None:
+    """Round weights of softmax, the largest of a row 1, in place, to what kernels hold them in."""
+    weights.copy_(weights.mul_(_LARGEST_WEIGHT).to(dtype)).div_(_LARGEST_WEIGHT)

@@ -126,7 +126,7 @@ def skip_attention(
         quantization: "none", "int8": scores, and so votes, from INT8 queries and keys, or "int8_fp8": weights and
             values in FP8 besides, see `lite_attention.ops.quantize`. On Hopper bfloat16 and float16, head dims 64 and
             128; on the CPU, for comparison, all.
-        implementation: None = the one for the device; "reference" = the CPU algorithm on any device.
+        implementation: None = the one for the device; "reference" = the CPU kernel on any device.
 
     Returns:
         out (batch, seq_q, heads, value_dim); with `return_lse` also lse float32 (batch, heads, seq_q), natural log.

@@ -1,4 +1,4 @@
-"""What the ops do not do is refused by name: derivatives of both modes, and `torch.vmap` over a state."""
+"""What surrounds a call: derivatives, and `torch.vmap` over a state, are refused by name; autocast stays outside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["refuse_vmap", "without_derivatives"]
+__all__ = ["refuse_vmap", "without_autocast", "without_derivatives"]
 
 
 def without_derivatives(op: Any, inputs: tuple[str, ...]) -> Callable[..., Any]:
@@ -42,5 +42,19 @@ def refuse_vmap(op: Any) -> Callable[..., Any]:
             f"{name} cannot run under torch.vmap: calls that share a state come one after the other; "
             "make the mapped dimension part of the batch, or use lite_attention.attention, which has no state"
         )
+
+    return kernel
+
+
+def without_autocast(op: Any, key: str) -> Callable[..., Any]:
+    """Return the kernel of an autocast key: the op computes in the dtype that it is given, as outside.
+
+    Otherwise the matmuls of the CPU kernels would be cast, the accumulation too.
+    """
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*args, **kwargs)
 
     return kernel

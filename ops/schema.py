@@ -38,7 +38,7 @@ from lite_attention.ops.fakes import (
     quantize_value_fake,
     skip_attention_fake,
 )
-from lite_attention.ops.guards import refuse_vmap, without_derivatives
+from lite_attention.ops.guards import refuse_vmap, without_autocast, without_derivatives
 from lite_attention.ops.quantize import key_mean, quantize_key, quantize_query, quantize_value
 
 __all__ = ["ATTENTION", "DENSE_SCHEMA", "IMPLEMENTATIONS", "SCHEMA"]
@@ -84,6 +84,8 @@ def _register(
     torch.library.register_fake(f"lite_attention::{name}", fake, lib=_library)
     op = getattr(torch.ops.lite_attention, name).default
     _library.impl(name, without_derivatives(op, inputs), "Autograd")
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _library.impl(name, without_autocast(op, key), key)
     if op._schema.is_mutable:
         _library.impl(name, refuse_vmap(op), "FuncTorchBatched")
     return op

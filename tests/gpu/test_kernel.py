@@ -1,4 +1,4 @@
-"""The Hopper kernel against the CPU algorithm in float64."""
+"""The Hopper kernel against the CPU kernel in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs for the kernel, and its comparison with the CPU algorithm in float64, step by step from the same state."""
+"""Inputs for the kernel, and its comparison with the CPU kernel in float64, step by step from the same state."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Case:
         return dataclasses.replace(self, q=q, k=k, v=v, scale=math.log(2), quantization="none"), lse_shift
 
     def reference(self, state: SkipState, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the CPU algorithm; where inputs are quantised, on what the CUDA ops make of them, weights unrounded."""
+        """Run the CPU kernel; where inputs are quantised, on what the CUDA ops make of them, weights unrounded."""
         if self.quantization == "none":
             return self.call(REFERENCE, state, dtype)
         case, lse_shift = self.dequantized()
@@ -150,7 +150,7 @@ def make_case(
 
 
 def check_step(case: Case) -> float:
-    """Run one step on the kernel and on the CPU algorithm, compare all that it computes, and return the sparsity."""
+    """Run one step on the kernel and on the CPU kernel, compare all that it computes, and return the sparsity."""
     other = copy.deepcopy(case.state)
     before = copy.deepcopy(case.state)
     out, lse = case.call(KERNEL, case.state)

@@ -1,4 +1,4 @@
-"""Derivatives and `torch.func` transforms: an op is right under them, or refuses them by name; never a silent 0."""
+"""Derivatives, `torch.func` transforms, autocast: an op is right under them, or refuses them by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lite_attention.ops import SkipState
 from tests.support.op_cases import clustered_qkv
 
 Q, K, V = clustered_qkv(0, seq_q=24, seq_k=40)
-MEAN = torch.zeros(1, 2, 8)
+MEAN = K.mean(1)
 
 # By op: the call, its differentiable arguments.
 CALLS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
@@ -22,7 +22,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "skip_attention_reference": (lambda q, k, v: _skip(q, k, v, "reference"), (Q, K, V)),
     "attention": (lite_attention.attention, (Q, K, V)),
     "key_mean": (lambda k: torch.ops.lite_attention.key_mean(k, None), (K,)),
-    "quantize_query": (lambda q, mean: torch.ops.lite_attention.quantize_query(q, mean, scale=None)[1], (Q, MEAN)),
+    "quantize_query": (lambda q, mean: torch.ops.lite_attention.quantize_query(q, mean, scale=None)[3], (Q, MEAN)),
     "quantize_key": (lambda k, mean: torch.ops.lite_attention.quantize_key(k, mean, None, tile_n=8)[1], (K, MEAN)),
     "quantize_value": (lambda v: torch.ops.lite_attention.quantize_value(v, None)[1], (V,)),
 }
@@ -104,3 +104,17 @@ def test_vmap_over_a_state_is_refused(name: str, place: int) -> None:
     """Its calls would share one memory."""
     vmap: Callable[..., Any] = lambda f, x: torch.vmap(f)(torch.stack([x, x]))  # noqa: E731
     _assert_refused(vmap, name, place, "cannot run under torch.vmap: calls that share a state")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_stays_outside(name: str) -> None:
+    """Scores and sums of float32 are not rounded to what matmuls are cast to, and votes are those of outside."""
+    call, args = CALLS[name]
+    _state.reset()
+    want, mask = call(*args), _state.skip_mask.clone()
+    _state.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = call(*args)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
+    assert torch.equal(_state.skip_mask, mask)
