@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,10 +24,12 @@ from lite_attention.wiring import disable, enable, parts_of, reset, store_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["AttentionProbe", "CaughtCall", "Output", "Place"]
+__all__ = ["AttentionProbe", "CaughtCall", "Output", "Place", "check_can_be_probed"]
 
 Output = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Place = tuple[str, int, int]  # site, slot, step
+
+_probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that a probe is attached to
 
 
 class CaughtCall(NamedTuple):
@@ -75,6 +79,18 @@ class CaughtCall(NamedTuple):
         write_control(control, self.control, (q.shape[0], q.shape[1], k.shape[1]))
 
 
+def check_can_be_probed(model_or_pipe: Any) -> None:
+    """Raise ValueError for the result of torch.compile, and for a model that is measured already."""
+    for name, model in parts_of(model_or_pipe).items():
+        if hasattr(model, "_orig_mod"):
+            raise ValueError(
+                f"{name}: expected a model before torch.compile, got its result: attention is measured eagerly; "
+                "give the model itself, and use it meanwhile"
+            )
+        if model in _probed:
+            raise ValueError(f"{name}: expected a model that nobody measures, got one with a calibration under way")
+
+
 class AttentionProbe:
     """Catches the skip-aware attention of a model or pipeline until `detach`; the model runs eagerly meanwhile.
 
@@ -87,7 +103,8 @@ class AttentionProbe:
         settings: as for `enable`, for a model that is enabled here.
 
     Raises:
-        ValueError: the result of torch.compile, or settings for a model that has its own.
+        ValueError: the result of torch.compile, a model that is measured already, or settings for one that has its own.
+            The model is as before then.
     """
 
     def __init__(self, model_or_pipe: Any, num_steps: int | None = None, **settings: Any) -> None:
@@ -95,28 +112,21 @@ class AttentionProbe:
         self._models = parts_of(model_or_pipe)
         self._sites: dict[int, tuple[torch.Tensor, str, int]] = {}  # by id of the skip mask, which is kept alive
         self._named: Counter[str] = Counter()  # states by name
-        self._before: dict[nn.Module, Any] = {}  # what ran each module
-        self._undo: list[Callable[[], None]] = []
-        for name, model in self._models.items():
-            if hasattr(model, "_orig_mod"):
-                raise ValueError(
-                    f"{name}: expected a model before torch.compile, got its result: attention is measured eagerly; "
-                    "give the model itself, and use it meanwhile"
-                )
-        enabled = any(store_of(model) for model in self._models.values())
-        by_hand = any(
-            isinstance(module, LiteAttention) for model in self._models.values() for module in model.modules()
-        )
-        if settings and (enabled or by_hand):
+        check_can_be_probed(model_or_pipe)
+        has_its_own = any(store_of(model) or _holds_modules(model) for model in self._models.values())
+        if settings and has_its_own:
             raise ValueError(
                 "settings: expected none for a model that was given to enable() or holds LiteAttention, "
                 f"got {sorted(settings)}"
             )
-        if not enabled and not by_hand:
-            enable(model_or_pipe, compile=False, num_steps=num_steps, **settings)
-            self._undo.append(lambda: disable(model_or_pipe) and None)
-        for model in self._models.values():
-            self._attach(model)
+        with contextlib.ExitStack() as undo:
+            if not has_its_own:
+                enable(model_or_pipe, compile=False, num_steps=num_steps, **settings)
+                undo.callback(disable, model_or_pipe)
+            undo.callback(self.start_fresh)
+            for model in self._models.values():
+                self._attach(model, undo)
+            self._undo = undo.pop_all()  # nothing went wrong
 
     # ---- what subclasses say ---------------------------------------------------------------------------------------
 
@@ -129,18 +139,22 @@ class AttentionProbe:
 
     # ---- attaching -------------------------------------------------------------------------------------------------
 
-    def _attach(self, model: nn.Module) -> None:
+    def _attach(self, model: nn.Module, undo: contextlib.ExitStack) -> None:
         from lite_attention.compile.eager import attach
         from lite_attention.compile.store import StateStore
 
-        for module in model.modules():  # code compiled earlier would run around the probe
-            self._before[module] = module._compiled_call_impl
+        _probed.add(model)
+        undo.callback(_probed.discard, model)
+        before = {module: module._compiled_call_impl for module in model.modules()}
+        undo.callback(_restore_compiled, before)
+        for module in before:  # code compiled earlier would run around the probe
             module._compiled_call_impl = None
         inner: Any = model._call_impl
         own = store_of(model)
         if own is not None:
             store = StateStore(replace(own.settings, threshold=-torch.inf), own.session, model)
-            self._undo += [store.clear, attach(model, store)]
+            undo.callback(store.clear)
+            undo.callback(attach(model, store))
             inner = model._compiled_call_impl
         model._compiled_call_impl = torch.compiler.disable(_Watched(self, inner).run)
 
@@ -154,14 +168,8 @@ class AttentionProbe:
                 reset(model)
 
     def detach(self) -> None:
-        """Leave the model as it was; its skip states start fresh."""
-        for module, before in self._before.items():
-            module._compiled_call_impl = before
-        while self._undo:
-            self._undo.pop()()
-        if self._before:
-            self.start_fresh()
-        self._before.clear()
+        """Leave the model as it was; its skip states start fresh. Further calls do nothing."""
+        self._undo.close()
         self._sites.clear()
         self._named.clear()
 
@@ -203,6 +211,15 @@ class AttentionProbe:
             for name, module in model.named_modules():
                 if isinstance(module, LiteAttention) and module.state is not None:
                     yield prefix + name, module.state.skip_mask
+
+
+def _holds_modules(model: nn.Module) -> bool:
+    return any(isinstance(module, LiteAttention) for module in model.modules())
+
+
+def _restore_compiled(before: dict[nn.Module, Any]) -> None:
+    for module, compiled in before.items():
+        module._compiled_call_impl = compiled
 
 
 class _Watched:

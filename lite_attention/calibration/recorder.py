@@ -2,15 +2,13 @@
 
 Calibrating runs generations in which every attention call returns its dense output, and measures at each call what
 error it would have at each candidate threshold of the step before: votes take effect one step later, on other queries
-and keys than they were cast on. Verifying runs the generations again with the thresholds found, on the sparse
-trajectory.
+and keys than they were cast on.
 """
 
 from __future__ import annotations
 
+import datetime
 import math
-import os
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +17,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lite_attention.calibration.error_report import Curve, ErrorReport, ErrorRow
-from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Output, Place
-from lite_attention.calibration.tile_statistics import METRICS, error_of, error_parts, loss_of, measure_tiles
+from lite_attention._version import __version__
+from lite_attention.calibration import autosave as saved
+from lite_attention.calibration.error_report import Curve
+from lite_attention.calibration.measurement import Measurement, check_target, now
+from lite_attention.calibration.probe import CaughtCall, Output, Place
+from lite_attention.calibration.tile_statistics import error_of, loss_of, measure_tiles
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div
+from lite_attention.registry import ThresholdTable
+from lite_attention.registry.threshold_fit import branches_of, class_name, dtype_name, model_name
 
-__all__ = ["QUERIES", "THRESHOLDS", "Calibration", "Choose", "Recorder", "Verification", "now"]
+__all__ = ["QUERIES", "THRESHOLDS", "Calibration", "Choose", "Recorder"]
 
 # Candidates, log2 units: finer where the error moves fast.
 THRESHOLDS = (
@@ -37,69 +40,12 @@ Choose = Callable[[Place, Curve], torch.Tensor]  # returns the choice of each he
 QUERIES = 2000  # of a head, at least, whose rows of tiles are measured at a call, unless a stride is given
 APART = 4  # errors are of at least a so many-th of these
 HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
+_SAME = 0.05  # by so much of its length may a repeated output be off
 
 _State = tuple[str, int, int]  # site, number of the state among those of that name, slot
 
 
-def now() -> float:
-    """Return the time in seconds, when the device has done what it was given."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class _Measurement(AttentionProbe):
-    """Curves of the calls of a model, and their report."""
-
-    def __init__(
-        self, model_or_pipe: Any, metric: str, bound: float | None, num_steps: int | None, settings: dict[str, Any]
-    ) -> None:
-        if metric not in METRICS:
-            raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
-        self.metric, self.bound, self.num_steps = metric, bound, num_steps
-        self.curves: dict[Place, Curve] = {}
-        super().__init__(model_or_pipe, num_steps, **settings)
-
-    def _check(self, call: CaughtCall) -> None:
-        """Raise ValueError where the step of a call is past the last."""
-        if self.num_steps is not None and call.control.step >= self.num_steps:
-            raise ValueError(
-                f"num_steps: expected at least the steps of a generation, got {self.num_steps}, and this call is "
-                f"{call.where}: begin each generation with lite_attention.reset(model), or give the states num_steps"
-            )
-
-    def _check_finite(self, call: CaughtCall, dense: torch.Tensor) -> None:
-        """Raise FloatingPointError where a dense output [B, Sq, Hq, Dv] is not finite. Waits for the device."""
-        # A sum is one launch, and keeps what is not finite; it may overflow where no value does.
-        if not (math.isfinite(dense.sum(dtype=torch.float32)) or bool(dense.isfinite().all())):
-            raise FloatingPointError(f"{call.where}: attention gives NaN or infinity")
-
-    def _merged(self, call: CaughtCall, curve: Curve) -> Curve:
-        """Return the curve of a call joined with those of earlier prompts."""
-        known = self.curves.get(call.place)
-        if known is None:
-            return curve
-        if known.errors.shape != curve.errors.shape:
-            heads = known.errors.shape[1], curve.errors.shape[1]
-            raise ValueError(f"{call.where}: expected {heads[0]} heads, as in an earlier call, got {heads[1]}")
-        return known.merged(curve, worst=self.bound is not None)
-
-    @property
-    def report(self) -> ErrorReport:
-        """What was measured so far."""
-        rows = []
-        for place, curve in self.curves.items():
-            choice = self._choice(place, curve).unsqueeze(0)
-            error, left_out = (of_choices.gather(0, choice)[0] for of_choices in (curve.errors, curve.left_out))
-            rows.append(ErrorRow(*place, error, left_out / curve.tiles, curve.tiles))
-        return ErrorReport(rows, self.metric, self.bound)
-
-    def _choice(self, place: Place, curve: Curve) -> torch.Tensor:
-        """Return the choice of each head, [heads]."""
-        return torch.zeros(curve.errors.shape[1], dtype=torch.int64)
-
-
-class Recorder(_Measurement):
+class Recorder(Measurement):
     """Records curves on the dense trajectory, and lets `choose` decide what each step votes out.
 
     Args:
@@ -109,6 +55,7 @@ class Recorder(_Measurement):
         bound: with one, the worst of several generations counts; without, their mean.
         lasting: the curves are of one threshold at all steps so far, whatever `choose` leaves out: a tile belongs to
             the least that has dropped it since the fresh step.
+        of: what tells this calibration from others in a saved file, beside the options; None = the model.
     """
 
     def __init__(
@@ -126,6 +73,7 @@ class Recorder(_Measurement):
         queries: int = QUERIES,
         autosave: str | Path | None = None,
         progress: bool = False,
+        of: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         candidates = torch.tensor(thresholds, dtype=torch.float64)
@@ -146,10 +94,17 @@ class Recorder(_Measurement):
         self._measured: Counter[_State] = Counter()  # more than the calls, while what came before a resume is repeated
         self._masks: dict[_State, torch.Tensor] = {}  # words [B, Hq, q_tiles, k_words] of the last one measured
         self._votes: dict[_State, torch.Tensor] = {}  # that it cast
+        self._kinds: dict[_State, list[Any]] = {}  # tile_m, tile_n and quantization
+        self._traces: dict[_State, list[torch.Tensor]] = {}  # some of each dense output, to know it again
         self._slots: dict[str, int] = {}  # of a site's states
+        self._of = None if of is None else dict(of)
+        self._tile_shapes: dict[str, tuple[int, int]] = {}
+        self._dtypes: set[torch.dtype] = set()
+        self._tokens = 0
+        self._branches: tuple[str, ...] = ()
         self.seconds = 0.0  # spent with measuring
-        self._bar = tqdm(total=num_steps, desc="calibrating", unit="step") if progress and num_steps else None
         super().__init__(model_or_pipe, metric, bound, num_steps, settings)
+        self._bar = tqdm(total=num_steps, desc="calibrating", unit="step") if progress and num_steps else None
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 
@@ -159,11 +114,13 @@ class Recorder(_Measurement):
         dense = call.run_stateless()
         state = (call.site, call.ordinal, call.control.slot)
         self._show(state, call.control.step)
+        self._note(call)
         self._calls[state] += 1
         if self._calls[state] > self._measured[state]:
             self._measure(call, state, dense[0])
         else:
             self._check_finite(call, dense[0])
+            self._check_repeated(call, state, dense[0])
         words, (batch, heads, q_tiles, _) = self._masks[state], call.skipped.shape
         if words.shape[:3] != (batch, heads, q_tiles):
             raise ValueError(
@@ -197,9 +154,34 @@ class Recorder(_Measurement):
             votes = torch.minimum(votes, voted)
         # Together, so that an interrupt leaves all or nothing.
         self._masks[state], self._votes[state], self.curves[call.place] = pack_bits(skipped), votes, curve
+        self._traces.setdefault(state, [])[self._calls[state] - 1 :] = [saved.sampled(dense)]
+        self._kinds[state] = _kind_of(call)
         self._slots[call.site] = skip_mask.shape[0]
         self._measured[state] = self._calls[state]
         self.seconds += now() - start
+
+    def _note(self, call: CaughtCall) -> None:
+        """Keep what a table says of where it comes from."""
+        query = call.args[0]
+        self._tile_shapes[call.site] = call.kwargs["tile_m"], call.kwargs["tile_n"]
+        self._dtypes.add(query.dtype)
+        self._tokens = max(self._tokens, query.shape[1])
+        if call.control.slot >= len(self._branches):
+            self._branches = branches_of(self._target)
+
+    def _check_repeated(self, call: CaughtCall, state: _State, dense: torch.Tensor) -> None:
+        """Raise ValueError where a call is not the one that was measured before the interrupt."""
+        if _kind_of(call) != self._kinds[state]:
+            raise ValueError(
+                f"{call.where}: expected (tile_m, tile_n, quantization) = {self._kinds[state]}, as before the "
+                f"interrupt, got {_kind_of(call)}"
+            )
+        got, expected = saved.sampled(dense), self._traces[state][self._calls[state] - 1]
+        if got.shape != expected.shape or float((got - expected).norm()) > _SAME * float(expected.norm()):
+            raise ValueError(
+                f"{call.where}: expected the attention that was measured before the interrupt, got another: repeat "
+                "the same generations in the same order, or begin anew without the autosave file"
+            )
 
     def _sampling(self, call: CaughtCall) -> tuple[int, int]:
         """Return every how many-th row of tiles is measured, and every how many-th of their queries for errors."""
@@ -222,11 +204,29 @@ class Recorder(_Measurement):
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
-    def table(self) -> dict[str, torch.Tensor]:
-        """Return thresholds by site, float32 (slots, steps, heads), or (1, steps, heads) if only slot 0 was in use.
+    def table(self) -> ThresholdTable:
+        """Return the thresholds found so far, with all that is known of where they come from.
 
-        What was not measured has -inf: the last step, of which the votes take no effect, or another branch.
+        By site, float32 (slots, steps, heads), or (1, steps, heads) if only slot 0 was in use. What was not measured
+        has -inf: the last step, of which the votes take no effect, or another branch.
         """
+        return ThresholdTable(
+            self._thresholds(),
+            tile_shapes=dict(self._tile_shapes),
+            model_class=class_name(self._target),
+            model=model_name(self._target),
+            dtype=dtype_name(self._dtypes),
+            tokens=self._tokens or None,
+            num_steps=self.num_steps or 1 + max((place[2] for place in self.curves), default=0),
+            branches=self._branches or None,
+            metric=self.metric,
+            target_error=self.bound,
+            reached=dict(self.report),
+            library_version=__version__,
+            date=datetime.date.today().isoformat(),
+        )
+
+    def _thresholds(self) -> dict[str, torch.Tensor]:
         values = torch.tensor([-math.inf, *self.thresholds])
         tables: dict[str, torch.Tensor] = {}
         for site in dict.fromkeys(place[0] for place in self.curves):
@@ -254,39 +254,49 @@ class Recorder(_Measurement):
 
     def save(self, path: str | Path) -> None:
         """Write all that was found so far; a file that is there is replaced when the new one is complete."""
-        unfinished = Path(f"{path}.tmp")
         content = {
-            "options": self._options,
+            "options": self._all_options(),
             "curves": {place: tuple(curve) for place, curve in self.curves.items()},
             "measured": dict(self._measured),
             "masks": {state: words.cpu() for state, words in self._masks.items()},
             "votes": {state: votes.cpu() for state, votes in self._votes.items()},
             "slots": self._slots,
+            "kinds": self._kinds,
+            "traces": {state: torch.stack(outputs) for state, outputs in self._traces.items()},
         }
-        torch.save(content, unfinished)
-        os.replace(unfinished, path)
+        saved.write(path, content)
+
+    def _all_options(self) -> dict[str, Any]:
+        if self._of is None:
+            self._of = {"model": saved.fingerprint(self._target)}
+        return {**self._of, **self._options}
 
     def resume(self, path: str | Path) -> None:
         """Go on from what was saved: repeat the same generations from the first; what was measured costs nothing again.
 
         Raises:
-            ValueError: generations have run already, or the file was saved with other options.
+            ValueError: generations have run already, the file is none that `save` wrote, or it was saved with another
+                model or other options. While generating: they are not those that were measured.
             OSError: the file cannot be read.
         """
         if self._calls:
             raise ValueError(
                 f"resume: expected a calibration that has not run yet, got one with {len(self.curves)} steps"
             )
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        saved = content["options"]
-        differing = [name for name in {**self._options, **saved} if self._options.get(name) != saved.get(name)]
-        if differing:
-            expected, got = ({name: options.get(name) for name in differing} for options in (self._options, saved))
+        content = saved.read(path)
+        expected, got = saved.differing(self._all_options(), content["options"])
+        if expected:
             raise ValueError(f"{path}: expected a calibration with {expected}, got {got}")
         self.curves = {place: Curve(*curve) for place, curve in content["curves"].items()}
         self._measured, self._masks = Counter(content["measured"]), dict(content["masks"])
         self._votes = dict(content["votes"])
         self._slots = dict(content["slots"])
+        self._kinds = dict(content["kinds"])
+        self._traces = {state: list(outputs) for state, outputs in content["traces"].items()}
+
+
+def _kind_of(call: CaughtCall) -> list[Any]:
+    return [call.kwargs["tile_m"], call.kwargs["tile_n"], call.kwargs.get("quantization", "none")]
 
 
 class Calibration(Recorder):
@@ -333,8 +343,7 @@ class Calibration(Recorder):
         num_steps: int | None = None,
         **options: Any,
     ) -> None:
-        if not target_error >= 0:
-            raise ValueError(f"target_error: expected a number of at least 0, got {target_error}")
+        check_target(target_error, metric)
         self._limits = dict(limits or {})
 
         def choose(place: Place, curve: Curve) -> torch.Tensor:
@@ -357,53 +366,3 @@ class Calibration(Recorder):
             place: (self._limits.get(place, aim) * aim / peak.clamp(min=1e-12)).clamp(max=bound)
             for place, peak in peaks.items()
         }
-
-
-class Verification(_Measurement):
-    """Runs a model skip-aware with given thresholds, and measures each call against dense attention of the same inputs.
-
-    Args:
-        model_or_pipe: as for `Calibration`.
-        table: by site, (slots or 1, steps or 1, heads or 1).
-        metric: as for `Calibration`.
-        bound: that the report holds the errors against. With one, the worst of several generations counts; without,
-            their mean.
-        num_steps: as for `Calibration`.
-        settings: likewise.
-
-    Raises:
-        ValueError: while generating: a site is not in the table.
-        FloatingPointError: likewise: attention gives NaN or infinity.
-    """
-
-    def __init__(
-        self,
-        model_or_pipe: Any,
-        table: Mapping[str, torch.Tensor],
-        *,
-        metric: str = "L1",
-        bound: float | None = None,
-        num_steps: int | None = None,
-        **settings: Any,
-    ) -> None:
-        self._table = dict(table)
-        super().__init__(model_or_pipe, metric, bound, num_steps, settings)
-
-    def attend(self, call: CaughtCall) -> Output:
-        """Run the op with the table's thresholds."""
-        threshold = self._table.get(call.site)
-        if threshold is None:
-            raise ValueError(f"table: expected thresholds for {call.site}, got them for {sorted(self._table)}")
-        self._check(call)
-        dense, _ = call.run_stateless()
-        threshold = self._table[call.site] = threshold.to(dense.device)
-        out, lse = call.run(threshold)
-        precise = torch.promote_types(out.dtype, torch.float32)
-        parts = error_parts(self.metric, *(x.transpose(1, 2).to(precise) for x in (out, dense))).sum(1)
-        left_out = call.skipped.sum((0, 2, 3), dtype=torch.float64)
-        parts, left_out = torch.cat([parts, left_out.unsqueeze(0)]).cpu().split([4, 1])
-        self._check_finite(call, dense)
-        tiles = call.skipped[:, 0].numel()
-        curve = Curve(error_of(self.metric, parts).unsqueeze(0), loss_of(parts).unsqueeze(0), left_out, tiles)
-        self.curves[call.place] = self._merged(call, curve)
-        return out, lse

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from lite_attention.calibration.autosave import claimed, fingerprint
 from lite_attention.calibration.error_report import Curve, ErrorReport
+from lite_attention.calibration.measurement import check_target, now
 from lite_attention.calibration.probe import AttentionProbe, Place
-from lite_attention.calibration.recorder import (
-    QUERIES,
-    THRESHOLDS,
-    Calibration,
-    Choose,
-    Recorder,
-    Verification,
-    now,
-)
+from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Calibration, Choose, Recorder
+from lite_attention.calibration.verification import Verification
+from lite_attention.registry import ThresholdTable
 from lite_attention.tables import text_table
 
 __all__ = ["CalibrationResult", "calibrate"]
@@ -37,15 +34,23 @@ _log = logging.getLogger("lite_attention")
 
 @dataclass
 class CalibrationResult:
-    """What `calibrate` found."""
+    """What `calibrate` found.
 
-    table: dict[str, torch.Tensor]  # by site, (slots or 1, steps, heads), log2 units
+    result.save("thresholds.toml")      # for `enable(threshold="thresholds.toml")`, or `ThresholdTable.load`
+    result.table.apply(model)
+    """
+
+    table: ThresholdTable  # by site, (slots or 1, steps, heads), log2 units
     calibration: ErrorReport  # on the dense trajectory
     verification: ErrorReport  # on the sparse trajectory, calibration prompts
     held_out: ErrorReport  # on the sparse trajectory, held-out prompts; empty without any
     sample_error: float | None  # sum|sparse - dense| / sum|dense| of what `generate` returned, the mean of the prompts
     # Wall time for a prompt, in dense generations as the calibration has them, eager, without what it measured in them.
     cost: dict[str, float] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write the thresholds, what they were found on and what they reach; see `ThresholdTable.save`."""
+        self.table.save(path)
 
     def __str__(self) -> str:
         """Return the figures of the whole."""
@@ -100,49 +105,73 @@ def calibrate(
         thresholds: candidates, ascending, in log2 units.
         stride: measure only every so many rows of tiles, see `Calibration`.
         autosave: file to write after each forward and to resume from if it is there; later passes add ".1", ".2", ....
+            Where it is of another calibration (another model, other prompts or options), or another process writes it,
+            a file beside it is used, and a warning says so. On resuming, `generate` must do what it did before.
         progress: show a bar with the time left of each generation.
         settings: as for `enable`, of a model that is not enabled yet.
 
     Raises:
-        ValueError: an argument out of range; or no attention was measured.
+        ValueError: an argument out of range; no attention was measured; or the autosave file is none, or another
+            process does the same with it, or `generate` does not repeat what was saved.
         FloatingPointError: attention gives NaN or infinity; names site, slot and step.
     """
     prompts, held_out = list(prompts), list(held_out)
-    _check(target_error, target_sparsity, passes, prompts)
+    _check(target_error, target_sparsity, metric, num_steps, passes, prompts)
     common = {"metric": metric, "num_steps": num_steps, **settings}
     runs = _Runs(generate)
-    options = {"thresholds": thresholds, "stride": stride, "progress": progress, **common}
-    record = _Passes(model_or_pipe, runs, prompts, autosave, options)
+    of = {
+        "model": fingerprint(model_or_pipe), "prompts": prompts, "target_error": target_error,
+        "target_sparsity": target_sparsity, "budget": budget, "metric": metric, "num_steps": num_steps,
+        "thresholds": list(map(float, thresholds)), "stride": stride, "settings": _plain(settings),
+    }  # fmt: skip
+    options = {"thresholds": thresholds, "stride": stride, "progress": progress, "of": of, **common}
     found: Recorder
-    if target_error is not None and not budget:
-        found = _bounded(record, target_error, passes)
-    else:
-        name, target = ("error", target_error) if target_sparsity is None else ("sparsity", target_sparsity)
-        found = _spread(record, name, float(target or 0), passes)
+    with contextlib.nullcontext() if autosave is None else claimed(autosave, of) as file:
+        record = _Passes(model_or_pipe, runs, prompts, file, options)
+        if target_error is not None and not budget:
+            found = _bounded(record, target_error, passes)
+        else:
+            name, target = ("error", target_error) if target_sparsity is None else ("sparsity", target_sparsity)
+            found = _spread(record, name, float(target or 0), passes)
     table = found.table()
     calibrated = runs.samples["calibration"]
-    reports = {}
-    for kind, numbers in (("verification", prompts), ("held out", held_out)):
+    reports = {"calibration": found.report}
+    for kind, numbers in (("verification", prompts), ("held_out", held_out)):
         with Verification(model_or_pipe, table, bound=found.bound, **common) as verification:
             runs(verification, kind, numbers)
         reports[kind] = verification.report
+    reached = {f"{kind} {name}": value for kind, report in reports.items() for name, value in report.items()}
+    table = replace(table, target_error=target_error, target_sparsity=target_sparsity, reached=reached)
     dense = (runs.seconds["calibration"] - record.measuring) / runs.generations["calibration"]
     cost = {name: runs.seconds[name] / len(prompts) / dense for name in ("calibration", "verification")}
     sample_error = _sample_error(runs.samples["verification"], calibrated)
-    return CalibrationResult(table, found.report, reports["verification"], reports["held out"], sample_error, cost)
+    return CalibrationResult(table, **reports, sample_error=sample_error, cost=cost)
 
 
-def _check(target_error: float | None, target_sparsity: float | None, passes: int, prompts: list[int]) -> None:
+def _plain(settings: Mapping[str, Any]) -> str:
+    """Return settings as text that is the same in another process; of functions and tensors only what they are."""
+    plain = (int, float, str, tuple, list, type(None))
+    return repr({key: x if isinstance(x, plain) else type(x).__name__ for key, x in sorted(settings.items())})
+
+
+def _check(
+    target_error: float | None,
+    target_sparsity: float | None,
+    metric: str,
+    num_steps: int,
+    passes: int,
+    prompts: list[int],
+) -> None:
     if (target_error is None) == (target_sparsity is None):
         raise ValueError(
             f"target_error, target_sparsity: expected one of them, got {target_error} and {target_sparsity}"
         )
-    if target_sparsity is not None and not 0 <= target_sparsity < 1:
-        raise ValueError(f"target_sparsity: expected a number from 0 to below 1, got {target_sparsity}")
-    if target_error is not None and not target_error >= 0:
-        raise ValueError(f"target_error: expected a number of at least 0, got {target_error}")
-    if passes < 1:
-        raise ValueError(f"passes: expected at least 1, got {passes}")
+    if target_sparsity is not None and not (isinstance(target_sparsity, (int, float)) and 0 <= target_sparsity < 1):
+        raise ValueError(f"target_sparsity: expected a number from 0 to below 1, got {target_sparsity!r}")
+    check_target(0 if target_error is None else target_error, metric)
+    for name, number in (("num_steps", num_steps), ("passes", passes)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
 

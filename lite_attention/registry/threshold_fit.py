@@ -1,75 +1,83 @@
-"""Whether thresholds fit a model: what its attention sites look like, and in what a file differs."""
+"""Whether thresholds fit a model: what its attention sites look like, and in what a table differs."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
+import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
-from lite_attention.registry.threshold_file import ThresholdTable
-from lite_attention.wiring import parts_of, session_of
+from lite_attention.wiring import parts_of, session_of, store_of
+
+if TYPE_CHECKING:
+    from lite_attention.compile.settings import Site
+    from lite_attention.registry.threshold_table import ThresholdTable
 
 __all__ = [
-    "ModelSite",
-    "at_steps",
-    "branches_of",
-    "class_name",
-    "differences_of",
-    "mapped",
-    "models_of",
-    "num_steps_of",
-    "sites_of",
-]
+    "at_steps", "branches_of", "check_fit", "class_name", "dtype_name", "fitted", "model_name", "models_of",
+    "num_steps_of", "threshold_at",
+]  # fmt: skip
 
 
-@dataclass
-class ModelSite:
-    """What is known of one attention site; None = not before its first call."""
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of one attention site; None = not before its first call. It holds neither model nor states."""
 
     name: str
-    states: list[SkipState]  # of all sizes
     num_steps: int | None  # None: the model was not told
     slots: int | None = None
     heads: int | None = None
     tile_shape: tuple[int, int] | None = None
-    dtype: str | None = None
-
-    @property
-    def rows(self) -> int | None:
-        """Steps that the threshold tables of its states have room for."""
-        return min((state.threshold.shape[1] for state in self.states), default=None)
+    dtype: torch.dtype | None = None
+    rows: int | None = None  # steps that the threshold tables of its states have room for
+    tokens: frozenset[int] = frozenset()  # queries, of all sizes it was called at
 
 
-def sites_of(model_or_pipe: Any) -> list[ModelSite]:
+def _facts_of(model_or_pipe: Any) -> list[_Facts]:
     """Return the skip-aware sites that a model has shown so far; their names are those of `report`."""
     from lite_attention.compile.store import records_of
 
-    sites = []
+    facts = []
     for part, model in models_of(model_or_pipe).items():
         prefix = "" if isinstance(model_or_pipe, nn.Module) else f"{part}."
         for store, record in records_of(model):
             if record.site.swapped:
                 name, settings, site = prefix + record.name(model), store.settings, record.site
-                sites.append(
-                    ModelSite(
-                        name, list(record.states.values()), settings.num_steps, settings.slots, int(site.q_shape[2]),
-                        settings.tile_shape_for(site), str(site.dtype).removeprefix("torch."),
+                facts.append(
+                    _Facts(
+                        name, settings.num_steps, settings.slots, int(site.q_shape[2]),
+                        settings.tile_shape_for(site), site.dtype, *_of_states(list(record.states.values())),
                     )
                 )  # fmt: skip
         for name, module in model.named_modules():
             if isinstance(module, LiteAttention):
-                found, state = ModelSite(prefix + name, [], module.num_steps), module.state
+                found, state = _Facts(prefix + name, module.num_steps), module.state
                 if state is not None:
-                    found.states, found.slots, found.heads = [state], state.slots, state.capacity[1]
-                    found.tile_shape = (state.tile_m, state.tile_n)
-                sites.append(found)
-    return sites
+                    found = _Facts(
+                        found.name, found.num_steps, state.slots, state.capacity[1], (state.tile_m, state.tile_n),
+                        None, *_of_states([state]),
+                    )  # fmt: skip
+                facts.append(found)
+    return facts
+
+
+def _of_states(states: list[SkipState]) -> tuple[int | None, frozenset[int]]:
+    """Return rows and tokens of a site's states."""
+    rows = min((state.threshold.shape[1] for state in states), default=None)
+    return rows, frozenset(state.capacity[2] for state in states)
+
+
+# ---- what is known of a model --------------------------------------------------------------------------------------
 
 
 def models_of(model_or_pipe: Any) -> dict[str, nn.Module]:
@@ -82,7 +90,9 @@ def num_steps_of(model_or_pipe: Any) -> int | None:
     from lite_attention.compile.store import records_of
 
     for model in models_of(model_or_pipe).values():
+        enabled = store_of(model)
         told = [store.settings.num_steps for store, _ in records_of(model)]
+        told += [enabled.settings.num_steps] if enabled else []
         told += [module.num_steps for module in model.modules() if isinstance(module, LiteAttention)]
         for num_steps in told:
             if num_steps is not None:
@@ -104,18 +114,92 @@ def class_name(model_or_pipe: Any) -> str:
     return ", ".join(type(model).__name__ for model in models_of(model_or_pipe).values())
 
 
-# ---- does a file fit? ----------------------------------------------------------------------------------------------
+def dtype_name(dtypes: set[torch.dtype]) -> str | None:
+    """Return the names of dtypes, None of none."""
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or None
 
 
-def differences_of(table: ThresholdTable, model: Any, sites: list[ModelSite]) -> list[str]:
-    """Return all in which a file and a model differ, a line for each kind with the sites it concerns."""
-    lines = []
-    if table.model_class is not None and table.model_class != class_name(model):
-        lines.append(f"model class: the file is for {table.model_class}, the model is a {class_name(model)}")
-    branches, of_file = branches_of(model), table.branches or ()
-    by_slot = any(threshold.shape[0] > 1 for threshold in table.thresholds.values())
-    if by_slot and any(a != b for a, b in zip(of_file, branches, strict=False)):
-        lines.append(f"order of branches: {', '.join(of_file)} in the file, {', '.join(branches)} in the model")
+def model_name(model_or_pipe: Any) -> str:
+    """Return the name that a model has on a hub, or else a hash of its parameters' names and shapes."""
+    models = models_of(model_or_pipe).values()
+    return ", ".join(_hub_name(_loaded_as(model)) or _parameters(model) for model in models)
+
+
+def _loaded_as(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+
+
+def _hub_name(name_or_path: str) -> str | None:
+    """Return the name on a hub, also out of the path of the hub's cache; a path elsewhere tells nothing."""
+    cached = re.search(r"models--(.+?)--(.+?)[/\\]snapshots", name_or_path)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    is_name = re.fullmatch(r"[\w.-]*\w/[\w.-]+", name_or_path) and not Path(name_or_path).exists()
+    return name_or_path if is_name else None
+
+
+def _parameters(model: nn.Module) -> str:
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return f"parameters {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}"
+
+
+# ---- does a table fit? ---------------------------------------------------------------------------------------------
+
+
+def fitted(table: ThresholdTable, model_or_pipe: Any, *, strict: bool = True) -> Callable[[Any], torch.Tensor]:
+    """Return what each site of a model is to have; see `ThresholdTable.apply`. It does not hold on to the model."""
+    known = {facts.name: facts for facts in _facts_of(model_or_pipe)}
+    differences = _differences(table, model_or_pipe, list(known.values()))
+    if differences and strict:
+        raise ValueError(_does_not_fit(table, differences))
+    if differences:
+        warnings.warn(f"lite_attention: {_does_not_fit(table, differences)}", stacklevel=4)
+    num_steps = num_steps_of(model_or_pipe)
+
+    def threshold_of(site: Any) -> torch.Tensor:
+        name = getattr(site, "name", site)
+        return _of_site(table, known.get(name) or _Facts(name, num_steps), strict)
+
+    return threshold_of
+
+
+def check_fit(table: ThresholdTable, model_or_pipe: Any) -> None:
+    """Raise ValueError with all in which a table and the sites that a model has shown differ."""
+    differences = _differences(table, model_or_pipe, _facts_of(model_or_pipe))
+    if differences:
+        raise ValueError(_does_not_fit(table, differences))
+
+
+def threshold_at(table: ThresholdTable, site: Site, num_steps: int | None, strict: bool) -> torch.Tensor:
+    """Return the thresholds of a site whose state is born; see `ThresholdTable.threshold_of`."""
+    _, tokens, heads, _ = site.q_shape
+    if strict and table.tokens is not None and tokens > table.tokens:
+        raise ValueError(f"{table.label}: expected at most {table.tokens} tokens at {site.name}, got {tokens}")
+    born = _Facts(site.name, num_steps, heads=heads, tile_shape=site.tile_shape, dtype=site.dtype)
+    return _of_site(table, born, strict)
+
+
+def _of_site(table: ThresholdTable, site: _Facts, strict: bool) -> torch.Tensor:
+    threshold = table.thresholds.get(site.name)
+    if not strict:
+        return torch.full((1, 1, 1), -math.inf) if threshold is None else _mapped(threshold, site)
+    if threshold is None:
+        raise ValueError(f"{table.label}: expected thresholds for {site.name}, a site of the model, got none")
+    for what, there, here in _differences_at(table, site):
+        raise ValueError(f"{table.label}: {what}: {there} in the file, {here} in the model: {site.name}")
+    return threshold
+
+
+def _does_not_fit(table: ThresholdTable, differences: list[str]) -> str:
+    return "\n  ".join([f"{table.label} does not fit the model:", *differences])
+
+
+def _differences(table: ThresholdTable, model: Any, sites: list[_Facts]) -> list[str]:
+    """Return all in which a table and a model differ, a line for each kind with the sites it concerns."""
+    lines = [
+        f"{what}: {there} in the file, {here} in the model"
+        for what, there, here in _differences_of_whole(table, model, sites)
+    ]
     names = {site.name for site in sites}
     if names:
         for what, missing in (
@@ -126,24 +210,62 @@ def differences_of(table: ThresholdTable, model: Any, sites: list[ModelSite]) ->
                 lines.append(f"sites {what}: {', '.join(missing)}")
     found: dict[str, list[str]] = defaultdict(list)  # difference -> sites
     for site in sites:
-        if site.name not in table.thresholds:
-            continue
-        slots, rows, heads = table.thresholds[site.name].shape
-        for what, there, here in (
-            ("tile shape", table.tile_shapes.get(site.name), site.tile_shape),
-            ("steps", rows if rows > 1 else table.num_steps, site.num_steps),
-            ("slots", None if slots == 1 else slots, site.slots),
-            ("heads", None if heads == 1 else heads, site.heads),
-        ):
-            if there is not None and here is not None and there != here:
-                found[f"{what}: {there} in the file, {here} in the model"].append(site.name)
-        if site.num_steps is None and site.rows is not None and rows > site.rows:
-            found[f"steps: {rows} in the file, room for {site.rows} in the model (num_steps)"].append(site.name)
+        for what, there, here in _differences_at(table, site):
+            found[f"{what}: {there} in the file, {here} in the model"].append(site.name)
     return lines + [f"{difference}: {', '.join(of)}" for difference, of in found.items()]
 
 
-def mapped(threshold: torch.Tensor, site: ModelSite) -> torch.Tensor:
-    """Return thresholds (slots, steps, heads) as near to a file's as a site can have them; -inf where it cannot."""
+def _differences_of_whole(table: ThresholdTable, model: Any, sites: list[_Facts]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs, and how it is in a table and in a model."""
+    if table.model_class not in (None, class_name(model)):
+        yield "model class", table.model_class, class_name(model)
+    if table.model is not None and not _is_named(model, table.model):
+        yield "model", table.model, model_name(model)
+    tokens = {size for site in sites for size in site.tokens}
+    if table.tokens is not None and tokens and table.tokens not in tokens:
+        yield "tokens", table.tokens, ", ".join(map(str, sorted(tokens)))
+    branches, of_table = branches_of(model), table.branches or ()
+    by_slot = any(threshold.shape[0] > 1 for threshold in table.thresholds.values())
+    if by_slot and any(a != b for a, b in zip(of_table, branches, strict=False)):
+        yield "order of branches", ", ".join(of_table), ", ".join(branches)
+
+
+def _is_named(model_or_pipe: Any, name: str) -> bool:
+    """Return whether a model may have the name that a table has of it."""
+    models, names = models_of(model_or_pipe).values(), name.split(", ")
+    if len(names) != len(models):
+        return False
+    for model, of_table in zip(models, names, strict=True):
+        by_shapes = of_table.startswith("parameters ")
+        here = _parameters(model) if by_shapes else _hub_name(_loaded_as(model))
+        there = of_table if by_shapes else _hub_name(of_table)
+        if None not in (here, there) and here != there:
+            return False
+    return True
+
+
+def _differences_at(table: ThresholdTable, site: _Facts) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs at a site, and how it is in a table and in a model."""
+    if site.name not in table.thresholds:
+        return
+    slots, rows, heads = table.thresholds[site.name].shape
+    dtypes = table.dtype.split(", ") if table.dtype else []
+    dtype = None if site.dtype is None else dtype_name({site.dtype})
+    for what, there, here in (
+        ("dtype", None if dtype in dtypes else table.dtype, dtype),
+        ("tile shape", table.tile_shapes.get(site.name), site.tile_shape),
+        ("steps", rows if rows > 1 else table.num_steps, site.num_steps),
+        ("slots", None if slots == 1 else slots, site.slots),
+        ("heads", None if heads == 1 else heads, site.heads),
+    ):
+        if there is not None and here is not None and there != here:
+            yield what, there, here
+    if site.num_steps is None and site.rows is not None and rows > site.rows:
+        yield "steps", rows, f"room for {site.rows} (num_steps)"
+
+
+def _mapped(threshold: torch.Tensor, site: _Facts) -> torch.Tensor:
+    """Return thresholds (slots, steps, heads) as near to a table's as a site can have them; -inf where it cannot."""
     if site.slots not in (None, threshold.shape[0]):
         threshold = threshold.amin(0, keepdim=True)
     if site.heads not in (None, threshold.shape[2]):

@@ -16,6 +16,7 @@ from torch import nn
 import lite_attention
 from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, search, tile_statistics
 from lite_attention.calibration.error_report import Curve
+from lite_attention.calibration.probe import AttentionProbe
 from lite_attention.calibration.recorder import HEADROOM, Recorder
 from lite_attention.calibration.search import calibrate
 from lite_attention.calibration.tile_statistics import METRICS, error_of, loss_of, measure_tiles
@@ -317,7 +318,7 @@ def test_sites_weigh_as_much_as_all_their_tiles(unlike: Parts) -> None:
 
 def dense_outputs(parts: Parts) -> list[torch.Tensor]:
     model, sampler, settings = parts
-    with recorder.AttentionProbe(model, STEPS, **settings) as probe:
+    with AttentionProbe(model, STEPS, **settings) as probe:
         probe.attend = lambda call: call.run(torch.full((1, 1, 1), -math.inf))  # type: ignore[method-assign]
         sampler()
     return sampler.outputs
@@ -768,6 +769,49 @@ def test_enabled_model_keeps_its_settings_and_is_handed_back(how: bool) -> None:
         assert torch.equal(table, calibration.table()[site])
     torch.testing.assert_close(sampler(), want, rtol=0, atol=1e-6)
     assert [row.name for row in silent_report(model).swapped] == sites
+
+
+def test_one_calibration_at_a_time_and_in_any_order() -> None:
+    """The second one on a model is refused, and does not disturb the first."""
+    model, sampler, settings = swapped()
+    first = Calibration(model, target_error=BOUND, num_steps=STEPS, **settings)
+    with pytest.raises(ValueError, match="model_or_pipe: expected a model that nobody measures, got one with a calib"):
+        Calibration(model, target_error=BOUND, num_steps=STEPS)
+    sampler()
+    assert first.table()
+    first.detach()
+    first.detach()
+    assert model._compiled_call_impl is None
+    with Calibration(model, target_error=BOUND, num_steps=STEPS, **settings) as second:
+        sampler()
+    assert second.table()
+
+
+@pytest.mark.parametrize(
+    ("make", "fails"), [(swapped, "attach"), (swapped, "_Watched"), (swapped, "enable"), (by_hand, "_Watched")]
+)
+def test_a_calibration_that_cannot_begin_leaves_the_model_as_it_was(
+    make: Callable[[], Parts], fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sampler, settings = make()
+
+    def raises(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no")
+
+    where = "lite_attention.compile.eager" if fails == "attach" else "lite_attention.calibration.probe"
+    for module in model.modules():
+        module._compiled_call_impl = module._call_impl  # as if compiled
+    before = {module: module._compiled_call_impl for module in model.modules()}
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{where}.{fails}", raises)
+        with pytest.raises(RuntimeError, match="no"):
+            Calibration(model, target_error=BOUND, num_steps=STEPS, **settings)
+    assert {module: module._compiled_call_impl for module in model.modules()} == before
+    assert not lite_attention.wiring.store_of(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with Calibration(model, target_error=BOUND, num_steps=STEPS, **settings) as calibration:
+        sampler()
+    assert calibration.table()
 
 
 def test_pipeline_names_its_transformer_and_one_branch_makes_one_slot() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import nn
 
 import lite_attention
 from lite_attention import LiteAttention, LiteAttentionRegistry, ThresholdTable
+from lite_attention.calibration import Calibration
 from lite_attention.inspection import named_states
 from lite_attention.ops import SkipState
 from tests.support.toys import TILE, Toy, context, tokens
@@ -191,7 +190,7 @@ def test_refuses_a_file_that_does_not_fit_and_lists_all_that_differs(tmp_path: P
         from_model(model, "load", filename=path)
     assert str(error.value).splitlines() == [
         f"{path} does not fit the model:",
-        "  model class: the file is for WanTransformer3DModel, the model is a Toy",
+        "  model class: WanTransformer3DModel in the file, Toy in the model",
         f"  sites not in the file: {SITES[1]}",
         "  sites not in the model: blocks.9.attn1",
         f"  tile shape: (64, 64) in the file, (16, 16) in the model: {SITES[0]}",
@@ -231,7 +230,7 @@ def test_more_steps_than_a_state_has_room_for(tmp_path: Path) -> None:
     assert _thresholds(model)[SITES[0]][0, :, 0].tolist() == [0, -1, -2]
     model = ByHand(num_steps=None)
     _run(model)
-    with pytest.raises(ValueError, match=r"steps: 3 in the file, room for 1 in the model \(num_steps\)"):
+    with pytest.raises(ValueError, match=r"steps: 3 in the file, room for 1 \(num_steps\) in the model"):
         from_model(model, "load", filename=tmp_path / "a.toml")
 
 
@@ -244,7 +243,7 @@ def test_what_a_model_shows_with_its_first_call_is_told_then(compile: bool, tmp_
     model = _enabled(compile)
     tables = {site: -torch.rand(1, 3, 2) for site in SITES}
     from_model(model, "load", filename=_file(tmp_path / "b.toml", tables))
-    with pytest.raises(ValueError, match=r"b.toml: expected 4 steps, as the model has, got 3"):
+    with pytest.raises(ValueError, match=rf"b.toml: steps: 3 in the file, 4 in the model: {SITES[0]}"):
         _run(model)
     model = _enabled(compile)
     tables = {site: -torch.ones(1, 1, 1) for site in [*SITES, "blocks.9.attn1"]}
@@ -298,31 +297,28 @@ def test_strict_or_not_a_file_that_fits_warns_of_nothing(tmp_path: Path) -> None
 # ---- calib ---------------------------------------------------------------------------------------------------------
 
 
-class FakeCalibration:
-    """Measures nothing: what the registry knows of the real one."""
+class FakeCalibration(Calibration):
+    """Finds what it is told to find."""
 
     made: FakeCalibration
 
-    def __init__(self, model: nn.Module, *, target_error: float, metric: str, num_steps: int | None = None) -> None:
-        self.arguments = (model, target_error, metric, num_steps)
-        self.thresholds: dict[str, torch.Tensor] = {}
-        self.report = {"calibration_error": 0.009, "held_out_error": 0.012, "sparsity": 0.4}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.found: dict[str, torch.Tensor] = {}
         self.detached = False
         FakeCalibration.made = self
 
-    def table(self) -> dict[str, torch.Tensor]:
-        return self.thresholds
+    def _thresholds(self) -> dict[str, torch.Tensor]:
+        return self.found
 
     def detach(self) -> None:
+        super().detach()
         self.detached = True
 
 
 @pytest.fixture
-def calibration(monkeypatch: pytest.MonkeyPatch) -> type[FakeCalibration]:
-    module = types.ModuleType("lite_attention.calibration")
-    module.Calibration = FakeCalibration  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lite_attention.calibration", module)
-    return FakeCalibration
+def calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite_attention.calibration.Calibration", FakeCalibration)
 
 
 @pytest.mark.usefixtures("calibration")
@@ -333,16 +329,16 @@ def test_calibrates_saves_and_uses_the_thresholds(tmp_path: Path) -> None:
     config = {"target_error": 0.02, "metric": "RMSE"}
     registry = from_model(model, "calib", filename=path, calib_config=config, disabled_steps=[1])
     made = FakeCalibration.made
-    assert made.arguments == (model, 0.02, "RMSE", STEPS)
+    assert (made.bound, made.metric, made.num_steps) == (0.02, "RMSE", STEPS)
     with pytest.raises(ValueError, match="expected at least one generation before save_if_calib"):
         registry.save_if_calib()
     with lite_attention.branch("cond", model=model):
         _run(model)
     by_head = -torch.arange(1.0, 1 + STEPS * 2).view(1, STEPS, 2)
-    made.thresholds = {SITES[0]: by_head[:, :2]}
+    made.found = {SITES[0]: by_head[:, :2]}
     with pytest.raises(ValueError, match="calibration: expected a generation of 4 steps, as the model has, got 2"):
         registry.save_if_calib()
-    made.thresholds = {SITES[0]: by_head, SITES[1]: by_head - 20}
+    made.found = {SITES[0]: by_head, SITES[1]: by_head - 20}
     assert not made.detached
     assert registry.save_if_calib() == path
     assert made.detached
@@ -355,7 +351,7 @@ def test_calibrates_saves_and_uses_the_thresholds(tmp_path: Path) -> None:
     assert (loaded.model_class, loaded.metric, loaded.target_error, loaded.num_steps) == ("Toy", "RMSE", 0.02, STEPS)
     assert (loaded.dtype, loaded.tokens, loaded.branches) == ("float32", 320, ("cond",))
     assert loaded.tile_shapes == dict.fromkeys(SITES, TILE)
-    assert loaded.reached == made.report
+    assert loaded.reached.keys() == {"error", "worst_error", "sparsity", "missed"}
     assert loaded.library_version == lite_attention.__version__
     for site, threshold in _thresholds(model).items():
         assert torch.equal(threshold, loaded.thresholds[site].expand_as(threshold))
@@ -373,8 +369,8 @@ def test_overwrites_a_file_only_by_force(tmp_path: Path) -> None:
     _run(model)
     tables = {site: torch.full((1, STEPS, 1), -3.0) for site in SITES}
     registry = from_model(model, "calib", filename=path)
-    assert FakeCalibration.made.arguments[1:3] == (0.01, "L1")
-    FakeCalibration.made.thresholds = tables
+    assert (FakeCalibration.made.bound, FakeCalibration.made.metric) == (0.01, "L1")
+    FakeCalibration.made.found = tables
     _file(path)  # somebody else's, meanwhile
     before = path.read_text()
     with pytest.raises(ValueError, match=r"filename: expected one that does not exist, or force=True, got .*a.toml"):
@@ -385,9 +381,85 @@ def test_overwrites_a_file_only_by_force(tmp_path: Path) -> None:
     assert registry.save_if_calib() == tmp_path / "b.toml"
 
     registry = from_model(model, "calib", filename=path, force=True)
-    FakeCalibration.made.thresholds = tables
+    FakeCalibration.made.found = tables
     registry.save_if_calib()
     assert ThresholdTable.load(path).thresholds[SITES[0]].tolist() == [[[-3.0]]]
+
+
+@kinds
+@pytest.mark.parametrize("target", [{"target_error": 0.05}, {"target_sparsity": 0.3, "prompts": (0, 1), "passes": 2}])
+def test_calibrates_at_once_where_it_is_told_how_to_generate(
+    make: Callable[[], nn.Module], target: dict[str, Any], tmp_path: Path
+) -> None:
+    """The thresholds are those of `calibrate`, the file is what its result saves, and both are in use."""
+
+    def generate(model: nn.Module) -> Callable[[int], None]:
+        def run(prompt: int) -> None:
+            for step in range(STEPS):
+                _run(model, step + prompt)
+
+        return run
+
+    model, other, path = make(), make(), tmp_path / "a.toml"
+    found = lite_attention.calibrate(other, generate(other), num_steps=STEPS, progress=False, **target)
+    found.save(tmp_path / "b.toml")
+    config = {"generate": generate(model), "progress": False, **target}
+    registry = from_model(model, "calib", filename=path, calib_config=config)
+    assert registry.save_if_calib() is None
+    assert path.read_text() == (tmp_path / "b.toml").read_text()
+    assert registry.table is not None
+    assert registry.table.target_error == target.get("target_error")
+    assert {"calibration error", "verification sparsity"} <= registry.table.reached.keys()
+    _run(model)
+    for site, threshold in _thresholds(model).items():
+        want = registry.table[site + ".lite" * isinstance(model, ByHand)]
+        assert torch.equal(threshold[:1], want.expand(1, STEPS, 2))
+    assert from_model(make(), "calib", filename=path, calib_config=config).mode == "load"
+
+
+def test_what_a_calibration_in_error_leaves(tmp_path: Path) -> None:
+    """Neither thresholds nor the model change; a second calibration of one model is refused, not mixed up."""
+    model = _enabled()
+    _run(model)
+
+    def generate(_: int) -> None:
+        raise RuntimeError("out of memory")
+
+    config = {"generate": generate, "progress": False}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        from_model(model, "calib", filename=tmp_path / "a.toml", calib_config=config)
+    with pytest.raises(ValueError, match=r"model_or_pipe: expected a model before torch\.compile, got its result"):
+        from_model(torch.compile(model), "calib", filename=tmp_path / "a.toml")
+    assert not list(tmp_path.iterdir())
+    assert all((threshold == -10).all() for threshold in _thresholds(model).values())
+    registry = from_model(model, "calib", filename=tmp_path / "a.toml")
+    for calibrate in (
+        lambda: from_model(model, "calib", filename=tmp_path / "b.toml"),
+        lambda: from_model(model, "calib", filename=tmp_path / "b.toml", calib_config=config),
+    ):
+        with pytest.raises(ValueError, match="expected a model that nobody measures, got one with a calibration under"):
+            calibrate()
+    for step in range(STEPS):
+        _run(model, step)
+    assert registry.save_if_calib() == tmp_path / "a.toml"
+
+
+def test_a_full_disk_loses_no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = _enabled(), tmp_path / "a.toml"
+    registry = from_model(model, "calib", filename=path)
+    for step in range(STEPS):
+        _run(model, step)
+
+    def full(_: int) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            registry.save_if_calib()
+    assert not path.exists()
+    assert registry.save_if_calib() == path
+    assert ThresholdTable.load(path).thresholds.keys() == set(SITES)
 
 
 @kinds
@@ -467,6 +539,19 @@ def test_sites_may_differ_in_heads_and_tiles(compile: bool, tmp_path: Path, monk
         ({"mode": "calib", "filename": "a.toml", "calib_config": {"target_error": -1}}, "target_error: .* at least 0"),
         ({"mode": "calib", "filename": "a.toml", "model": nn.Linear(2, 2)}, "expected one given to enable"),
         ({"mode": "calib", "filename": "a.toml", "model": ByHand(num_steps=None)}, "model: expected num_steps in all"),
+        ({"threshold": "x"}, "threshold: expected a number or a tensor, got str"),
+        ({"threshold": float("nan")}, "threshold: expected numbers, got NaN"),
+        ({"threshold": torch.zeros(1, 1, 1, 1)}, r"threshold: expected at most \(slots, steps, heads\), got \(1, 1"),
+        ({"mode": "calib", "filename": "a.toml", "calib_config": "L1"}, "calib_config: expected a dict or None, got"),
+        ({"mode": "calib", "filename": "a.toml", "calib_config": {"target_error": "x"}}, "target_error: .* got 'x'"),
+        (
+            {"mode": "calib", "filename": "a.toml", "calib_config": {"target_sparsity": 0.3}},
+            r"""calib_config: expected the keys \['target_error', 'metric'\], and more with "generate", got""",
+        ),
+        ({"disabled_steps": "ab"}, "disabled_steps: expected a number of steps or a list, none below 0, got 'ab'"),
+        ({"disabled_steps": 2.5}, "disabled_steps: expected a number of steps or a list, none below 0, got 2.5"),
+        ({"disabled_steps": [0.5]}, "disabled_steps: .* none below 0"),
+        ({"disabled_steps": True}, "disabled_steps: .* none below 0"),
         ({"disabled_steps": -1}, "disabled_steps: expected a number of steps or a list, none below 0, got -1"),
         ({"disabled_steps": [1, -2]}, "disabled_steps: .* none below 0"),
         ({"disabled_steps": STEPS + 1}, f"disabled_steps: expected steps below {STEPS}, got {STEPS}"),

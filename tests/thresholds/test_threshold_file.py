@@ -153,6 +153,9 @@ threshold = -3
         (b"\xff\xfe", "expected a TOML file, got one that is not: "),
         (b"", "version: expected a number, at most 1, got None"),
         (b"[tool.ruff]\nline-length = 3", "version: expected a number"),
+        (b"version = true\nsites = {a = {threshold = -1}}", "version: expected a number, at most 1, got True"),
+        (b"version = 0\nsites = {a = {threshold = -1}}", "version: expected a number, at most 1, got 0"),
+        (b"a = " + b"[" * 5000, "expected a TOML file, got one that is not: "),
         (b"version = 2\nnews = 3", "version: expected at most 1, got 2: written by a newer lite_attention"),
         (b"version = 1", "sites: expected a table for each site, got None"),
         (b"version = 1\nsites = {a = 3}", "sites: expected a table for each site"),
@@ -171,11 +174,15 @@ threshold = -3
             b"version = 1\nsites = {a = {threshold = [-1, [-1, -2], [-1, -2, -3]]}}",
             "expected 3 numbers or one in row 1",
         ),
+        (b"version = 1\nsites = {a = {threshold = -1" + b"0" * 400 + b"}}", "threshold of a: .* a float can hold"),
+        (b"version = 1\nsites = {a = {threshold = [[-1, -1" + b"0" * 400 + b"]]}}", "threshold of a: .* a float can"),
+        (b'[["a"]]\n_type = "LiteAttentionRunConfig"\nthreshold = -1' + b"0" * 400, "a: .* a float can hold"),
         (b"version = 1\nsites = {a = {threshold = nan}}", "threshold: expected numbers, got NaN"),
         (
             b"version = 1\nsites = {a = {threshold = -1, tile_shape = 64}}",
             r"tile_shape of a: expected \[tile_m, tile_n",
         ),
+        (b"version = 1\nsites = {a = {threshold = -1, tile_shape = [64, 0]}}", r"tile_shape of a: expected \[tile_m"),
         (
             b"version = 1\nsites.a = {threshold_of_slot_0 = [-1, -2], threshold_of_slot_1 = [-1, -2, -3]}",
             "a: expected all slots with the same number of steps",
@@ -189,7 +196,60 @@ def test_refuses_what_is_no_threshold_file(content: bytes, message: str, tmp_pat
         ThresholdTable.load(path)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "thresholds.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + _table([[[-3.0]]]).to_toml().encode())
+    assert float(ThresholdTable.load(path)["blocks.0.attn1"]) == -3
+
+
+def test_is_a_mapping_of_thresholds_by_site() -> None:
+    table = ThresholdTable({"a": torch.full((1, 1, 1), -3.0), "b": torch.full((1, 1, 1), -4.0)})
+    assert [*table] == ["a", "b"]
+    assert {site: float(threshold) for site, threshold in table.items()} == {"a": -3, "b": -4}
+
+
+def test_a_file_of_0_1(tmp_path: Path) -> None:
+    path = tmp_path / "thresholds.toml"
+    path.write_text(
+        "# LiteAttention thresholds, log2 units: a row for each step, in it a number for each head; one stands for all.\n"
+        """version = 1
+
+[about]
+model_class = "WanTransformer3DModel"
+model = "/models/wan/transformer"
+dtype = "bfloat16"
+tokens = 32760
+resolution = [81, 480, 832]
+num_steps = 2
+branches = ["cond", "uncond"]
+metric = "L1"
+target_error = 0.05
+library_version = "0.1.0"
+date = "2026-11-22"
+
+[about.reached]
+error = 0.0386358
+
+[sites."blocks.0.attn1"]
+tile_shape = [192, 80]
+threshold = [
+    [-6.05, -inf],
+    -5.0,
+]
+"""
+    )
+    table = ThresholdTable.load(path)
+    assert table["blocks.0.attn1"].tolist() == [[[pytest.approx(-6.05), NEVER], [-5.0, -5.0]]]
+    assert (table.model_class, table.tokens, table.path) == ("WanTransformer3DModel", 32760, path)
+    assert table.to_toml() == path.read_text()
+
+
 def test_refuses_tables_that_no_file_could_hold() -> None:
+    for thresholds in (None, [-1.0], "a.toml"):
+        with pytest.raises(ValueError, match="thresholds: expected a dict, got"):
+            ThresholdTable(thresholds)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"thresholds of a: expected \(slots or 1, .*, got -3"):
+        ThresholdTable({"a": -3.0})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"thresholds of blocks.0.attn1: expected \(slots or 1, .*, got \(2, 3\)"):
         _table(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"tokens: expected int or None, got 1\.5"):

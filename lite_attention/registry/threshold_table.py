@@ -1,0 +1,208 @@
+"""`ThresholdTable`: thresholds of a model's attention sites, and what they were found on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lite_attention.files import write_whole
+from lite_attention.ops.validate import check_threshold
+from lite_attention.registry import threshold_file
+from lite_attention.registry.threshold_file import ABOUT, DECIMALS, TUPLES, is_a
+from lite_attention.tables import text_table
+
+if TYPE_CHECKING:
+    from lite_attention.compile.settings import Site
+
+__all__ = ["ThresholdTable"]
+
+
+@dataclass(eq=False)
+class ThresholdTable(Mapping[str, torch.Tensor]):
+    """Thresholds by site, and what is known of where they come from and what they reach; None = not known.
+
+    As a mapping: the thresholds by the names of the sites.
+
+    Args:
+        thresholds: log2 units, by site name: (slots or 1, steps or 1, heads or 1).
+        tile_shapes: (tile_m, tile_n) by site name, where known; a threshold is judged tile by tile.
+        model_class: name of the model's class.
+        model: name of the model on a hub, or a hash of its parameters' names and shapes.
+        dtype: of the queries, such as "bfloat16".
+        tokens: queries of the longest site.
+        resolution: frames, height, width of the video in pixels.
+        num_steps: denoising steps of a generation.
+        branches: their names in the order of the slots.
+        metric: of the error: "L1", "Cossim" or "RMSE".
+        target_error: what the calibration aimed at.
+        target_sparsity: likewise, share of tiles left out, 0 to 1.
+        reached: errors on calibration and on held-out prompts, sparsity, ..., by name.
+        library_version: of lite_attention.
+        date: ISO 8601.
+
+    Raises:
+        ValueError: a field is of another kind, or a threshold is NaN or not of three dimensions.
+    """
+
+    thresholds: dict[str, torch.Tensor]
+    tile_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    model_class: str | None = None
+    model: str | None = None
+    dtype: str | None = None
+    tokens: int | None = None
+    resolution: tuple[int, ...] | None = None
+    num_steps: int | None = None
+    branches: tuple[str, ...] | None = None
+    metric: str | None = None
+    target_error: float | None = None
+    target_sparsity: float | None = None
+    reached: dict[str, Any] = field(default_factory=dict)
+    library_version: str | None = None
+    date: str | None = None
+    path: Path | None = field(default=None, init=False, repr=False)  # of the file that it was loaded from
+
+    def __post_init__(self) -> None:
+        for name, kind in ABOUT.items():
+            value, many = getattr(self, name), name in TUPLES
+            items = value if isinstance(value, tuple) else (value,)
+            if value is not None and (isinstance(value, tuple) != many or not all(is_a(item, kind) for item in items)):
+                raise ValueError(f"{name}: expected {'a tuple of ' * many}{kind.__name__} or None, got {value!r}")
+        for name in ("thresholds", "tile_shapes", "reached"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name}: expected a dict, got {getattr(self, name)!r}")
+        for site, threshold in self.thresholds.items():
+            got = tuple(threshold.shape) if isinstance(threshold, torch.Tensor) else threshold
+            if not isinstance(threshold, torch.Tensor) or threshold.dim() != 3 or threshold.numel() == 0:
+                raise ValueError(f"thresholds of {site}: expected (slots or 1, steps or 1, heads or 1), got {got}")
+            check_threshold(threshold, allow_positive=True)
+
+    def __getitem__(self, site: str) -> torch.Tensor:
+        return self.thresholds[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.thresholds)
+
+    def __len__(self) -> int:
+        return len(self.thresholds)
+
+    def about(self) -> dict[str, Any]:
+        """Return what is known beside thresholds, tile shapes and `reached`, by name."""
+        return {name: getattr(self, name) for name in ABOUT if getattr(self, name) is not None}
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as TOML, thresholds rounded to 3 decimals. What is the same for all is written once.
+
+        The file is there whole or not at all: one of that name is replaced when the new one is complete.
+
+        Raises:
+            ValueError: `reached` holds something that TOML does not know.
+            OSError: the file cannot be written.
+        """
+        content = self.to_toml().encode()
+        write_whole(path, lambda file: file.write(content))
+
+    def to_toml(self) -> str:
+        """Return what `save` writes.
+
+        Raises:
+            ValueError: `reached` holds something that TOML does not know.
+        """
+        return threshold_file.to_toml(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ThresholdTable:
+        """Read a file that `save` wrote, or one of the existing CUDA project.
+
+        What was written once comes back with a size of 1, which broadcasts. The CUDA project's files know no steps:
+        they hold a threshold for each forward call of a module, in order. One call is taken as a threshold for all
+        steps, n calls as those of n steps, disabled ones as -inf.
+
+        Raises:
+            ValueError: the file is not TOML, has no version or a newer one, or does not say thresholds as it should.
+            OSError: the file cannot be read.
+        """
+        content = Path(path).read_bytes()
+        try:
+            table = cls(**threshold_file.parse(content))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        table.path = Path(path)
+        return table
+
+    # ---- in a model ------------------------------------------------------------------------------------------------
+
+    def apply(self, model_or_pipe: Any, *, strict: bool = True) -> None:
+        """Set the thresholds of a model's attention sites, in place, and of states that are yet to come.
+
+        A swapped model shows its sites with its first call. If there was none yet, they are looked up as they turn up;
+        call `check` after the first step to see whether the rest fits too.
+
+        Args:
+            model_or_pipe: as for `lite_attention.set_threshold`.
+            strict: False takes what can be taken where the table does not fit, and warns of what it overrides: sites
+                by name, steps by their relative position (the lowest of all for a state without steps), heads if their
+                thresholds are equal. Other sites skip nothing.
+
+        Raises:
+            ValueError: it does not fit the model; lists all that differs. Nothing is changed then. Or no attention of
+                ours in the model.
+        """
+        from lite_attention.registry.threshold_fit import fitted
+        from lite_attention.wiring import set_threshold
+
+        set_threshold(model_or_pipe, fitted(self, model_or_pipe, strict=strict))
+
+    def check(self, model_or_pipe: Any) -> None:
+        """Hold the table against the sites that a model has shown by now.
+
+        Raises:
+            ValueError: it does not fit; lists all that differs.
+        """
+        from lite_attention.registry.threshold_fit import check_fit
+
+        check_fit(self, model_or_pipe)
+
+    def threshold_of(self, site: Site, *, num_steps: int | None = None, strict: bool = True) -> torch.Tensor:
+        """Return the thresholds of a site, float32 (slots or 1, steps or 1, heads or 1).
+
+        Args:
+            site: whose sizes are numbers.
+            num_steps: denoising steps of a generation, where known.
+            strict: False returns what can be taken where the table does not fit, see `apply`.
+
+        Raises:
+            ValueError: the table has no such site, or was found on other steps, heads, tiles, dtype or sizes.
+        """
+        from lite_attention.registry.threshold_fit import threshold_at
+
+        return threshold_at(self, site, num_steps, strict)
+
+    # ---- reading it ------------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """The path of its file, for messages."""
+        return "the table" if self.path is None else str(self.path)
+
+    def __str__(self) -> str:
+        """Return what is known, and a row for each site: how many slots, steps and heads it tells apart, and values."""
+        lines = [f"{name}: {_plain(value)}" for name, value in {**self.about(), **self.reached}.items()]
+        header = ["site", "tile", "slots", "steps", "heads", "min", "median", "max"]
+        rows = []
+        for site, threshold in self.items():
+            tile = "x".join(map(str, self.tile_shapes.get(site, ())))
+            sizes = ["all" if size == 1 else str(size) for size in threshold.shape]
+            # The lower of two in the middle: a mean of -inf and a number says nothing.
+            values = (threshold.min(), threshold.flatten().median(), threshold.max())
+            rows.append([site, tile, *sizes, *(f"{float(value):.{DECIMALS}f}" for value in values)])
+        return "\n".join([*lines, *([""] if lines else []), text_table(header, rows)])
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
