@@ -36,7 +36,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,15 +233,8 @@ def calibrate(setup: Setup, target: str, path: Path, prompts: int, held_out: int
         progress=False, **goal, **options,
     )  # fmt: skip
     print(f"{path.stem}\n{found}", flush=True)
-    reached = {f"{name} {key}": value for name in ("calibration", "verification", "held_out")
-               for key, value in getattr(found, name).items()}  # fmt: skip
-    table = lite_attention.ThresholdTable(
-        found.table, tile_shapes=setup.tile_shapes, num_steps=setup.steps,
-        resolution=setup.size, metric="L1", target_error=goal.get("target_error"), reached=reached,
-        model_class=type(setup.model).__name__, date=datetime.date.today().isoformat(),
-    )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.save(path)
+    replace(found.table, resolution=setup.size).save(path)
 
 
 # ---- report --------------------------------------------------------------------------------------------------------

@@ -211,8 +211,9 @@ def test_is_a_mapping_of_thresholds_by_site() -> None:
 def test_a_file_of_0_1(tmp_path: Path) -> None:
     path = tmp_path / "thresholds.toml"
     path.write_text(
-        "# LiteAttention thresholds, log2 units: a row for each step, in it a number for each head; one stands for all.\n"
-        """version = 1
+        "# LiteAttention thresholds, log2 units: a row for each step, in it a number for each head; one stands for all."
+        """
+version = 1
 
 [about]
 model_class = "WanTransformer3DModel"
