@@ -12,6 +12,8 @@ from lite_attention.ops.validate import check_dense_call
 
 __all__ = ["attention_cpu"]
 
+_SCORES = 2**22  # to look at, at once
+
 
 def attention_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, *, scale: float | None
@@ -45,10 +47,19 @@ def attention_cpu(
         weighted, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(x.transpose(1, 2) for x in tensors), scale=scale
         )
-        # An LSE of 0 is seldom one: the kernel also says it of a row whose scores are all -inf.
-        for b, h, i in (sums == 0).nonzero().tolist():
-            scores = some_k[b, :, h * k.shape[2] // heads].float() @ q[rows][b, i, h].float()
-            if bool((scores == -math.inf).all()):
-                sums[b, h, i] = -math.inf
+        # The kernel says 0 also of a row whose scores are all -inf.
+        sums.masked_fill_(_without_a_score(q[rows], some_k, scale, sums == 0), -math.inf)
         out[rows], lse[rows] = weighted.transpose(1, 2)[..., :value_dim], sums
     return out, lse
+
+
+def _without_a_score(q: torch.Tensor, k: torch.Tensor, scale: float, asked: torch.Tensor) -> torch.Tensor:
+    """Return the rows whose scores are all -inf, of those that are asked for, bool [B, Hq, Sq]."""
+    found = torch.zeros_like(asked)
+    group = q.shape[2] // k.shape[2]
+    for b, h in asked.any(-1).nonzero().tolist():
+        keys = k[b, :, h // group].float().T
+        for rows in asked[b, h].nonzero().flatten().split(max(_SCORES // keys.shape[1], 1)):
+            scores = q[b, rows, h].float() @ keys * scale
+            found[b, h, rows] = (scores == -math.inf).all(-1)
+    return found

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lite_attention
-from lite_attention.ops import SkipState, attention, skip_attention
+from lite_attention.ops import SkipState, attention, dense, skip_attention
 from lite_attention.ops.schema import ATTENTION
 from lite_attention.ops.validate import check_dense_call
 from tests.support.op_cases import LAYOUTS, WRONG_QKV, Qkv, clustered_qkv, stride_order
@@ -108,6 +109,37 @@ def test_scores_of_minus_infinity_weigh_nothing(masked: bool) -> None:
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
     k[1, :, 1] = 0
     assert not ATTENTION(q[1:], k[1:, :1], v[1:, :1], None, scale=None)[1][:, 2:].any()  # log of 1
+
+
+@pytest.mark.parametrize(("low", "scale"), [(-1e30, None), (-1e20, 1e20)])
+def test_an_lse_of_zero_beside_rows_without_a_score(
+    low: float, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's kernel says 0 of both. They are told apart part by part, however many rows there are."""
+    monkeypatch.setattr(dense, "_SCORES", 64)
+    without = torch.rand(2, 300, 4) < 0.5
+    q = torch.where(without.unsqueeze(-1), -low, torch.zeros(8))
+    k = torch.full((2, 1, 2, 8), low)
+    without[1, :, :2], k[1, :, 0] = False, 0
+    out, lse = ATTENTION(q, k, torch.ones(2, 1, 2, 8), None, scale=scale)
+    assert torch.equal(lse, torch.where(without, -math.inf, 0.0).transpose(1, 2))
+    assert torch.equal(out, torch.where(without, 0.0, 1.0).unsqueeze(-1).expand_as(out))
+
+
+def test_rows_are_not_looked_at_one_by_one() -> None:
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for seq_q in (2, 500):
+        with Count() as count:
+            dense.attention_cpu(torch.zeros(1, seq_q, 2, 8), *torch.zeros(2, 1, 1, 2, 8), None, scale=None)
+        counts.append(count.calls)
+    assert counts[0] == counts[1]
 
 
 def test_large_scores_do_not_overflow() -> None:
