@@ -1,6 +1,6 @@
 """Time of one attention call on a Hopper GPU, as a ratio to FlashAttention-3 dense on the same tensors.
 
-    python benchmarks/attention.py [--only dense sparse int8 uneven voted host] [--peers cudnn flex fa4 fa3-fp8 sage]
+    python -m benchmarks.attention [--only dense sparse int8 uneven voted host] [--peers cudnn flex fa4 fa3-fp8 sage]
                                    [--shapes 1,40,32760,128 ...] [--seconds 1.5] [--json FILE] [--plot FILE]
 
 Needs `pip install fa3-fwd`, and `flash-attn-4` for the peer fa4, `sageattention` for sage. Each kernel runs in a block
@@ -11,7 +11,7 @@ the output against FA3's, where nothing is skipped.
 
     dense     the peers, our op without a state, and the same with a state whose dense flag is set
     sparse    a planted mask in use, and voting; FlexAttention with the same kind of mask, its tiles being 128 x 128
-    int8      INT8 scores, and FP8 values besides, what it takes to quantise included: dense flag, and a planted mask;
+    int8      INT8 scores, and FP8 values besides, what it takes to quantize included: dense flag, and a planted mask;
               of the peers those in 8 bits
     uneven    half the heads at 20 %, half at 80 %, against all at 50 %
     voted     a mask voted on clustered inputs
@@ -22,18 +22,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
-from host import report_host
-from measure import block, going_on, one_line, where
-from peers import Contender
 
 import lite_attention
+from benchmarks import peers
+from benchmarks.host import report_host
+from benchmarks.measure import block, going_on, one_line, require_gpu, where
+from benchmarks.peers import Contender
+from lite_attention.cli.arguments import integer, number
 from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.control import FLAG_DENSE
@@ -150,7 +151,7 @@ def contenders(
             yield f"FlexAttention, mask, {share:.0%}", partial(flex_planted, share)
     for name, quantization in QUANTIZED.items() if "int8" in only else ():
         yield f"ours, {name}, dense flag", partial(dense_flag, q, k, v, quantization)
-        yield "of that, quantising", partial(quantizing, q, k, v, quantization)
+        yield "of that, quantizing", partial(quantizing, q, k, v, quantization)
         for share in SOME_SPARSITIES:
             yield f"ours, {name}, mask in use, {share:.0%}", partial(planting, share, quantization)
     if "uneven" in only:
@@ -162,7 +163,7 @@ def contenders(
 
 
 def sqnr(out: Any, reference: Any) -> float:
-    """Return the signal-to-quantisation-noise ratio of an output, dB; each may come with an LSE behind it."""
+    """Return the signal-to-quantization-noise ratio of an output, dB; each may come with an LSE behind it."""
     out, reference = (x[0] if isinstance(x, tuple) else x for x in (out, reference))
     out = out if out.shape == reference.shape else out.transpose(1, 2)
     noise = (out.float() - reference.float()).square().mean()
@@ -197,16 +198,24 @@ def measure_shape(text: str, only: Collection[str], others: Collection[str], sec
     return rows
 
 
-def main() -> None:
+def shape(text: str) -> str:
+    """Return a shape as it is written, if it is one."""
+    if len([integer(1)(size) for size in text.split(",")]) != 4:
+        raise argparse.ArgumentTypeError(f"expected B,H,S,D, got {text!r}")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some contenders instead of all")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["cudnn"], help="beside FlashAttention-3")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,H,S,D")
-    parser.add_argument("--seconds", type=float, default=1.5, help="length of a block")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="B,H,S,D")
+    parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
+    require_gpu()
     about = where()
     print(one_line(about))
     result: dict[str, Any] = {**about, "rows": []}

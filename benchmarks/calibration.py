@@ -21,9 +21,11 @@ import torch
 
 import lite_attention
 from benchmarks.quality_methods import CALIBRATION, Setup, sample
+from examples.moving_shapes.arguments import VideoSize
 from examples.moving_shapes.model import WEIGHTS, Config, VideoDiT, load_weights
 from lite_attention.calibration import CalibrationResult
 from lite_attention.calibration.recorder import now
+from lite_attention.cli.arguments import add_device, integer, number
 
 
 def generator(setup: Setup, taken: list[float]) -> Callable[[int], torch.Tensor]:
@@ -52,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Calibrate once, and print what each part took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of the model")
-    parser.add_argument("--untrained", type=int, nargs=3, help="width, layers and head dim of another model")
-    parser.add_argument("--size", type=int, nargs=3, default=[32, 64, 64], help="frames, height and width")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--error", type=float, default=0.05, help="the bound, for each head and step")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--untrained", type=integer(1), nargs=3, help="width, layers and head dim of another model")
+    parser.add_argument("--size", action=VideoSize, default=(32, 64, 64), help="of the videos")
+    parser.add_argument("--steps", type=integer(1), default=20, help="denoising steps")
+    parser.add_argument("--error", type=number(above=0), default=0.05, help="the bound, for each head and step")
+    add_device(parser)
     args = parser.parse_args(arguments)
     if args.untrained:
         width, layers, head_dim = args.untrained
@@ -67,17 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.eval().requires_grad_(False).to(args.device)
     if args.device.startswith("cuda"):
         model.bfloat16()
-    setup = Setup(model, None, tuple(args.size), args.steps)
+    setup = Setup(model, None, args.size, args.steps)
     calibrate(replace(setup, steps=2), args.error)  # loads kernels
     alone: list[float] = []
     for _ in range(3):
         generator(setup, alone)(CALIBRATION)
     dense = min(alone)
     (*passes, verification), found = calibrate(setup, args.error)
-    config, device = model.config, torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    config, name = model.config, torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(
         f"width {config.width}, {config.layers} layers, head dims {config.head_dims}, {math.prod(setup.grid)} tokens, "
-        f"{args.steps} steps, torch {torch.__version__}, {device}"
+        f"{args.steps} steps, torch {torch.__version__}, {name}"
     )
     print(f"dense generation {dense:.2f} s; in such generations:")
     calibrated = ", ".join(f"{taken / dense:.2f}" for taken in passes)

@@ -1,6 +1,6 @@
 """The two ceilings of an attention kernel on this GPU: the rate of matrix products, and that of exponentials.
 
-    python benchmarks/ceilings.py [--seconds 1] [--json FILE]
+    python -m benchmarks.ceilings [--seconds 1] [--json FILE]
 
 Matrix rate: the fastest bf16 `torch.matmul` of a few sizes on random numbers, launched back to back, each in a block of
 its own. Exp rate: ex2.approx in registers, 16 independent chains a thread, no memory traffic. A score of head dim D
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
-from measure import block, one_line, where
+
+from benchmarks.measure import block, one_line, require_gpu, where
+from lite_attention.cli.arguments import number
 
 from lite_attention.ops.targets import SM90A
 
@@ -28,18 +30,6 @@ BLOCK = 2048  # chains of a program: 16 a thread
 WARPS = 4
 PROGRAMS_AN_SM = 64  # four waves of 16
 IN_A_ROW = 8  # calls without a gap between them
-
-
-@triton.jit
-def exponentials(out, rounds, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton takes no other types
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = place.to(tl.float32) * 1e-6
-    for _ in range(rounds // 8):
-        for _ in tl.static_range(8):  # soon infinite, which takes as long as any other number
-            x = tl.inline_asm_elementwise(
-                "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-            )
-    tl.store(out + place, x)
 
 
 def matrix_rates(seconds: float) -> dict[str, float]:
@@ -56,6 +46,8 @@ def matrix_rates(seconds: float) -> dict[str, float]:
 
 def exp_rate(seconds: float) -> float:
     """Return G exp/s."""
+    from benchmarks.exponentials import exponentials  # Triton is not on every machine
+
     programs = PROGRAMS_AN_SM * torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.empty(programs * BLOCK, device="cuda")
     ms = block(lambda: exponentials[(programs,)](out, ROUNDS, BLOCK=BLOCK, num_warps=WARPS), seconds, IN_A_ROW)
@@ -75,13 +67,14 @@ def bounds(matrix: float, exp: float) -> list[dict[str, float]]:
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a block")
+    parser.add_argument("--seconds", type=number(above=0), default=1.0, help="length of a block")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
-    about = {**where(), "triton": triton.__version__}
+    require_gpu()
+    about = {**where(), "triton": version("triton")}
     print(one_line(about))
     matrix = matrix_rates(args.seconds)
     for name, rate in matrix.items():

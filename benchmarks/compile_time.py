@@ -1,6 +1,6 @@
 """Time until a kernel can be launched: compiled cold, loaded from the cache folder, and found in memory.
 
-    python benchmarks/compile_time.py [--head-dims 64 128] [--dtypes bf16] [--json FILE]
+    python -m benchmarks.compile_time [--head-dims 64 128] [--dtypes bf16] [--json FILE]
 
 Needs the CuTe DSL (`pip install "lite_attention[cu13]"`), but no GPU. Each kernel gets two fresh processes and a cache
 folder of its own: the first one compiles it and writes it there, the second one loads it. What they import first
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,11 @@ def ready(config: Config, compiling: bool) -> dict[str, float]:
 
 
 def fresh_process(config: Config, compiling: bool, cache: str) -> dict[str, float]:
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "LITE_ATTENTION_CACHE": cache, "PYTHONPATH": path}
+    environment = {**os.environ, "LITE_ATTENTION_CACHE": cache}
     environment.pop("LITE_ATTENTION_KERNELS", None)  # a library of ready-made kernels would be asked first
     job = json.dumps({"kernel": config.name, "compiling": compiling})
-    command = [sys.executable, str(Path(__file__).resolve()), "--job", job]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--job", job]
+    result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or ["no message"])[-1])
     seconds: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
@@ -78,13 +77,13 @@ def about() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", type=int, nargs="+", choices=SM90A.head_dims(), default=SM90A.head_dims())
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=["bf16"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.job:
         job = json.loads(args.job)
         configs = {config.name: config for config in kernel_configs()}

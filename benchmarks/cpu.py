@@ -1,6 +1,6 @@
 """Time of skip_attention on the CPU relative to torch's scaled_dot_product_attention, by share of tiles skipped.
 
-python benchmarks/cpu.py [--repeats 7] [--shape 1,8,4096,64] [--threads N] [--json FILE]
+python -m benchmarks.cpu [--repeats 7] [--shape 1,8,4096,64] [--threads N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from lite_attention.cli.arguments import integer
 from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops.tiles import ceil_div, tile_shape
 
@@ -39,8 +40,9 @@ def variants(batch: int, heads: int, seq: int, dim: int) -> dict[str, tuple[Call
     tiles = (ceil_div(seq, tile_m), ceil_div(seq, tile_n))
 
     def skipping(**options: Any) -> tuple[Callable[[], Any], SkipState]:
-        state = SkipState.for_inputs(*views[:2], slots=1, **options)
-        return lambda: skip_attention(*views, state), state
+        query, key, value = views
+        state = SkipState.for_inputs(query, key, slots=1, **options)
+        return lambda: skip_attention(query, key, value, state), state
 
     return {
         "torch SDPA": (lambda: F.scaled_dot_product_attention(q, k, v), None),
@@ -72,19 +74,26 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main() -> None:
+def shape(text: str) -> list[int]:
+    """Return the sizes of "batch,heads,seq_len,head_dim"."""
+    sizes = [integer(1)(size) for size in text.split(",")]
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"expected batch,heads,seq_len,head_dim, got {text!r}")
+    return sizes
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; each variant runs once a round")
-    parser.add_argument("--shape", default="1,8,4096,64", help="batch,heads,seq_len,head_dim")
+    parser.add_argument("--repeats", type=integer(1), default=7, help="rounds; each variant runs once a round")
+    parser.add_argument("--shape", type=shape, default="1,8,4096,64", help="batch,heads,seq_len,head_dim")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--threads", type=int, help="as torch chooses, unless given")
-    args = parser.parse_args()
+    parser.add_argument("--threads", type=integer(1), help="as torch chooses, unless given")
+    args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape = [int(size) for size in args.shape.split(",")]
-
     torch.manual_seed(0)
-    calls = variants(*shape)
+    calls = variants(*args.shape)
     seconds = measure(calls, args.repeats)
     rows = []
     for name, (_, state) in calls.items():
@@ -102,7 +111,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "shape": shape,
+        "shape": args.shape,
         "dtype": "float32",
         "repeats": args.repeats,
     }
@@ -115,5 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

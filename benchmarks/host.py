@@ -1,6 +1,6 @@
 """Host time of attention: what the CPU spends on a call before it can go on, however long the GPU takes.
 
-    python benchmarks/host.py [--sites 8] [--json FILE]
+    python -m benchmarks.host [--sites 8] [--json FILE]
 
 Every timed call starts on an idle GPU and launches far fewer kernels than its queue holds, so the GPU is never waited
 for. In compiled graphs a site is one small fused kernel that makes q, k and v, and the attention; its time is the
@@ -17,17 +17,18 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Call, going_on, one_line, where
-from peers import fa3
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import lite_attention
+from benchmarks.measure import Call, going_on, one_line, require_gpu, where
+from benchmarks.peers import fa3
+from lite_attention.cli.arguments import integer
 from lite_attention.ops import SkipState
 
 DEVICE = "cuda"
@@ -164,11 +165,12 @@ def report_host(sites: int = 8) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sites", type=int, default=8, help="N: sites of the smaller graph")
+    parser.add_argument("--sites", type=integer(1), default=8, help="N: sites of the smaller graph")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    require_gpu()
     about = where()
     print(one_line(about))
     rows = report_host(args.sites)

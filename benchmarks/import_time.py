@@ -1,6 +1,6 @@
 """Time of `import lite_attention` on top of `import torch`, in fresh processes.
 
-python benchmarks/import_time.py [--processes 11] [--json FILE]
+python -m benchmarks.import_time [--processes 11] [--json FILE]
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from lite_attention.cli.arguments import integer
 
 STATEMENTS = ("import torch", "import torch; import lite_attention")
 
@@ -23,11 +26,11 @@ def seconds_to_run(statement: str) -> float:
     return float(result.stdout)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=11, help="fresh processes for each statement, in turns")
+    parser.add_argument("--processes", type=integer(1), default=11, help="fresh processes for each statement, in turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     for statement in STATEMENTS:
         seconds_to_run(statement)  # fills the disk cache and writes the bytecode

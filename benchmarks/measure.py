@@ -33,6 +33,12 @@ def block(call: Call, seconds: float, in_a_row: int = 1) -> float:
     return statistics.median(times[len(times) // 2 :])
 
 
+def require_gpu() -> None:
+    """Leave with a line where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark measures a GPU, and PyTorch finds no CUDA device")
+
+
 def driver() -> str:
     """Return the version of the GPU's driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,6 +1,6 @@
 """Time of one forward of a diffusers video transformer on a Hopper GPU, compiled, by what computes its self-attention.
 
-    python benchmarks/model.py [--model 14B 1.3B LTX] [--size short long] [--layers N] [--sparsities 0 0.42 0.77]
+    python -m benchmarks.model [--model 14B 1.3B LTX] [--size short long] [--layers N] [--sparsities 0 0.42 0.77]
                                [--only none fa3 cudnn dense ours] [--profile] [--seconds 1.5] [--json FILE]
 
 Random weights, since only time is measured. Each variant runs in a block of its own, the default attention of PyTorch
@@ -25,19 +25,20 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from attention import SPARSITIES, runs_of_tiles
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
-from measure import Call, block, going_on, one_line, where
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lite_attention
+from benchmarks.attention import SPARSITIES, runs_of_tiles
+from benchmarks.measure import Call, block, going_on, one_line, require_gpu, where
+from lite_attention.cli.arguments import integer, number
 from lite_attention.ops.bitmask import pack_bits
 
 DEVICE = "cuda"
@@ -286,17 +287,20 @@ def measure_all(
     return list(rows.values())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=LAYERS, nargs="+", default=["14B"], help="Wan 1.3B or 14B, or LTX-Video 2B")
     parser.add_argument("--size", choices=("short", "long"), nargs="+", default=["short", "long"])
-    parser.add_argument("--layers", type=int, help="2 of Wan, 4 of LTX-Video, unless given")
+    parser.add_argument("--layers", type=integer(1), help="2 of Wan, 4 of LTX-Video, unless given")
     parser.add_argument("--only", choices=VARIANTS, nargs="+", default=VARIANTS, help="some variants instead of all")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES, help="shares of tiles skipped")
+    parser.add_argument(
+        "--sparsities", type=number(least=0, most=1), nargs="+", default=SPARSITIES, help="shares of tiles skipped"
+    )
     parser.add_argument("--profile", action="store_true", help="count the GPU kernels of a step")
-    parser.add_argument("--seconds", type=float, default=1.5, help="length of a block")
+    parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    require_gpu()
     torch._dynamo.config.recompile_limit = 64  # the variants of a model are compiled code of one function
     about = where()
     print(one_line(about))

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.measure import Call
 
 Contender = tuple[Call, float]
 
@@ -33,7 +34,7 @@ def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
 
 
 def fa3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
-    """FlashAttention-3's FP8 mode, one scale for each head; quantised outside of the call."""
+    """FlashAttention-3's FP8 mode, one scale for each head; quantized outside of the call."""
     from fa3_fwd_interface import flash_attn_func
 
     largest = [x.abs().amax((1, 3)).float() / 448 for x in (q, k, v)]  # of e4m3
@@ -46,7 +47,7 @@ def fa3_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
 
 
 def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
-    """SageAttention as PyPI has it: INT8 scores, Triton; it quantises within the call."""
+    """SageAttention as PyPI has it: INT8 scores, Triton; it quantizes within the call."""
     from sageattention import sageattn
 
     return lambda: sageattn(q, k, v, tensor_layout="NHD"), 0.0

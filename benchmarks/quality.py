@@ -60,9 +60,11 @@ from benchmarks.quality_methods import (
 )
 from benchmarks.quality_metrics import Pair, fidelity
 from benchmarks.quality_report import DENSE, FIDELITY, TRUTH, VOTING, Record, Results, Videos
+from examples.moving_shapes.arguments import VideoSize
 from examples.moving_shapes.judge import Judge, load_judge, measure, path_distance
 from examples.moving_shapes.model import Config, VideoDiT, load_weights
 from lite_attention import masks
+from lite_attention.cli.arguments import add_device, integer, number
 from lite_attention.token_order import block_of, tile3d_order
 
 METHODS = (
@@ -307,29 +309,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="of the model, what train.py wrote")
     parser.add_argument("--judge", type=Path, help="what judge.py wrote; without it the truth is not judged")
     parser.add_argument("--out", type=Path, required=True, help="folder of results, videos and tables")
-    parser.add_argument("--prompts", type=int, help="64; with --tiny 3")
-    parser.add_argument("--seeds", type=int, help="of noise, for each prompt: 2; with --tiny 1")
-    parser.add_argument("--steps", type=int, help="20; with --tiny 4")
-    parser.add_argument("--size", type=int, nargs=3, help="frames, height, width: 32 64 64; with --tiny 6 24 24")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of classifier-free guidance")
-    parser.add_argument("--batch", type=int, default=16, help="videos at a time")
+    parser.add_argument("--prompts", type=integer(1), help="64; with --tiny 3")
+    parser.add_argument("--seeds", type=integer(1), help="of noise, for each prompt: 2; with --tiny 1")
+    parser.add_argument("--steps", type=integer(1), help="20; with --tiny 4")
+    parser.add_argument("--size", action=VideoSize, help="of the videos: 32 64 64; with --tiny 6 24 24")
+    parser.add_argument("--guidance", type=number(), default=3.0, help="of classifier-free guidance")
+    parser.add_argument("--batch", type=integer(1), default=16, help="videos at a time")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="see above")
     parser.add_argument("--tables", type=Path, nargs="*", default=[], help="threshold files, run as table:NAME")
     parser.add_argument("--calibrate", nargs="*", default=[], help="error=E, budget=E or sparsity=S: make a table, too")
-    parser.add_argument("--calibration-prompts", type=int, default=4, help="as many as half of them verify only")
+    parser.add_argument("--calibration-prompts", type=integer(1), default=4, help="as many as half of them verify only")
     parser.add_argument("--random-of-tables", action="store_true", help="random skipping as much as each table, too")
-    parser.add_argument("--keep", type=int, default=1, help="prompts of which the videos of all methods are kept")
+    parser.add_argument(
+        "--keep", type=integer(0), default=1, help="prompts of which the videos of all methods are kept"
+    )
     parser.add_argument("--markdown", type=Path, help="write the report there, too")
     parser.add_argument("--json", type=Path, help="write means and intervals there")
     parser.add_argument("--plot", type=Path, help="draw quality against attention saved there")
     parser.add_argument("--frames", type=Path, help="draw frames of the first video there")
     parser.add_argument("--report-only", action="store_true", help="of what is there; only missing VMAF is measured")
     parser.add_argument("--tiny", action="store_true", help="an untrained model, for trying it out on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add_device(parser)
     args = parser.parse_args(arguments)
     if not args.tiny and args.weights is None:
         parser.error("--weights: expected a file, or --tiny")
-    defaults = (3, 1, 4, [6, 24, 24]) if args.tiny else (64, 2, 20, [32, 64, 64])
+    defaults = (3, 1, 4, (6, 24, 24)) if args.tiny else (64, 2, 20, (32, 64, 64))
     for name, value in zip(("prompts", "seeds", "steps", "size"), defaults, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -349,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.device.startswith("cuda"):
         model.bfloat16()
     setup = Setup(
-        model, judge.to(args.device) if judge else None, tuple(args.size), args.steps, args.guidance, args.batch,
+        model, judge.to(args.device) if judge else None, args.size, args.steps, args.guidance, args.batch,
         (16, 16) if args.tiny else None, args.keep,
     )  # fmt: skip
     weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()[:12] if args.weights else "untrained"

@@ -31,6 +31,7 @@ import lite_attention
 from benchmarks import quality_report as reporting
 from benchmarks.quality_metrics import Pair, fidelity
 from benchmarks.quality_report import DENSE, FIDELITY, Metric, Record, Results, Videos
+from lite_attention.cli.arguments import add_device, integer, number
 from lite_attention.wiring import parts_of
 
 PROMPTS = (
@@ -168,20 +169,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of a diffusers pipeline with its weights")
     parser.add_argument("--out", type=Path, required=True, help="folder of results and videos")
     parser.add_argument("--prompts", type=Path, help="text file, one a line; four are built in")
-    parser.add_argument("--seeds", type=int, default=1, help="of noise, for each prompt")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--height", type=int, default=480, help="pixels")
-    parser.add_argument("--width", type=int, default=832, help="pixels")
-    parser.add_argument("--frames", type=int, default=81, help="of a video")
-    parser.add_argument("--guidance", type=float, default=5.0, help="of classifier-free guidance")
+    parser.add_argument("--seeds", type=integer(1), default=1, help="of noise, for each prompt")
+    parser.add_argument("--steps", type=integer(1), default=50, help="denoising steps")
+    parser.add_argument("--height", type=integer(1), default=480, help="pixels")
+    parser.add_argument("--width", type=integer(1), default=832, help="pixels")
+    parser.add_argument("--frames", type=integer(1), default=81, help="of a video")
+    parser.add_argument("--guidance", type=number(), default=5.0, help="of classifier-free guidance")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="such as threshold:-6; dense goes first anyway")
     parser.add_argument("--tables", type=Path, nargs="*", default=[], help="threshold files, run as table:NAME")
     parser.add_argument("--compile", choices=("no", "blocks", "model"), default="no", help="dense and skip-aware alike")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights"
+    )
     parser.add_argument("--markdown", type=Path, help="write the report there, too")
     parser.add_argument("--json", type=Path, help="write means and intervals there")
     parser.add_argument("--plot", type=Path, help="draw quality against attention saved there")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add_device(parser)
     args = parser.parse_args(arguments)
 
     prompts = PROMPTS

@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 import lite_attention
+from examples.moving_shapes.arguments import VideoSize, prompt_field
 from examples.moving_shapes.judge import Judge, load_judge
 from examples.moving_shapes.model import PATCH, VideoDiT, load_weights
 from examples.moving_shapes.sample import generate, read_prompt
 from examples.moving_shapes.scenes import FIELDS, Size
 from lite_attention import plot
+from lite_attention.cli.arguments import integer, threshold
 from lite_attention.inspection import named_states
 from lite_attention.tables import text_table
 
@@ -216,22 +218,24 @@ def draw(result: Result) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo as the command line asks, and write the picture."""
     default = Options()
     parser = argparse.ArgumentParser(
         description="Generate a video dense and skip-aware, and show what was skipped.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--prompt", nargs="+", default=default.prompt, help=f"fields of {', '.join(FIELDS)}")
-    parser.add_argument("--size", type=int, nargs=3, default=default.size, help="frames, height, width")
-    parser.add_argument("--steps", type=int, default=default.steps, help="denoising steps")
-    parser.add_argument("--threshold", type=float, default=default.threshold, help="log2 units; lower skips less")
-    parser.add_argument("--tile", type=int, default=default.tile, help="queries, and keys, of an attention tile")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the noise")
+    parser.add_argument(
+        "--prompt", type=prompt_field, nargs="+", default=default.prompt, help=f"fields of {', '.join(FIELDS)}"
+    )
+    parser.add_argument("--size", action=VideoSize, default=default.size, help="of the video")
+    parser.add_argument("--steps", type=integer(1), default=default.steps, help="denoising steps")
+    parser.add_argument("--threshold", type=threshold, default=default.threshold, help="log2 units; lower skips less")
+    parser.add_argument("--tile", type=integer(1), default=default.tile, help="queries, and keys, of an attention tile")
+    parser.add_argument("--seed", type=integer(0), default=default.seed, help="of the noise")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write")
-    args = parser.parse_args()
-    args.prompt, args.size = tuple(args.prompt), tuple(args.size)
+    args = parser.parse_args(arguments)
+    args.prompt = tuple(args.prompt)
     plot.require_matplotlib()  # before a minute of work, not after it
     result = run(Options(**{field.name: getattr(args, field.name) for field in fields(Options)}))
     _say(result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from examples.moving_shapes.scenes import FIELDS, Size, make_videos
+from lite_attention.cli.arguments import add_device, number
 
 __all__ = [
     "HOLD_OUT",
@@ -195,13 +197,13 @@ def measure_truth(judge: Judge, batch: int, size: Size, device: str = "cpu") -> 
     return measure(judge, video, scenes.prompt(), scenes.path(size)[:, 0])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train a judge as the command line asks, and judge it."""
     parser = argparse.ArgumentParser(description="Train the judge of videos, or go on training it.")
-    parser.add_argument("--minutes", type=float, required=True, help="to train now")
+    parser.add_argument("--minutes", type=number(above=0), required=True, help="to train now")
     parser.add_argument("--out", type=Path, required=True, help="folder of judge.pt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    args = parser.parse_args()
+    add_device(parser)
+    args = parser.parse_args(arguments)
     judge = train_judge(args.minutes, args.out, args.device)
     for size in _SIZES:
         measured = measure_truth(judge, 64, size, args.device)

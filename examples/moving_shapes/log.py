@@ -41,12 +41,12 @@ def draw_log(lines: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Draw a log as the command line asks."""
     parser = argparse.ArgumentParser(description="Draw what train.py logged.")
     parser.add_argument("--log", type=Path, default=LOG, help="log.jsonl of train.py")
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     draw_log([json.loads(line) for line in args.log.read_text().splitlines()]).savefig(args.output)
 
 

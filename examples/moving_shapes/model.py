@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -290,12 +291,12 @@ def load_weights(path: Path = WEIGHTS) -> VideoDiT:
     return model
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Convert a file of weights from one format to the other."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("source", type=Path, help="weights.pt or weights.safetensors")
     parser.add_argument("target", type=Path, help="likewise")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     model = load_weights(args.source)
     save_weights(args.target, model.config, model.state_dict())
 

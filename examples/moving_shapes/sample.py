@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 
 import lite_attention
+from examples.moving_shapes.arguments import VideoSize, prompt_field
 from examples.moving_shapes.judge import HOLD_OUT, JUDGE, load_judge, measure, measure_truth, path_distance
 from examples.moving_shapes.model import WEIGHTS, VideoDiT, load_weights, time_shift
 from examples.moving_shapes.scenes import NULL_PROMPT, Size, draw_scenes, prompt_ids, tile
+from lite_attention.cli.arguments import add_device, integer, number, threshold
 from lite_attention.inspection import named_states
 
 __all__ = ["generate", "read_prompt", "save_videos", "time_steps"]
@@ -104,24 +106,27 @@ def read_prompt(fields: Sequence[str]) -> torch.Tensor:
     return prompt_ids(**{name: value for name, _, value in (field.partition("=") for field in fields)})
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make and measure videos as the command line asks."""
     parser = argparse.ArgumentParser(description="Make videos, dense and skip-aware, and measure how true they are.")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="what train.py wrote; the trained ones")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     parser.add_argument("--judge", type=Path, default=JUDGE, help="what judge.py wrote; the trained one")
-    parser.add_argument("--threshold", type=float, help="also skip-aware, at this threshold (log2 units)")
-    parser.add_argument("--count", type=int, default=8, help="videos")
-    parser.add_argument("--size", type=int, nargs=3, default=[10, 48, 48], help="frames, height, width")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of classifier-free guidance")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of prompts")
+    parser.add_argument("--threshold", type=threshold, help="also skip-aware, at this threshold (log2 units)")
+    parser.add_argument("--count", type=integer(1), default=8, help="videos")
+    parser.add_argument("--size", action=VideoSize, default=(10, 48, 48), help="of the videos")
+    parser.add_argument("--steps", type=integer(1), default=30, help="denoising steps")
+    parser.add_argument("--guidance", type=number(), default=3.0, help="of classifier-free guidance")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the noise, and of prompts")
     parser.add_argument(
-        "--prompt", nargs="*", help="such as shape=star colour=red; without it, one drawn for each video"
+        "--prompt",
+        type=prompt_field,
+        nargs="*",
+        help="such as shape=star colour=red; without it, one drawn for each video",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    args = parser.parse_args()
-    size: Size = (args.size[0], args.size[1], args.size[2])
+    add_device(parser)
+    args = parser.parse_args(arguments)
+    size: Size = args.size
     if args.prompt is None:
         prompt = draw_scenes(args.count, torch.Generator().manual_seed(HOLD_OUT + args.seed)).prompt()
     else:

@@ -17,6 +17,7 @@ import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 
 from examples.moving_shapes.model import PATCH, Config, VideoDiT, load_weights, save_weights, time_shift
 from examples.moving_shapes.scenes import NULL_PROMPT, Size, constant, make_videos
+from lite_attention.cli.arguments import add_device, integer, number
 
 __all__ = ["Recipe", "Trainer", "flow_loss", "train"]
 
@@ -234,17 +236,23 @@ def train(trainer: Trainer, out: Path, minutes: float, decay_minutes: float = 0.
     save_weights(out / f"weights{suffix}", trainer.config, trainer.averaged)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line asks."""
     parser = argparse.ArgumentParser(description="Train the video transformer, or go on training it.")
-    parser.add_argument("--minutes", type=float, required=True, help="to train now")
-    parser.add_argument("--decay-minutes", type=float, default=0.0, help="of them at the end, in which the rate falls")
+    parser.add_argument("--minutes", type=number(above=0), required=True, help="to train now")
+    parser.add_argument(
+        "--decay-minutes", type=number(least=0), default=0.0, help="of them at the end, in which the rate falls"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, weights and log")
     parser.add_argument("--weights", type=Path, help="to begin with, where there is no checkpoint; take another seed")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of what is trained on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the weights and of what is trained on")
+    add_device(parser)
     parser.add_argument("--tiny", action="store_true", help="a model and videos for trying it out on a CPU")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.decay_minutes > args.minutes:
+        parser.error(
+            f"argument --decay-minutes: expected at most --minutes, {args.minutes:g}, got {args.decay_minutes:g}"
+        )
     config, recipe = TINY if args.tiny else (Config(), Recipe())
     trainer = Trainer(config, recipe, args.device, args.seed)
     if args.weights:
