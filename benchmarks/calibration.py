@@ -24,7 +24,7 @@ from benchmarks.quality_methods import CALIBRATION, Setup, sample
 from examples.moving_shapes.arguments import VideoSize
 from examples.moving_shapes.model import WEIGHTS, Config, VideoDiT, load_weights
 from lite_attention.calibration import CalibrationResult
-from lite_attention.calibration.recorder import now
+from lite_attention.calibration.measurement import now
 from lite_attention.cli.arguments import add_device, integer, number
 
 
