@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.measure import block, one_line, require_gpu, where
 from lite_attention.cli.arguments import number
-
 from lite_attention.ops.targets import SM90A
 
 SIZES = [(4096, 4096, 4096), (8192, 8192, 8192), (8192, 8192, 16384), (16384, 16384, 16384)]  # M, N, K
