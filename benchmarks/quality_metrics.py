@@ -53,13 +53,17 @@ def ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _luma(video: torch.Tensor) -> torch.Tensor:
-    """Return float64 (frames, 1, height, width), as ITU-R BT.601 weighs the colours."""
+    """Return float64 (frames, 1, height, width), as ITU-R BT.601 weighs the colors."""
     weights = torch.tensor((0.299, 0.587, 0.114), dtype=torch.float64, device=video.device)
     return torch.einsum("c,cfhw->fhw", weights, video.double()).unsqueeze(1)
 
 
 def _ssim_map(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the index at each place where the whole window is inside the frame."""
+    """Return the index at each place where the whole window is inside the frame.
+
+    One direction after the other: torchmetrics has the same figures by a single convolution, which at 480 x 832 in
+    float64 takes 8 times as long and 1.9 GB a frame (two CPU cores, torchmetrics 1.9).
+    """
     offsets = torch.arange(_WINDOW, dtype=x.dtype, device=x.device) - _WINDOW // 2
     weights = torch.exp(-offsets.square() / (2 * _SIGMA**2))
     weights = (weights / weights.sum()).view(1, 1, 1, -1)

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 import lite_attention
 from benchmarks import calibration, quality, quality_metrics, quality_pretrained
@@ -60,35 +60,24 @@ def test_psnr_is_that_of_all_pixels() -> None:
     assert psnr(one, one) == quality_metrics.MOST_PSNR
 
 
-def plain_ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """SSIM of two images, window by window, from the formula in the paper."""
-    weights = np.array([[math.exp(-(i * i + j * j) / (2 * 1.5**2)) for j in range(-5, 6)] for i in range(-5, 6)])
-    weights /= weights.sum()
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    found = []
-    for i in range(x.shape[0] - 10):
-        for j in range(x.shape[1] - 10):
-            a, b = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
-            mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
-            var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
-            cov = (weights * (a - mean_a) * (b - mean_b)).sum()
-            found.append(
-                (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-                / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-            )  # fmt: skip
-    return float(np.mean(found))
-
-
-def test_ssim_is_the_paper_s() -> None:
+@pytest.mark.parametrize("share", [0.001, 0.3, 1.0])
+def test_psnr_and_ssim_are_those_of_torchmetrics(share: float) -> None:
     one = video(0)
-    other = (one.float() * 0.7 + video(1).float() * 0.3).to(torch.uint8)
-    luma = [np.einsum("c,cfhw->fhw", [0.299, 0.587, 0.114], v.double().numpy()) for v in (one, other)]
-    wanted = np.mean([plain_ssim(a, b) for a, b in zip(*luma, strict=True)])
-    assert 0.3 < wanted < 0.95
-    assert ssim(one, other) == pytest.approx(float(wanted), abs=1e-10)
-    assert ssim(one, one) == pytest.approx(1)
+    other = (one.float() * (1 - share) + video(1).float() * share).to(torch.uint8)
+    wanted = peak_signal_noise_ratio(other.double(), one.double(), data_range=255.0)
+    assert psnr(other, one) == pytest.approx(float(wanted), abs=1e-5)
+
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    x, y = (torch.einsum("c,cfhw->fhw", weights, v.double()) for v in (one, other))
+    _, by_place = structural_similarity_index_measure(x[:, None], y[:, None], data_range=255.0, return_full_image=True)
+    whole_windows = by_place[..., 5:-5, 5:-5]  # the others reach over the edge
+    assert ssim(one, other) == pytest.approx(float(whole_windows.mean()), abs=1e-10)
+
+
+def test_ssim_of_equal_and_of_too_small_videos() -> None:
+    assert ssim(video(0), video(0)) == pytest.approx(1)
     with pytest.raises(ValueError, match="at least 11 pixels"):
-        ssim(one[:, :, :10], other[:, :, :10])
+        ssim(video(0)[:, :, :10], video(1)[:, :, :10])
 
 
 @pytest.mark.skipif(vmaf_missing() is not None, reason=str(vmaf_missing()))
