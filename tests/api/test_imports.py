@@ -17,19 +17,37 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False)
 
 
-def test_import_is_light() -> None:
-    code = """
+HEAVY = {"cutlass", "triton", "diffusers", "transformers", "matplotlib", "tabulate", "torch._dynamo", "torch._inductor"}
+OURS, OTHERS = 60, 20  # modules that an import may load besides those of torch
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import lite_attention",
+        "from lite_attention.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from lite_attention.cli import main\ntry: main(['compile-kernels', '--help'])\nexcept SystemExit: pass",
+    ],
+    ids=["package", "help", "help of a command"],
+)
+def test_import_is_light(statement: str) -> None:
+    code = f"""
 import sys
 import torch
 before = set(sys.modules)  # torch itself brings some
-import lite_attention
-print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+{statement}
+print("loaded", *(set(sys.modules) - before))
 assert not torch.cuda.is_initialized()
 """
     result = _python(code)
     assert result.returncode == 0, result.stderr
-    assert "lite_attention" in result.stdout.split()
-    assert {"cutlass", "triton", "diffusers", "matplotlib", "tabulate"}.isdisjoint(result.stdout.split())
+    first, *loaded = result.stdout.splitlines()[-1].split()
+    assert first == "loaded"
+    ours = {name for name in loaded if name.partition(".")[0] == "lite_attention"}
+    assert "lite_attention" in ours
+    assert HEAVY.isdisjoint({name.partition(".")[0] for name in loaded} | set(loaded))
+    assert len(ours) <= OURS
+    assert len(loaded) - len(ours) <= OTHERS, sorted(set(loaded) - ours)
 
 
 def test_running_eagerly_loads_no_compiler() -> None:
