@@ -194,7 +194,7 @@ class _RuntimeSite:
 
     def owners(self, args: Sequence[Any]) -> list[object]:
         owners = [*(args[i] for i in self.owner_inputs), *self.fixed_owners]
-        return owners or [running_module()]
+        return owners or [module for module in (running_module(),) if module is not None]
 
 
 def _runtime_sites(gm: fx.GraphModule, found: list[GraphSite], nested: list[Site]) -> list[_RuntimeSite]:

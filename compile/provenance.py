@@ -102,7 +102,7 @@ class Provenance:
         is_parameter: Callable[[fx.Node], bool],
     ) -> None:
         self._is_attention = is_attention
-        self._is_weight = lambda node: is_weight(node) or _is_weight_by_use(node)
+        self._is_weight: Callable[[fx.Node], bool] = lambda node: is_weight(node) or _is_weight_by_use(node)
         self._is_parameter = is_parameter
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._writers: dict[int, list[fx.Node]] = defaultdict(list)
@@ -158,12 +158,15 @@ class Provenance:
     def _origins_outside(self, node: fx.Node, other: set[fx.Node], site: fx.Node) -> tuple[bool, bool]:
         """Return whether the node has origins that are not among the others: projected ones, and ready-made ones."""
 
-        def reached(stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
-            walked = self._walk([node], self._position[site], lambda n: n in other or self._is_origin(n) or stop(n))
-            return {n for n in walked if n not in other and self._is_origin(n)}
+        before = self._position[site]
 
-        ready = reached(self._is_projection)
-        return bool(reached(lambda _: False) - ready), bool(ready)
+        def is_end(n: fx.Node) -> bool:
+            return n in other or self._is_origin(n)
+
+        near = self._walk([node], before, lambda n: is_end(n) or self._is_projection(n))
+        far = self._walk([n for n in near if not is_end(n) and self._is_projection(n)], before, is_end)
+        projected, ready = ({n for n in walk if n not in other and self._is_origin(n)} for walk in (far, near))
+        return bool(projected), bool(ready - projected)
 
     def is_self_attention(self, q: fx.Node, k: fx.Node, site: fx.Node) -> bool | None:
         """Return whether q and k are made of the same tokens; None without evidence.

@@ -173,6 +173,11 @@ def choice_reason(site: Site, settings: SkipSettings, *, may_guard: bool = True)
         return f"only {k_tiles} k-tile(s), fewer than min_tiles={settings.min_tiles}"
     if holds_for_all_sizes(site.q_shape[1] != site.k_shape[1]):
         return "queries and keys of one origin but of different number, as where tokens are pooled"
+    if site.is_self_attention is None:
+        _log.warning(
+            "%s: queries and keys come ready-made, so only their equal number says that this is self-attention; "
+            "select= decides otherwise", site.name or site.class_name or "a site",
+        )  # fmt: skip
     return None
 
 

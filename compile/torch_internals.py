@@ -9,6 +9,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -167,7 +168,7 @@ def running_module() -> nn.Module | None:
 
     Modules that dynamo has compiled into the frame of another are not seen.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name in _CALLS and frame.f_code.co_filename == _MODULE_FILE:
             module = frame.f_locals.get("self")
