@@ -16,17 +16,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lite_attention.ops.tiles import ceil_div
+from lite_attention.token_grid import grid_of, grid_of_call
 from lite_attention.token_order import block_of, tile3d_order
 
 if TYPE_CHECKING:
     from lite_attention.compile import Site
 
-__all__ = ["SPATIAL", "TEMPORAL", "Pattern", "classify_heads", "grid_of", "radial", "spatial_temporal", "window"]
+__all__ = [
+    "SPATIAL",
+    "TEMPORAL",
+    "Pattern",
+    "classify_heads",
+    "grid_of",
+    "grid_of_call",
+    "radial",
+    "spatial_temporal",
+    "window",
+]
 
 SPATIAL, TEMPORAL = 0, 1  # classes of heads
 
@@ -69,6 +80,19 @@ class Pattern:
         """Tokens of the sequence, with the text."""
         frames, height, width = self.grid
         return frames * height * width + self.text_tokens
+
+    def check_grid(self, grid: tuple[int, int, int]) -> None:
+        """Raise ValueError for a video of another grid of tokens, also one of as many tokens, turned round.
+
+        Args:
+            grid: frames, height and width of a call, see `grid_of_call`.
+        """
+        if grid != self.grid:
+            expected, got = (" x ".join(map(str, sizes)) for sizes in (self.grid, grid))
+            raise ValueError(
+                f"initial_mask: expected a video of {expected} tokens (frames x height x width), got one of {got}: "
+                "the pattern is for the former; masks.grid_of(model, frames, height, width) tells that of other latents"
+            )
 
     def __call__(self, site: Site) -> torch.Tensor:
         """Return the initial mask of a site, bool (1, heads or 1, q_tiles, k_tiles), True = skipped from the start.
@@ -332,28 +356,6 @@ def classify_heads(
         sparse = [scores.masked_fill(~kept, -torch.inf).softmax(-1) @ v for kept in belongs]
         errors.append(torch.stack([(out - full).square().mean() for out in sparse]))
     return torch.stack(errors).argmin(1)
-
-
-def grid_of(model: Any, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Return the grid of tokens (frames, height, width) that a diffusers model makes of latents of these sizes.
-
-    Args:
-        model: with a `config.patch_size`, a number or three, as Wan and LTX have.
-        frames: of the latents.
-        height: of the latents.
-        width: of the latents.
-
-    Raises:
-        ValueError: the model has no patch size.
-    """
-    config = getattr(model, "config", None)
-    patch = getattr(config, "patch_size", None)
-    if patch is None:
-        raise ValueError(f"model: expected one with config.patch_size, got {type(model).__name__} without")
-    if isinstance(patch, int):
-        patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
-    of_frames, of_rows, of_columns = patch
-    return frames // of_frames, height // of_rows, width // of_columns
 
 
 def _of_frames(
