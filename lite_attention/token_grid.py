@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,19 +66,15 @@ def grid_of_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     sizes = next((_SIZES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _SIZES), None)
     if sizes is None:
         return None
-    given = {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs}
+    given = {**dict(zip(_parameters(type(model).forward), args, strict=False)), **kwargs}
     latents = given.get("hidden_states")
-    if isinstance(sizes[0], int):
-        if not isinstance(latents, torch.Tensor) or latents.dim() != 5:
-            return None
-        found = [latents.shape[axis] for axis in sizes]  # type: ignore[index]
-    else:
-        found = [given.get(str(name)) for name in sizes]
+    shape = latents.shape if isinstance(latents, torch.Tensor) and latents.dim() == 5 else [None] * 5
+    found: list[Any] = [shape[size] if isinstance(size, int) else given.get(size) for size in sizes]
     if not all(isinstance(size, int) for size in found):  # as where LTX is given coordinates in their place
         return None
     return grid_of(model, *found)
 
 
 @functools.cache
-def _parameters(cls: type[Any]) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]
+def _parameters(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]  # without self
