@@ -1,21 +1,33 @@
-"""The Hopper kernels, in the CuTe Python DSL: the CUDA side of the ops in `lite_attention`.
+"""The kernels, in the CuTe Python DSL: the CUDA side of the ops in `lite_attention`.
 
 Everything above this folder reaches it through `unsupported_reason`, which the compile pass asks before it swaps a
 site, and one function for each op, which the op calls. All are imported on first use; cutlass is imported when the
 first kernel is compiled, or never, where kernels compiled ahead of time are found.
 
-    config.py          what is fixed when a kernel is built, and the registers and shared memory that it needs
-    forward_sm90.py    Hopper: host launch and the kernel: the producer warp and the consumer warpgroups
-    mainloop_sm90.py   Hopper: one q-tile in one consumer warpgroup
+    config.py          what is fixed when a kernel is built, and the groups of its arguments
     tile_scheduler.py  which q-tile a CTA computes next, and the step of the state
     tile_iterator.py   from a row of the skip mask to the tiles to visit, and the votes back into the mask
-    softmax.py         online softmax with votes
+    softmax.py         online softmax with votes; of integer scores in softmax_int8.py
+    epilogue.py        from the sums of a row to memory
+    short_sums.py      sums of FP8 products go on in float32
     quantizers.py      INT8 queries and keys, FP8 values, and their scales
-    ptx.py             instructions, packing, bits, where the elements of an accumulator lie
+    fragments.py       where the elements of an accumulator lie
+    ptx.py             instructions that the DSL has no name for
     build.py           compiles a kernel, with or without a GPU
     cache.py           compiled kernels in memory, on disk, and ahead of time
     aot.py             compiles kernels into a library that needs no compiler where it runs
     launcher.py        from tensors to a launch
+
+Of Hopper alone:
+
+    budget_sm90.py     the registers and shared memory that a kernel needs
+    forward_sm90.py    host launch and the kernel, which splits into roles
+    storage_sm90.py    shared memory of a CTA
+    jobs_sm90.py       what its warps tell each other
+    producer_sm90.py   the warp that lists and loads tiles
+    consumer_sm90.py   the warpgroups that compute and store
+    mainloop_sm90.py   one q-tile in one of them
+    products_sm90.py   instructions and layouts of the two products
 """
 
 from __future__ import annotations

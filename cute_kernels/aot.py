@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from lite_attention.cute_kernels.cache import LIBRARY_NAME, publish
+from lite_attention.cute_kernels.cache import LIBRARY_LABEL, LIBRARY_NAME, publish, whole
 from lite_attention.cute_kernels.config import DTYPES, KEY_CHUNK, VALUE_BLOCK, Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.fingerprint import kernels_of
 from lite_attention.ops.quantization import NONE, QUANTIZATIONS, Quantization
 from lite_attention.ops.quantize import QUERY_ROWS
 from lite_attention.ops.targets import TARGETS, Target
@@ -111,12 +112,14 @@ def _link(objects: Sequence[pathlib.Path], library: pathlib.Path) -> pathlib.Pat
     runtime = site / "nvidia_cutlass_dsl" / "cu13" / "lib" / "libcuda_dialect_runtime_static.a"
     if compiler is None or not (toolkit / "libcudart_static.a").is_file() or not runtime.is_file():
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        stub = pathlib.Path(folder) / "stub.o"
+    with tempfile.TemporaryDirectory() as folder, whole(library) as temporary:
+        stub, label = pathlib.Path(folder) / "stub.o", pathlib.Path(folder) / "label.c"
         source = pathlib.Path(__file__).with_name("cutedsl_stub.c")
         subprocess.run([compiler, "-O2", "-fPIC", "-c", source, "-o", stub], check=True)
+        label.write_text(f'const char lite_attention_kernels_of[] = "{LIBRARY_LABEL}{kernels_of()}";\n')
         libraries: list[str | pathlib.Path] = ["-L", toolkit, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         libraries += ["-L", site / "tvm_ffi" / "lib", "-ltvm_ffi", "-Wl,-z,defs,--strip-all"]
-        command: list[str | pathlib.Path] = [compiler, "-shared", "-o", library, *objects, stub, runtime, *libraries]
-        subprocess.run(command, check=True)
+        command: list[str | pathlib.Path] = [compiler, "-shared", "-fPIC", "-o", temporary, *objects, stub, label]
+        subprocess.run([*command, runtime, *libraries], check=True)
+        os.chmod(temporary, 0o755)
     return library

@@ -6,6 +6,7 @@ Sizes are symbolic: one compile serves every batch, length and number of heads.
 from __future__ import annotations
 
 import pkgutil
+import warnings
 from typing import Any
 
 import cutlass
@@ -74,7 +75,7 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
         _vectors(TYPES[config.score_dtype], batch, seq_k, kv_heads, config.head_dim),
         v,
         _vectors(dtype, batch, seq_q, heads, config.head_dim),
-        _table(Float32, batch, heads, seq_q), *state, *masks, *scales, Float32(1.0), Int32(1),
+        _table(Float32, batch, heads, seq_q), state, masks, scales, Float32(1.0), Int32(1),
     ]  # fmt: skip
 
 
@@ -107,9 +108,12 @@ def compile_kernel(config: Config, *, options: str = "") -> Any:
         arguments = _attention_arguments(config)
     else:
         kernel, arguments = _QUANTIZERS[config.op](config), _quantize_arguments(config)
-    return cute.compile(
-        kernel,
-        *arguments,
-        make_fake_stream(use_tvm_ffi_env_stream=True),  # torch's current stream at the time of a call
-        options=f"--gpu-arch {config.target.name} --enable-tvm-ffi {options}".strip(),
-    )
+    with warnings.catch_warnings():
+        # Of a group of which nothing is there.
+        warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")
+        return cute.compile(
+            kernel,
+            *arguments,
+            make_fake_stream(use_tvm_ffi_env_stream=True),  # torch's current stream at the time of a call
+            options=f"--gpu-arch {config.target.name} --enable-tvm-ffi {options}".strip(),
+        )

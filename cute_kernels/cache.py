@@ -7,23 +7,35 @@ A kernel is looked for in this process, then in the library that `LITE_ATTENTION
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
 import pathlib
+import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lite_attention.cute_kernels.config import Config
+import filelock
+import platformdirs
 
-__all__ = ["LIBRARY_NAME", "Kernel", "cache_folder", "get_kernel", "has_compiler", "library", "publish"]
+from lite_attention.cute_kernels.config import Config
+from lite_attention.cute_kernels.fingerprint import cache_fingerprint, kernels_of
+
+__all__ = [
+    "LIBRARY_LABEL",
+    "LIBRARY_NAME",
+    "Kernel",
+    "cache_folder",
+    "get_kernel",
+    "has_compiler",
+    "library",
+    "publish",
+    "whole",
+]
 
 _log = logging.getLogger("lite_attention")
 
@@ -32,6 +44,8 @@ Kernel = Callable[..., Any]
 _LIBRARY_VARIABLE = "LITE_ATTENTION_KERNELS"
 _CACHE_VARIABLE = "LITE_ATTENTION_CACHE"
 LIBRARY_NAME = "lite_attention_kernels.so"
+LIBRARY_LABEL = "kernels of lite_attention "  # in a library, before what it is of
+_HAS_OWNERS = hasattr(os, "getuid")  # on Windows a user's folders are the user's
 
 _kernels: dict[Config, Kernel] = {}
 _lock = threading.Lock()
@@ -48,6 +62,8 @@ def library() -> Any | None:
 
     Raises:
         FileNotFoundError: it names something that is not there.
+        PermissionError: others than the user and root may change it.
+        ValueError: it was compiled from other sources than these.
         ImportError: apache-tvm-ffi is not installed.
     """
     named = os.environ.get(_LIBRARY_VARIABLE)
@@ -57,11 +73,26 @@ def library() -> Any | None:
     path = path / LIBRARY_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{_LIBRARY_VARIABLE}: expected a library of kernels, got {path}, which is not there")
+    _check_library(path)
     try:
         import tvm_ffi
     except ImportError as error:
         raise ImportError(f"{_LIBRARY_VARIABLE} is set, and loading it needs: pip install apache-tvm-ffi") from error
     return tvm_ffi.load_module(str(path))
+
+
+def _check_library(path: pathlib.Path) -> None:
+    """Check, before it is loaded, whose a library is, and what it is of."""
+    owners = sorted({os.getuid(), 0}) if _HAS_OWNERS else []
+    for place, what in ((path.parent, "folder of kernels"), (path, "library of kernels")):
+        _check_owner(place, what, _LIBRARY_VARIABLE, owners)
+    label = re.search(re.escape(LIBRARY_LABEL.encode()) + rb"([\x20-\x7e]*)\0", path.read_bytes())
+    got = "something else" if label is None else label[1].decode()
+    if got != kernels_of():
+        raise ValueError(
+            f"{_LIBRARY_VARIABLE}: expected kernels of lite_attention {kernels_of()}, got {got} in {path}; "
+            "make them anew with `python -m lite_attention compile-kernels`"
+        )
 
 
 def get_kernel(config: Config) -> Kernel:
@@ -83,8 +114,9 @@ def _find(config: Config) -> Kernel:
     if ahead is not None and ahead.implements_function(config.name):
         kernel: Kernel = ahead[config.name]
         return kernel
-    path = cache_folder() / _fingerprint() / f"{config.name}.o"
-    with _locked(path.with_suffix(".lock")):
+    path = cache_folder() / cache_fingerprint() / f"{config.name}.o"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_suffix(".lock")):  # one process at a time compiles a kernel
         cached = _load(path, config)
         return cached if cached is not None else _compile(path, config)
 
@@ -114,30 +146,24 @@ def _compile(path: pathlib.Path, config: Config) -> Kernel:
 
 
 def publish(kernel: Any, path: pathlib.Path, config: Config) -> None:
-    """Write a compiled kernel's object file, so that others see the whole of it or nothing."""
+    """Write a compiled kernel's object file."""
+    with whole(path) as temporary:
+        kernel.export_to_c(temporary, function_name=config.name)
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[str]:
+    """Give the name of a file to write, which then takes a path's place: others see the whole of it or nothing."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
-        kernel.export_to_c(temporary, function_name=config.name)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-
-
-@functools.cache
-def _fingerprint() -> str:
-    """Return what tells caches apart that must not be mixed: our sources, the compiler's version and the target."""
-    digest = hashlib.sha256()
-    for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
-    for name in ("control.py", "quantize.py", "units.py"):
-        digest.update((pathlib.Path(__file__).parent.parent / "ops" / name).read_bytes())
-    for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi"):
-        digest.update(f"{package}=={importlib.metadata.version(package)}".encode())
-    return digest.hexdigest()[:16]
 
 
 def cache_folder() -> pathlib.Path:
@@ -149,22 +175,20 @@ def cache_folder() -> pathlib.Path:
         PermissionError: it is not.
     """
     named = os.environ.get(_CACHE_VARIABLE)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = pathlib.Path(named) if named else pathlib.Path(base) / "lite_attention"
+    folder = pathlib.Path(named) if named else platformdirs.user_cache_path("lite_attention", appauthor=False)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(
-            f"cache folder {folder}: expected one of user {os.getuid()} that nobody else may write to, got owner "
-            f"{status.st_uid}, mode {status.st_mode & 0o777:o}; set {_CACHE_VARIABLE} to another folder"
-        )
+    _check_owner(folder, "cache folder", _CACHE_VARIABLE, [os.getuid()] if _HAS_OWNERS else [])
     return folder
 
 
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Let one process at a time compile a kernel."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _check_owner(path: pathlib.Path, what: str, variable: str, owners: list[int]) -> None:
+    """Check who may change what code is loaded from."""
+    if not _HAS_OWNERS:
+        return
+    status = path.stat()
+    if status.st_uid not in owners or status.st_mode & 0o022:
+        users = " or ".join(map(str, owners))
+        raise PermissionError(
+            f"{what} {path}: expected one of user {users} that nobody else may write to, got owner "
+            f"{status.st_uid}, mode {status.st_mode & 0o777:o}; set {variable} to another"
+        )

@@ -205,7 +205,7 @@ def _launch(
             v = zero_excluded(v, key_mask)
         scales = Scales(q_scales, q_norms, k_scales, k_norms, lse_shift, v_scales)
     _run(
-        plan.kernel, out.device, q, k, v, out, lse, *state, *masks, *scales, plan.scale * LOG2_E, plan.processors,
+        plan.kernel, out.device, q, k, v, out, lse, state, masks, scales, plan.scale * LOG2_E, plan.processors,
     )  # fmt: skip
     return out, lse
 

@@ -1,4 +1,4 @@
-"""Small device functions: packing, bits, and where the elements of an accumulator lie."""
+"""Instructions that the DSL has no name for, and small functions of a warp."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ TYPES = {
     torch.int8: cutlass.Int8,
     torch.float8_e4m3fn: cutlass.Float8E4M3FN,
 }
+_PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def _assembly(result, operands, text, constraints):
@@ -47,6 +48,10 @@ def pack_e4m3(a, b, c, d, *, loc=None, ip=None):
     return Int32(_assembly(T.i32(), operands, text, "=r,f,f,f,f"))
 
 
+# float32 to a register, in the order of the arguments, the first lowest.
+PACKS = {torch.bfloat16: pack_bf16, torch.float16: pack_fp16, torch.float8_e4m3fn: pack_e4m3}
+
+
 @dsl_user_op
 def multiply_add(a, b, c, *, loc=None, ip=None):
     """a * b + c, the low 32 bits, in one instruction: the compiler would take a factor out of a sum of products."""
@@ -57,7 +62,7 @@ def multiply_add(a, b, c, *, loc=None, ip=None):
 @dsl_user_op
 def add_pairs(a, b, dtype, *, loc=None, ip=None):
     """Sums of two pairs of bf16 or fp16."""
-    kind = {"bf16": "bf16x2", "fp16": "f16x2"}[dtype]
+    kind = f"{_PTX_NAMES[dtype]}x2"
     operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
     return Int32(_assembly(T.i32(), operands, f"add.rn.{kind} $0, $1, $2;", "=r,r,r"))
 
@@ -65,7 +70,7 @@ def add_pairs(a, b, dtype, *, loc=None, ip=None):
 @dsl_user_op
 def sum_of_pair(pair, dtype, *, loc=None, ip=None):
     """Sum of two bf16 or fp16, in float32."""
-    kind = {"bf16": "bf16", "fp16": "f16"}[dtype]
+    kind = _PTX_NAMES[dtype]
     text = f"{{ .reg .b16 l, h; .reg .f32 a, b; mov.b32 {{l, h}}, $1; cvt.f32.{kind} a, l; cvt.f32.{kind} b, h; "
     operand = Int32(pair).ir_value(loc=loc, ip=ip)
     return Float32(_assembly(T.f32(), [operand], text + "add.f32 $0, a, b; }", "=f,r"))
@@ -150,18 +155,3 @@ def quad_sum(x: Float32) -> Float32:
     """Sum over the four threads that hold a row."""
     x += cute.arch.shuffle_sync_bfly(x, offset=1)
     return x + cute.arch.shuffle_sync_bfly(x, offset=2)
-
-
-def element(half, i):
-    """Register of a thread's column i in its upper or lower row of a 64 x N accumulator."""
-    return (i // 2) * 4 + half * 2 + i % 2
-
-
-def four_weights(w):
-    """Registers of an accumulator that make up register w of the A operand of an FP8 product: four columns of a row."""
-    return [element(w % 2, w // 2 * 4 + i) for i in range(4)]
-
-
-def column(i, lane):
-    """Column of the tile that a thread's column i is."""
-    return (i // 2) * 8 + (lane % 4) * 2 + i % 2

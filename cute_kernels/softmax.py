@@ -1,96 +1,134 @@
-"""Online softmax of one warpgroup's 64 rows, with the vote on each tile."""
+"""Online softmax of the rows of a warp, with the vote on each tile; how weights are made is a policy's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint32
 
-from lite_attention.cute_kernels.config import KernelConfig
-from lite_attention.cute_kernels.ptx import (
-    as_float,
-    column,
-    element,
-    four_weights,
-    max_nan,
-    multiply_add,
-    pack_e4m3,
-    quad_max,
-    sum_of_pairs,
-    to_int,
-    to_int_below,
-)
+from lite_attention.cute_kernels.config import DTYPES, KernelConfig
+from lite_attention.cute_kernels.fragments import column, element
+from lite_attention.cute_kernels.ptx import PACKS, max_nan, quad_max
 
 RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and the sums are rescaled
-# FP8 weights start there, since e4m3 ends at 2^-9, and are rescaled before they pass 448, where it ends too.
-FP8_TOP = 8.0
-FP8_RESCALE_ABOVE = 8.75
-# The bits of float32 are linear between the powers of two, and so near the logarithm: the integer 2^23 (x + 127) has
-# the bits of 2^x, or of up to 6 % more. So a weight takes one multiplication and addition of its integer score, and no
-# exponential. Less what is too much on average, log2 units, it is at most 4 % off; design.md says within what range.
-OCTAVE = 2.0**23
-BIAS = 127.0 - 0.0576
-LARGEST_UNIT = 32.0  # what is lower by a step is 2^-32 then, whatever the step
-SAFE_OCTAVES = 120.0  # below the shift, in which bits of weights stay positive, with room for rounding
-# Below this unit scores may span millions of steps in an octave, for which an integer multiplier is too coarse: steps
-# are made larger, still far smaller than what 8 bits round off.
-SMALL_UNIT = 2.0**-17
-COARSER = 6  # bits
-# An integer score on top of this float's bits moves the mantissa only: they are those of MAGIC + score, exactly.
-MAGIC = 12582912.0
-MAGIC_BITS = 0x4B400000
-EXCLUDED = -0x00800000 - MAGIC_BITS  # as an integer score: lower than any, and -inf on top of those bits
+
+
+class Rows(NamedTuple):
+    """State of the two rows of a thread, register tensors of two."""
+
+    row_max: Any  # of the scores so far
+    row_shift: Any  # what is subtracted from them, log2 units: at most `rescale_above` below the maximum
+    row_sum: Any  # of this thread's weights
+    rescale: Any  # what the output is to be scaled by
+    offset: Any  # of integer scores: the bits of the weight of a score of 0
+    lowest: Any  # of integer scores: what lower ones are taken for, where bits of theirs would be negative
+
+
+class Keys(NamedTuple):
+    """Which keys take part, by number, or by bits of the keys, padded, if there is a key mask."""
+
+    seq_k: Any
+    key_bits: Any
+    batch: Any
+
+
+class Votes(NamedTuple):
+    """How a job votes."""
+
+    kept: Any  # bytes of tiles in shared memory: 1 = some row keeps it
+    score_threshold: Any  # in units of row maxima; NaN where nothing may be skipped
+    row_0: Any  # whether a thread's rows are rows of the queries
+    row_1: Any
+
+
+class Slope(NamedTuple):
+    """What makes weights of integer scores: what their bits grow by with a step, and whether some may be negative."""
+
+    slope: Any
+    clamp: Any
 
 
 class OnlineSoftmax:
-    """State of two rows a thread, in rmem tensors of two: top (maximum so far), shift (what is subtracted, log2 units,
-    at most `most` below the top), total (sum of this thread's weights; in FP8 the product with V sums up what is
-    really multiplied), factor (what the output is scaled by), offset (bits of the weight of an integer score of 0),
-    lowest (the integer score that lower ones are taken for, where bits of theirs would be negative).
+    """What all policies share: maxima, votes, and when to rescale.
 
     A score times `unit` is in log2 units. The unit of integer scores differs from tile to tile, so their maxima and the
-    reach are in log2 units; those of other scores are not scaled.
+    threshold are in log2 units; those of other scores are not scaled.
     """
 
-    def __init__(self, config: KernelConfig, pack: Callable[..., Int32]) -> None:
-        self.int8 = config.quantization.scores is not None
-        self.fp8 = config.quantization.values is not None
+    first_weight = 0.0  # log2 of the largest weight of a row when its shift is new
+    rescale_above = RESCALE_ABOVE
+
+    def __init__(self, config: KernelConfig) -> None:
         self.columns = config.tile_n // 4  # of one row in one thread
         self.output_columns = config.budget.value_columns // 4
-        self.words = self.columns // 2 if self.fp8 else self.columns  # registers of weights
-        self.pack = pack_e4m3 if self.fp8 else pack
-        self.dtype = config.dtype
-        self.vote = config.skip
-        self.first, self.most = (FP8_TOP, FP8_RESCALE_ABOVE) if self.fp8 else (0.0, RESCALE_ABOVE)
+        self.words = self.columns * config.value_dtype.itemsize // 2  # registers of weights
+        self.pack = PACKS[config.value_dtype]
+        self.dtype = DTYPES[config.dtype]
+        self.votes = config.skip
+
+    # What policies decide.
+
+    def excluded(self):
+        """The score of an excluded key."""
+        return -Float32.inf
 
     @cute.jit
-    def prepare(self, x, unit: Float32, partial: Boolean, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):
-        """Exclude keys, make too small steps of integer scores larger, and return what a step is then."""
-        if cutlass.const_expr(self.int8):
-            if partial | (unit < SMALL_UNIT):  # one branch for both, as both are rare
-                if unit < SMALL_UNIT:
-                    for e in cutlass.range_constexpr(2 * self.columns):
-                        x[e] = x[e] >> COARSER
-                    unit = unit * 2.0**COARSER
-                if partial:
-                    self.exclude(x, first_key, seq_k, key_bits, batch)
-        else:
-            if partial:
-                self.exclude(x, first_key, seq_k, key_bits, batch)
-        return unit
+    def prepare(self, x, unit: Float32, partial: Boolean, first_key: Int32, keys: Keys):
+        """Make a tile's scores ready, those of excluded keys the lowest there is, and return their unit."""
+        raise NotImplementedError
 
     @cute.jit
-    def exclude(self, x, first_key: Int32, seq_k: Int32, key_bits, batch: Int32):
-        """Set the scores of excluded keys to the lowest there is. key_bits: a bit a key, padded."""
+    def row_high(self, x, half: cutlass.Constexpr):
+        """Maximum over this thread's columns of one row."""
+        raise NotImplementedError
+
+    def in_units_of_max(self, score, unit):
+        """A score as `row_max` has it."""
+        return score
+
+    def in_log2(self, row_max, unit):
+        """A row's maximum in log2 units."""
+        raise NotImplementedError
+
+    def too_high(self, above_shift):
+        """Whether a maximum so far above the shift wants a new one."""
+        return above_shift > self.rescale_above
+
+    def begin_tile(self, rows: Rows):
+        """Before the maxima of a tile are looked at."""
+
+    def take_shift(self, rows: Rows, half: int, row_shift):
+        """Note the shift of a row from now on."""
+        rows.row_shift[half] = row_shift
+
+    @cute.jit
+    def weigh(self, x, rows: Rows, highest, unit: Float32, bound: Float32, partial: Boolean) -> Slope:
+        """Find what makes weights of the scores, or make them, in place."""
+        raise NotImplementedError
+
+    @cute.jit
+    def convert(self, x, words, rows: Rows, slope: Slope):
+        """Weights to the dtype of values: the order of the accumulator is that of the next operand."""
+        raise NotImplementedError
+
+    @cute.jit
+    def add_up(self, words, rows: Rows):
+        """Add the weights of the tile before to their sums, if that has not been done."""
+
+    # What all share.
+
+    @cute.jit
+    def exclude(self, x, first_key: Int32, keys: Keys):
+        """Set the scores of excluded keys to the lowest there is."""
         lane = cute.arch.lane_idx()
-        excluded = Int32(EXCLUDED) if self.int8 else -Float32.inf
-        if cutlass.const_expr(key_bits is not None):
+        excluded = self.excluded()
+        if cutlass.const_expr(keys.key_bits is not None):
             word, shift = first_key // 32, Uint32(first_key % 32)
-            low = Uint32(key_bits[batch, word])
+            low = Uint32(keys.key_bits[keys.batch, word])
             for w in cutlass.range_constexpr((self.columns + 7) // 8):
-                high = Uint32(key_bits[batch, word + w + 1])
+                high = Uint32(keys.key_bits[keys.batch, word + w + 1])
                 # 32 keys of the tile, this thread's first column lowest. Two shifts, since one by 32 is undefined.
                 bits = ((low >> shift) | ((high << 1) << (Uint32(31) - shift))) >> Uint32((lane % 4) * 2)
                 low = high
@@ -100,144 +138,101 @@ class OnlineSoftmax:
                         x[element(1, i)] = excluded
         else:
             for i in cutlass.range_constexpr(self.columns):
-                if first_key + column(i, lane) >= seq_k:
+                if first_key + column(i, lane) >= keys.seq_k:
                     x[element(0, i)] = excluded
                     x[element(1, i)] = excluded
 
     @cute.jit
-    def step(
-        self, x, top, shift, total, factor, offset, lowest, unit: Float32, bound: Float32, partial: Boolean,
-        reach: Float32, votes_0: Boolean, votes_1: Boolean,
-    ):  # fmt: skip
-        """Find the maxima, and replace float scores by weights, in place.
+    def step(self, x, rows: Rows, unit: Float32, bound: Float32, partial: Boolean, votes: Votes):
+        """Take the scores of a tile into account.
 
         The common path has no shuffle: only when some thread of the warp sees a new maximum is the row's agreed on.
 
         Args:
+            x: scores; weights in floats, if any, replace them.
+            rows: is brought up to date.
+            unit: what makes log2 units of scores.
             bound: of the magnitude of integer scores, log2 units.
             partial: some scores are excluded.
+            votes: how to vote.
 
         Returns:
-            Whether the output must be rescaled by `factor`; whether a row of this thread votes to keep the tile; what
-            the bits of a weight grow by with each step of integer scores; whether some may be negative.
+            Whether the output must be rescaled, whether a row of this thread votes to keep the tile, and what makes
+            weights of integer scores.
         """
+        row_max = rows.row_max
         highest = [self.row_high(x, half) for half in range(2)]
-        high_0, high_1 = self.in_log2(highest[0], unit), self.in_log2(highest[1], unit)
+        high_0, high_1 = self.in_units_of_max(highest[0], unit), self.in_units_of_max(highest[1], unit)
+        # The vote, negated, so that a NaN keeps.
         keep = Boolean(True)
-        if cutlass.const_expr(self.vote):
-            # Negated, so that a NaN keeps. `reach` is NaN where nothing may be skipped.
-            keep = (votes_0 & ~(high_0 - top[0] <= reach)) | (votes_1 & ~(high_1 - top[1] <= reach))
+        if cutlass.const_expr(self.votes):
+            low_0 = high_0 - row_max[0] <= votes.score_threshold
+            low_1 = high_1 - row_max[1] <= votes.score_threshold
+            keep = (votes.row_0 & ~low_0) | (votes.row_1 & ~low_1)
+        # Maxima that some thread has found to be too low.
         moved = Boolean(False)
-        if cutlass.const_expr(self.fp8):
-            factor.fill(1.0)
-        if cute.arch.vote_any_sync(~(high_0 <= top[0]) | ~(high_1 <= top[1])):
+        self.begin_tile(rows)
+        if cute.arch.vote_any_sync(~(high_0 <= row_max[0]) | ~(high_1 <= row_max[1])):
             grown = Boolean(False)
             for half in cutlass.range_constexpr(2):
-                top[half] = max_nan(top[half], quad_max(high_0 if half == 0 else high_1))
-                scaled = top[half] if cutlass.const_expr(self.int8) else top[half] * unit
-                over = scaled - shift[half] > self.most
-                if cutlass.const_expr(self.int8):
-                    over = ~(scaled - shift[half] <= self.most)  # a NaN too: bits of weights would hide it
+                row_max[half] = max_nan(row_max[half], quad_max(high_0 if half == 0 else high_1))
+                in_log2 = self.in_log2(row_max[half], unit)
+                over = self.too_high(in_log2 - rows.row_shift[half])
                 grown = grown | over
-                fresh = scaled - self.first if over else shift[half]
-                factor[half] = cute.math.exp2(shift[half] - fresh, fastmath=True)
-                total[half] = total[half] * factor[half]
-                if cutlass.const_expr(self.int8):
-                    total[half] += fresh - fresh  # infinity as well: NaN from now on
-                shift[half] = fresh
+                shift = in_log2 - self.first_weight if over else rows.row_shift[half]
+                rows.rescale[half] = cute.math.exp2(rows.row_shift[half] - shift, fastmath=True)
+                rows.row_sum[half] = rows.row_sum[half] * rows.rescale[half]
+                self.take_shift(rows, half, shift)
             moved = cute.arch.vote_any_sync(grown)
-        slope, clamp = Int32(0), Boolean(False)
-        if cutlass.const_expr(self.int8):
-            low = ~(bound + shift[0] < SAFE_OCTAVES) | ~(bound + shift[1] < SAFE_OCTAVES)
-            clamp = cute.arch.vote_any_sync(low) | partial
-            slope = cutlass.max(to_int(cutlass.min(unit, LARGEST_UNIT) * OCTAVE), 1)
-            bits = [self.bits(high_0 - shift[0]), self.bits(high_1 - shift[1])]
-            for half in cutlass.range_constexpr(2):
-                offset[half] = to_int(bits[half]) - highest[half] * slope
-            if clamp:
-                inverse = cute.arch.rcp_approx(Float32(slope)) * (1.0 - 2.0**-22)  # rounded down
-                for half in cutlass.range_constexpr(2):
-                    lowest[half] = highest[half] - to_int_below(bits[half] * inverse)
-        else:
-            self.exponentials(x, shift, total, unit)
-        return moved, keep, slope, clamp
+        slope = self.weigh(x, rows, (*highest, high_0, high_1), unit, bound, partial)
+        return moved, keep, slope
 
     @cute.jit
-    def exponentials(self, x, shift, total, unit: Float32):
-        """Replace scores by weights, and add up the weights."""
-        for half in cutlass.range_constexpr(2):
-            a, b = total[half], Float32(0.0)
-            for i in cutlass.range_constexpr(0, self.columns, 2):
-                e, f = element(half, i), element(half, i + 1)
-                x[e] = cute.math.exp2(x[e] * unit - shift[half], fastmath=True)
-                x[f] = cute.math.exp2(x[f] * unit - shift[half], fastmath=True)
-                a, b = a + x[e], b + x[f]
-            total[half] = a + b
+    def rescale_output(self, out, rows: Rows, moved: Boolean):
+        """Scale the output where a maximum has grown by much."""
+        if moved:
+            for half in cutlass.range_constexpr(2):
+                for i in cutlass.range_constexpr(self.output_columns):
+                    out[element(half, i)] = out[element(half, i)] * rows.rescale[half]
+
+
+class FloatSoftmax(OnlineSoftmax):
+    """Weights are exponentials of scores in floats, summed up as they are made."""
+
+    @cute.jit
+    def prepare(self, x, unit: Float32, partial: Boolean, first_key: Int32, keys: Keys):
+        """The unit stays."""
+        if partial:
+            self.exclude(x, first_key, keys)
+        return unit
 
     @cute.jit
     def row_high(self, x, half: cutlass.Constexpr):
-        """Maximum over this thread's columns of one row."""
-        if cutlass.const_expr(self.int8):
-            high = x[element(half, 0)]
-            for i in cutlass.range_constexpr(1, self.columns):
-                high = cutlass.max(high, x[element(half, i)])  # ptxas makes maxima of three of them
-            return high
+        """NaN survives."""
         a, b = x[element(half, 0)], x[element(half, 1)]  # two independent chains
         for i in cutlass.range_constexpr(2, self.columns, 2):
             a, b = max_nan(a, x[element(half, i)]), max_nan(b, x[element(half, i + 1)])
         return max_nan(a, b)
 
-    @cute.jit
-    def in_log2(self, score, unit: Float32) -> Float32:
-        """An integer score in log2 units; a float is left as it is."""
-        if cutlass.const_expr(self.int8):
-            return (as_float(score + MAGIC_BITS) - MAGIC) * unit
-        return score
+    def in_log2(self, row_max, unit):
+        """Maxima are scores."""
+        return row_max * unit
 
     @cute.jit
-    def bits(self, log2_weight: Float32) -> Float32:
-        """The bits of a weight, see OCTAVE; 0 if it is too small for any."""
-        return cutlass.max(log2_weight + BIAS, 0.0) * OCTAVE
+    def weigh(self, x, rows: Rows, highest, unit: Float32, bound: Float32, partial: Boolean) -> Slope:
+        """Make them, and add them up."""
+        for half in cutlass.range_constexpr(2):
+            a, b = rows.row_sum[half], Float32(0.0)
+            for i in cutlass.range_constexpr(0, self.columns, 2):
+                e, f = element(half, i), element(half, i + 1)
+                x[e] = cute.math.exp2(x[e] * unit - rows.row_shift[half], fastmath=True)
+                x[f] = cute.math.exp2(x[f] * unit - rows.row_shift[half], fastmath=True)
+                a, b = a + x[e], b + x[f]
+            rows.row_sum[half] = a + b
+        return Slope(Int32(0), Boolean(False))
 
     @cute.jit
-    def convert(self, x, words, offset, lowest, slope: Int32, clamp: Boolean):
-        """Weights to 16 or 8 bits: the order of the accumulator is that of the next operand.
-
-        In FP8 four columns of a row are a register, and lie in the operand where V has its keys permuted to.
-        """
-        if cutlass.const_expr(self.int8):
-            if clamp:
-                self.weights_from_bits(x, words, offset, slope, lowest)
-            else:
-                self.weights_from_bits(x, words, offset, slope)
-        else:
-            for w in cutlass.range_constexpr(self.words):
-                words[w] = self.pack(x[2 * w], x[2 * w + 1])
-
-    @cute.jit
-    def weights_from_bits(self, x, words, offset, slope: Int32, lowest=None):
-        """Integer scores to weights in 16 or 8 bits, see OCTAVE."""
+    def convert(self, x, words, rows: Rows, slope: Slope):
+        """Round them."""
         for w in cutlass.range_constexpr(self.words):
-            elements = four_weights(w) if self.fp8 else (2 * w, 2 * w + 1)
-            scores = [x[e] for e in elements]
-            if cutlass.const_expr(lowest is not None):
-                scores = [cutlass.max(score, lowest[w % 2]) for score in scores]
-            words[w] = self.pack(*[as_float(multiply_add(score, slope, offset[w % 2])) for score in scores])
-
-    @cute.jit
-    def add_up(self, words, total):
-        """Add weights that were made from bits to their sums, which are not yet rescaled since.
-
-        Not as soon as they are made: what is an operand and something else besides would be copied.
-        """
-        if cutlass.const_expr(self.int8 and not self.fp8):
-            for half in cutlass.range_constexpr(2):
-                total[half] += sum_of_pairs([words[w] for w in range(half, self.words, 2)], self.dtype)
-
-    @cute.jit
-    def rescale(self, out, factor, moved: Boolean):
-        """Scale the output where a maximum has grown by much."""
-        if moved:
-            for half in cutlass.range_constexpr(2):
-                for i in cutlass.range_constexpr(self.output_columns):
-                    out[element(half, i)] = out[element(half, i)] * factor[half]
+            words[w] = self.pack(x[2 * w], x[2 * w + 1])

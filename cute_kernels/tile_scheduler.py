@@ -43,7 +43,7 @@ class TileScheduler:
         return fresh
 
     @cute.jit
-    def reach(self, threshold, control, slot: Int32, head: Int32, scale: Float32) -> Float32:
+    def score_threshold(self, threshold, control, slot: Int32, head: Int32, scale: Float32) -> Float32:
         """The threshold of a head at this step, in units of row maxima; NaN where nothing may be skipped."""
         step = control[self.block(slot) + c.STEP]
         limit = threshold[
@@ -51,10 +51,10 @@ class TileScheduler:
             cutlass.max(cutlass.min(step, threshold.shape[1] - 1), 0),
             cutlass.min(head, threshold.shape[2] - 1),
         ]
-        reach = limit if const_expr(self.config.quantization.scores is not None) else limit / scale
+        in_units = limit if const_expr(self.config.quantization.scores is not None) else limit / scale
         if limit == -Float32.inf:
-            reach = Float32.nan  # compares false
-        return reach
+            in_units = Float32.nan  # compares false
+        return in_units
 
     @cute.jit
     def next_job(self, control, job: Int32, ctas: Int32, lane: Int32) -> Int32:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
-from lite_attention.cute_kernels.ptx import column, element, four_weights
+from lite_attention.cute_kernels.fragments import column, element, four_weights
 from lite_attention.ops.quantize import FP8_KEYS, quantize_value
 
 ROWS = 16  # of a warp

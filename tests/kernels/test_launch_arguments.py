@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -24,12 +24,19 @@ DTYPES = {
 }  # fmt: skip
 
 
+def flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Arguments without their groups."""
+    for x in arguments:
+        yield from flat(x) if isinstance(x, tuple) else (x,)
+
+
 def check_arguments(config: Config, *arguments: Any) -> None:
     """What TVM-FFI checks before a launch."""
     is_attention = isinstance(config, KernelConfig)
     expected = build._attention_arguments(config) if is_attention else build._quantize_arguments(config)
     sizes: dict[int, int] = {}  # of symbols
-    for want, got in zip(expected, arguments, strict=True):
+    assert [type(x) for x in arguments if isinstance(x, tuple)] == [type(x) for x in expected if isinstance(x, tuple)]
+    for want, got in zip(flat(expected), flat(arguments), strict=True):
         if want is None or isinstance(want, Numeric):
             assert (got is None) == (want is None)
             continue

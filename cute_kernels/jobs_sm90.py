@@ -1,0 +1,57 @@
+"""What the warps of a CTA tell each other of the jobs in flight, and what they hand on, in groups."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cutlass import Int32, const_expr
+
+from lite_attention.cute_kernels.config import State
+
+SLOT, FRESH, DENSE = range(3)  # of `Jobs.call`
+
+
+class Load(NamedTuple):
+    """How TMA loads tiles of a tensor."""
+
+    atom: Any
+    tensor: Any
+
+
+class Loads(NamedTuple):
+    """Of the inputs."""
+
+    q: Load
+    k: Load
+    v: Load
+
+
+class Jobs(NamedTuple):
+    """Of the jobs in flight, in shared memory."""
+
+    call: Any  # slot, whether fresh, whether dense: the same for all jobs
+    words: Any  # [RING, JOB_WORDS]
+    score_threshold: Any  # [RING], in units of row maxima
+    visited: Any  # [RING, words], bits of tiles
+    kept: Any  # [RING, tiles], bytes: 1 = some row keeps the tile
+    partial: Any  # [words], bits of tiles of the job that the producer is at: some key is excluded
+
+
+class Shared(NamedTuple):
+    """Tiles in shared memory, and promoted sums of the output."""
+
+    q: Any
+    k: Any
+    v: Any
+    sums: Any
+
+
+def mask_rows(state: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int32):
+    """The rows of a job in the skip mask and in the initial mask."""
+    row, initial_row = None, None
+    if const_expr(state.skip_mask is not None):
+        row = state.skip_mask[slot, batch, head, q_tile, None]
+        if const_expr(state.initial_mask is not None):
+            batches, heads = state.initial_mask.shape[0], state.initial_mask.shape[1]
+            initial_row = state.initial_mask[batch % batches, head % heads, q_tile, None]
+    return row, initial_row
