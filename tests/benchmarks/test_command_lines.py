@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import diffusers_configs
+
 CHECKOUT = Path(__file__).parents[2]
 COMMANDS = [
     ".".join(path.relative_to(CHECKOUT).with_suffix("").parts)
@@ -31,6 +33,7 @@ benchmarks.calibration --size 2 30 32
 benchmarks.ceilings --seconds -1
 benchmarks.compile_time --head-dims 80
 benchmarks.cpu --repeats 0
+benchmarks.diffusers_configs --only NoTransformer
 benchmarks.cpu --threads 0
 benchmarks.cpu --shape 1,8,64
 benchmarks.cpu --shape 1,8,many,64
@@ -102,3 +105,14 @@ def test_the_line_is_all_that_the_process_prints() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "this benchmark measures a GPU, and PyTorch finds no CUDA device\n"
+
+
+@pytest.mark.slow
+def test_a_class_of_diffusers_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--only", "FluxTransformer2DModel"]
+    assert diffusers_configs.main(command) == 0
+    assert ["FluxTransformer2DModel", "3 of 3"] in [
+        line.split("  ")[:2] for line in capsys.readouterr().out.splitlines()
+    ]
+    monkeypatch.setattr(diffusers_configs, "MOST_OFF", 0.0)
+    assert diffusers_configs.main(command) == 1
