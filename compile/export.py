@@ -66,10 +66,15 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
         A program with the same inputs and outputs. Its `sites` says what was swapped, and why not.
 
     Raises:
-        ValueError: the program has been decomposed, so that its attention is gone; or a size is unbounded, so that no
-            state can be large enough.
+        ValueError: it is no exported program; it has been decomposed, so that its attention is gone; a size is
+            unbounded, so that no state can be large enough; or there is an initial mask for a length that varies.
     """
     options = SkipSettings(**settings)
+    if not isinstance(exported_program, ExportedProgram):
+        raise ValueError(
+            "exported_program: expected what torch.export.export returns, got "
+            f"{type(exported_program).__name__}; a model that is not exported is for lite_attention.enable"
+        )
     if exported_program.dialect != "TRAINING":
         raise ValueError(
             "exported_program: expected the training IR that torch.export.export returns, got dialect "
@@ -131,10 +136,17 @@ def _add_buffers(program: SkipAwareProgram, found: GraphSite, settings: SkipSett
         _upper_bound(size, f"{name} of {site.name}")
         for name, size in zip(("batch", "seq_q", "seq_k"), (*site.q_shape[:2], site.k_shape[1]), strict=True)
     )
+    lengths = site.q_shape[1], site.k_shape[1]
+    if settings.initial_mask is not None and not all(isinstance(length, int) for length in lengths):
+        raise ValueError(
+            f"initial_mask: expected none, got one for {site.name}, whose length varies in the exported program: "
+            "a mask belongs to one length. Export a program for each"
+        )
     state = settings.new_state(site, (batch, seq_q, seq_k))
     fake_mode = fake_mode_of([value_of(found.call.q)])
     assert fake_mode is not None
-    owner = ".".join(filter(None, (site.name, _STATE_MODULE)))
+    path = [part for part in site.name.split(".") if part.isidentifier() or part.isdecimal()]
+    owner = ".".join([*path, _STATE_MODULE])
     while f"{owner}.control" in program.constants:  # a module may call attention twice
         owner += "_"
     position = sum(spec.kind is not InputKind.USER_INPUT for spec in specs)
@@ -163,7 +175,12 @@ def skip_states(module: nn.Module) -> dict[str, SkipState]:
 
     Args:
         module: `program.module()` of a program from `make_skip_aware`, also one that was saved and loaded.
+
+    Raises:
+        ValueError: it is no module.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module: expected program.module(), got {type(module).__name__}")
     graph = getattr(module, "graph", None)
     states = {}
     for node in graph.nodes if isinstance(graph, fx.Graph) else []:

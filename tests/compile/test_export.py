@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import OutputKind
 
 import lite_attention
-from lite_attention.compile import SkipAwareProgram, make_skip_aware, skip_states
+from lite_attention.compile import Site, SkipAwareProgram, make_skip_aware, skip_states
 from lite_attention.ops import SkipState
+from tests.support.diffusers_models import WAN_OF_ONE_LAYER
 from tests.support.toys import THRESHOLD, TILE, Attention, Reference, Toy, context, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
@@ -241,6 +245,71 @@ def test_dynamic_shapes_have_a_state_of_the_largest_size(decomposed: bool) -> No
 def test_an_unbounded_size_asks_for_a_bound() -> None:
     with pytest.raises(ValueError, match=r"a bound for seq_q of blocks.0.attn1 .* torch.export.Dim\(name, max=...\)"):
         skip_aware(Toy(1), dynamic_shapes={"x": {1: Dim("seq")}, "context": None})
+
+
+@pytest.mark.parametrize("dense", ["sdpa", "kernel"])
+def test_dense_sites_of_dynamic_shapes(dense: str) -> None:
+    """Cross-attention, and self-attention that is not selected, of lengths that vary each for itself."""
+    model = Toy(1)
+    shapes = {"x": {0: (batch := Dim("batch", min=1, max=4)), 1: Dim("seq")}, "context": {0: batch, 1: Dim("words")}}
+    with pytest.warns(UserWarning, match="not selected"):
+        program = skip_aware(
+            model, tokens(0, 2), context(2), dynamic_shapes=shapes, dense=dense, select=lambda site: False
+        )
+    assert [site.dense_kernel for site in program.sites] == [dense == "kernel"] * 2
+    for b, s, words in [(2, 96, 24), (1, 5, 96), (4, 130, 130), (3, 2, 7)]:
+        x, c = tokens(0, b, s), context(b, words)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x, c), model(x, c), **CLOSE)
+
+
+def test_an_initial_mask_for_a_length_that_varies_is_refused() -> None:
+    def mask(site: Site) -> torch.Tensor:
+        tiles = site.q_shape[1] // 16
+        return ~torch.eye(tiles, dtype=torch.bool)[None, None]
+
+    seq, batch = Dim("seq", min=2, max=192), Dim("batch", min=1, max=4)
+    with pytest.raises(ValueError, match=r"initial_mask: expected none, got one for blocks\.0\.attn1, whose"):
+        skip_aware(Toy(1), dynamic_shapes={"x": {1: seq}, "context": None}, initial_mask=mask)
+    model = Toy(1)
+    shapes = {"x": {0: batch}, "context": {0: batch}}
+    program = skip_aware(model, tokens(0, 2), context(2), dynamic_shapes=shapes, initial_mask=mask)
+    static = skip_aware(model, tokens(0, 3), context(3), initial_mask=mask)
+    with torch.no_grad():
+        got, want = (p.module()(tokens(0, 3), context(3)) for p in (program, static))
+        torch.testing.assert_close(got, want, **CLOSE)
+        assert not torch.allclose(got, model(tokens(0, 3), context(3)), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_skip_aware(Toy(1)), "exported_program: expected what torch.export.export returns, got Toy"),
+        (lambda: make_skip_aware(None), "exported_program: expected .*, got NoneType"),
+        (lambda: skip_states(None), r"module: expected program.module\(\), got NoneType"),
+        (lambda: skip_states(export(Toy(1), (tokens(0), context()))), "module: expected .*, got ExportedProgram"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_strict_export_of_a_diffusers_model() -> None:
+    """Its modules are reached through `__dict__`, and a hook on a block replaces its `forward`: names stay paths."""
+    wan = WAN_OF_ONE_LAYER
+    model, inputs = wan.model(), wan.inputs(0, 0) | {"return_dict": False}
+    HookRegistry.check_if_exists_or_initialize(model.blocks[0]).register_hook(ModelHook(), "nothing")
+    with torch.no_grad():
+        want = model(**inputs)
+        program = make_skip_aware(export(model, (), kwargs=inputs, strict=True), threshold=-math.inf, tile_shape=TILE)
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        for ready in (program, program.run_decompositions(), torch.export.load(file)):
+            torch.testing.assert_close(ready.module()(**inputs), want, **CLOSE)
+    assert [site.name for site in program.sites] == wan.sites
+    assert [site.name for site in program.sites if site.swapped] == wan.swapped
 
 
 # ---- models that hold LiteAttention --------------------------------------------------------------------------------
