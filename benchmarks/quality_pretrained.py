@@ -32,7 +32,7 @@ from benchmarks import quality_report as reporting
 from benchmarks.quality_metrics import Pair, fidelity
 from benchmarks.quality_report import DENSE, FIDELITY, Metric, Record, Results, Videos
 from lite_attention.cli.arguments import add_device, integer, number
-from lite_attention.wiring import parts_of
+from lite_attention.model_sites import parts_of
 
 PROMPTS = (
     "A red fox walks through fresh snow in a forest, morning light, slow tracking shot",

@@ -14,7 +14,8 @@ if __name__ == "compile":
 if TYPE_CHECKING:
     from lite_attention.compile.backend import LiteAttentionBackend, liteattn_backend
     from lite_attention.compile.export import SkipAwareProgram, make_skip_aware, skip_states
-    from lite_attention.compile.settings import Site, SkipSettings
+    from lite_attention.compile.settings import SkipSettings
+    from lite_attention.ops.site import Site
 
 __all__ = [
     "LiteAttentionBackend",
@@ -27,17 +28,17 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "LiteAttentionBackend": "backend",
-    "Site": "settings",
-    "SkipAwareProgram": "export",
-    "SkipSettings": "settings",
-    "liteattn_backend": "backend",
-    "make_skip_aware": "export",
-    "skip_states": "export",
+    "LiteAttentionBackend": "compile.backend",
+    "Site": "ops.site",
+    "SkipAwareProgram": "compile.export",
+    "SkipSettings": "compile.settings",
+    "liteattn_backend": "compile.backend",
+    "make_skip_aware": "compile.export",
+    "skip_states": "compile.export",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
-        return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+        return getattr(importlib.import_module(f"lite_attention.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,10 @@ import copy
 import functools
 import logging
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sympy
 import torch
@@ -19,7 +18,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from lite_attention.compile.provenance import value_of
-from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.compile.runner import generations_unknown, nothing_swapped
+from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite, Names, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.store import Resolved, StateStore
 from lite_attention.compile.swap import swap_site
@@ -27,8 +27,14 @@ from lite_attention.compile.torch_internals import is_held_by_module, running_mo
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
+from lite_attention.ops.site import Site
 from lite_attention.ops.state import STATE_BUFFERS
 from lite_attention.ops.tiles import ceil_div
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lite_attention.compile.settings import SkipOptions
 
 __all__ = ["LiteAttentionBackend", "liteattn_backend"]
 
@@ -51,8 +57,7 @@ class LiteAttentionBackend:
         session: branch and step that the states follow; by default that of `lite_attention.branch`.
         model: whose module paths name the sites that a callable threshold or initial mask is asked about; by default
             they are named relative to what is compiled.
-        options: fields of `SkipSettings`: threshold, num_steps, slots, refresh, select, min_tiles, tile_shape,
-            initial_mask, max_steps, use_int8, use_fp8, implementation, dense.
+        options: see `SkipSettings`.
 
     Raises:
         ValueError: an option out of range.
@@ -64,10 +69,20 @@ class LiteAttentionBackend:
         inner: str | _Compiled = "inductor",
         session: Session | None = None,
         model: torch.nn.Module | None = None,
-        **options: Any,
+        **options: Unpack[SkipOptions],
     ) -> None:
-        self.settings = SkipSettings(**options)
-        self.store = StateStore(self.settings, default_session if session is None else session, model)
+        settings = SkipSettings(**options)
+        self._init(inner, StateStore(settings, default_session if session is None else session, model))
+
+    @classmethod
+    def of(cls, store: StateStore, inner: str | _Compiled = "inductor") -> LiteAttentionBackend:
+        """Return a backend whose states go into an existing store."""
+        backend = cls.__new__(cls)
+        backend._init(inner, store)
+        return backend
+
+    def _init(self, inner: str | _Compiled, store: StateStore) -> None:
+        self.store, self.settings = store, store.settings
         self.sites: list[Site] = []  # of all graphs compiled so far
         self._inner = inner
         self._warned = False
@@ -127,20 +142,24 @@ class LiteAttentionBackend:
         readers = [reader for site in sites for reader in site.sizes]
         layers_run: set[int] = set()
 
-        def resolve(args: Sequence[Any]) -> Resolved:
-            pairs = []
+        def resolve(args: Sequence[Any], nth: int) -> Resolved:
+            found = []
             for site in sites:
-                record = self.store.record(site.owners(args), site.key, site.site)
+                record = self.store.record(site.owners(args), (*site.key, nth), site.site)
+                state = None
                 if site.site.swapped:
                     batch, seq_q, seq_k = (size(args) for size in site.sizes)
-                    pairs.append((record, self.store.state(record, (batch, seq_q, seq_k), site.site.device)))
-            return pairs, [buffer for _, state in pairs for buffer in state.present_buffers()]
+                    state = self.store.state(record, (batch, seq_q, seq_k), site.site.device)
+                found.append((record, state, site.site.reason))
+            return found, [buffer for _, state, _ in found if state is not None for buffer in state.present_buffers()]
 
         def run(*args: Any) -> Any:
             owners = [id(args[i]) for i in owner_inputs] or [id(running_module())]
-            key = (graph, *owners, *[read(args) for read in readers])
-            extra = self.store.resolved(key, lambda: resolve(args))
-            if not self._warned:
+            layer_run = (graph, *owners)
+            nth = self.store.nth_run(layer_run)  # a block may run several times in a forward
+            key = (*layer_run, nth, *[read(args) for read in readers])
+            extra = self.store.resolved(key, lambda: resolve(args, nth))
+            if not self._warned and not self.store.forwards:  # a runner knows when the whole model has run
                 layer = 0 if first_parameter is None else id(args[first_parameter])
                 self._warn_once(whole_model_ran=layer in layers_run)
                 layers_run.add(layer)
@@ -149,25 +168,14 @@ class LiteAttentionBackend:
         return run
 
     def _warn_once(self, whole_model_ran: bool) -> None:
-        warning = None
         if any(record.site.swapped for record in self.store.records):
             if self.settings.num_steps is None and not self.store.session.is_told:
-                warning = (
-                    "liteattn: nobody tells where a generation ends, so skipping starts fresh only every "
-                    f"{self.settings.max_steps} calls. Use lite_attention.enable(model), or num_steps=, or "
-                    "lite_attention.reset(model) before each generation, and lite_attention.branch(name) around cond "
-                    "and uncond passes"
-                )
+                self.store.say(generations_unknown(self.settings.max_steps))
         elif whole_model_ran:  # a graph runs again: no other graph, whose attention might be swapped, is to come
-            reasons = sorted({str(site.reason) for site in self.sites}) or [
-                "no scaled_dot_product_attention in the graphs: does the model use diffusers' native attention backend?"
-            ]
-            warning = f"liteattn: no attention was swapped ({'; '.join(reasons)}); see lite_attention.report(model)"
+            self.store.say(nothing_swapped(self.sites))
         else:
             return
         self._warned = True
-        if warning is not None:
-            warnings.warn(warning, stacklevel=3)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lite_attention.compile.attention_calls import ATTENTION_OPS
-from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.compile.runner import NOT_PICKLED
+from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
-from lite_attention.compile.torch_internals import storage_key, uncompiled
+from lite_attention.compile.torch_internals import storage_key
 from lite_attention.ops import attention, skip_attention
+from lite_attention.ops.site import Site
+from lite_attention.ops.threads import PerThread
 
 __all__ = ["attach"]
 
@@ -66,6 +70,15 @@ class _Origins:
                 self._sets[first] = self._sets.get(first, 0) | origins
 
 
+@dataclass
+class _Run:
+    """What one thread is at in a forward of the model."""
+
+    running: list[nn.Module] = field(default_factory=list)  # modules, innermost last; none outside of the model
+    calls: Counter[nn.Module] = field(default_factory=Counter)  # of attention, by module
+    origins: _Origins | None = None  # kept while sites are to be decided
+
+
 class _EagerSwap(TorchFunctionMode):
     """Active while the model runs; knows which module is running."""
 
@@ -75,36 +88,38 @@ class _EagerSwap(TorchFunctionMode):
         self.settings: SkipSettings = store.settings
         self._model = model
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._running: list[nn.Module] = []  # innermost last; empty while the model does not run
-        self._calls: Counter[nn.Module] = Counter()  # of attention, by module, in this forward
+        self._runs = PerThread(lambda: [_Run()])  # the innermost last: a model may run within itself
         self._records: dict[tuple[int, int], SiteRecord] = {}
-        self._left_alone: set[tuple[object, ...]] = set()  # sites with the kinds of call that were
-        self._origins: _Origins | None = None
+        self._left_alone: dict[tuple[object, ...], str] = {}  # kinds of call that were, by site, and why
         self._complete = False  # all sites met in the last forward had been decided before
 
     # ---- running -------------------------------------------------------------------------------------------------
 
+    @property
+    def _run(self) -> _Run:
+        return self._runs()[-1]
+
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its hooks, this mode active; no exception leaves it behind."""
-        outer = self._running, self._calls, self._origins
+        run = _Run([self._model])
+        if not self._complete:
+            run.origins = _Origins()
+            run.origins.add_new((args, kwargs))
+        self._complete = True
+        self._runs().append(run)
         try:
-            self._running, self._calls, self._origins = [self._model], Counter(), None
-            if not self._complete:
-                self._origins = _Origins()
-                self._origins.add_new((args, kwargs))
-            self._complete = True
             with self:
                 return self._model._call_impl(*args, **kwargs)
         finally:
-            self._running, self._calls, self._origins = outer
+            self._runs().pop()
 
-    def enter_module(self, module: nn.Module, *_: Any) -> None:
-        if self._running:
-            self._running.append(module)
+    def enter_module(self, module: nn.Module) -> None:
+        if self._run.running:
+            self._run.running.append(module)
 
-    def leave_module(self, module: nn.Module, *_: Any) -> None:
-        if self._running and self._running[-1] is module:
-            self._running.pop()
+    def leave_module(self, module: nn.Module) -> None:
+        if self._run.running and self._run.running[-1] is module:
+            self._run.running.pop()
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -114,15 +129,16 @@ class _EagerSwap(TorchFunctionMode):
         kwargs = kwargs or {}
         is_sdpa = func is scaled_dot_product_attention
         result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)
-        if self._origins is None:
+        origins = self._run.origins
+        if origins is None:
             pass
         elif is_sdpa or func in ATTENTION_OPS:
-            self._origins.add_new(result)
+            origins.add_new(result)
         else:
             name = getattr(func, "__name__", "")
             writes_first = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
             writes_first = writes_first or name.startswith("__i")
-            self._origins.track((args, kwargs), result, writes_first)
+            origins.track((args, kwargs), result, writes_first)
         return result
 
     def _attend(
@@ -138,22 +154,16 @@ class _EagerSwap(TorchFunctionMode):
     ) -> torch.Tensor:
         tensors = (query, key, value)
         call = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-        module = self._running[-1]
-        ordinal = self._calls[module]
-        self._calls[module] += 1
+        run = self._run
+        module = run.running[-1]
+        ordinal = run.calls[module]
+        run.calls[module] += 1
         record = self._records.get((id(module), ordinal))
-        kind = None
         if record is None or not record.site.swapped:
-            kind = (id(module), ordinal, *self._kind(tensors, attn_mask))
-        if kind is not None and kind not in self._left_alone:
-            self._complete = False
-            if self._origins is not None:
-                site = self._decide(module, ordinal, tensors, attn_mask, call)
-                record = self.store.record([module], (ordinal,), site)
-                self._records[(id(module), ordinal)] = record
-                if not site.swapped:
-                    self._left_alone.add(kind)
-        way = self._way(tensors, attn_mask, call, record)
+            record = self._look_again(record, module, ordinal, tensors, attn_mask, call)
+        way, reason = self._way(tensors, attn_mask, call, record)
+        if record is not None and way != "skip":
+            self.store.note(record, None, reason)
         if record is None or way == "sdpa":
             return scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -163,12 +173,35 @@ class _EagerSwap(TorchFunctionMode):
         if way == "dense":
             out = attention(q, k, v, scale=scale, key_mask=key_mask)
         else:
-            record.last = state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
+            state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
+            self.store.note(record, state)
             out = skip_attention(
                 q, k, v, state, scale=scale, key_mask=key_mask, quantization=self.settings.quantization,
                 implementation=self.settings.implementation,
             )  # fmt: skip
         return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+    def _look_again(
+        self,
+        record: SiteRecord | None,
+        module: nn.Module,
+        ordinal: int,
+        tensors: tuple[torch.Tensor, ...],
+        mask: torch.Tensor | None,
+        call: dict[str, Any],
+    ) -> SiteRecord | None:
+        """Decide about a call of a kind not met before: a site left alone once may be swapped at another size."""
+        kind = (id(module), ordinal, *self._kind(tensors, mask))
+        if kind in self._left_alone:
+            return record
+        self._complete = False
+        if self._run.origins is None:  # the next forward keeps them
+            return record
+        site = self._decide(module, ordinal, tensors, mask, call)
+        record = self._records[(id(module), ordinal)] = self.store.record([module], (ordinal,), site)
+        if site.reason is not None:
+            self._left_alone[kind] = site.reason
+        return record
 
     @staticmethod
     def _kind(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> tuple[object, ...]:
@@ -179,7 +212,7 @@ class _EagerSwap(TorchFunctionMode):
 
     def _site(self, module: nn.Module, ordinal: int, tensors: tuple[torch.Tensor, ...]) -> Site:
         q, k, v = (tuple(t.transpose(1, 2).shape) if t.dim() == 4 else tuple(t.shape) for t in tensors)
-        name, like = self._names[id(module)], tensors[0]
+        name, like = self._names.get(id(module), ""), tensors[0]
         return Site(name, type(module).__name__, ordinal, q, k, v, _dtype_of(like), like.device)
 
     def _decide(
@@ -192,9 +225,10 @@ class _EagerSwap(TorchFunctionMode):
     ) -> Site:
         site = self._site(module, ordinal, tensors)
         site.reason = unsupported_call(site, tensors, mask, **call)
-        if site.reason is None and self._origins is not None:
+        origins = self._run.origins
+        if site.reason is None and origins is not None:
             site.fits_dense_kernel = self.settings.fits_dense_kernel(site)
-            of_q, of_k = self._origins.of(tensors[0]), self._origins.of(tensors[1])
+            of_q, of_k = origins.of(tensors[0]), origins.of(tensors[1])
             site.is_self_attention = of_q == of_k if of_q or of_k else None
             site.reason = self.settings.unsupported_reason(site) or choice_reason(site, self.settings)
         log_sites([site], "eager")
@@ -206,16 +240,21 @@ class _EagerSwap(TorchFunctionMode):
         mask: torch.Tensor | None,
         call: dict[str, Any],
         record: SiteRecord | None,
-    ) -> str:
-        """Return what runs a call: "skip", "dense" or "sdpa"; this one may be unlike the first that was decided."""
-        if record is None or not (record.site.swapped or self.settings.dense == "kernel"):
-            return "sdpa"
-        now = self._site(self._running[-1], record.site.ordinal, tensors)
-        if unsupported_call(now, tensors, mask, **call) is not None:
-            return "sdpa"
-        if record.site.swapped and self.settings.unsupported_reason(now) is None:
-            return "skip"
-        return "dense" if self.settings.fits_dense_kernel(now) else "sdpa"
+    ) -> tuple[str, str | None]:
+        """Return what runs a call, "skip", "dense" or "sdpa", and why it does not skip; it may be unlike the first."""
+        if record is None:
+            return "sdpa", None
+        swapped = record.site.swapped
+        if not swapped and self.settings.dense != "kernel":
+            return "sdpa", record.site.reason
+        now = self._site(self._run.running[-1], record.site.ordinal, tensors)
+        reason = unsupported_call(now, tensors, mask, **call)
+        if reason is not None:
+            return "sdpa", reason
+        reason = self.settings.unsupported_reason(now) if swapped else record.site.reason
+        if swapped and reason is None:
+            return "skip", None
+        return "dense" if self.settings.fits_dense_kernel(now) else "sdpa", reason
 
 
 def _dtype_of(tensor: torch.Tensor) -> torch.dtype:
@@ -225,8 +264,28 @@ def _dtype_of(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else tensor.dtype
 
 
-def attach(model: nn.Module, store: StateStore) -> Callable[[], None]:
-    """Swap the attention of a model whenever it runs, and return a function that undoes it.
+class _Hook:
+    """Tells the mode that a module begins or ends. A copy of the module is not enabled, and tells nobody."""
+
+    def __init__(self, tell: Callable[[nn.Module], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self._tell(module)
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _tell_nobody
+
+    def __reduce__(self) -> Any:
+        raise ValueError(NOT_PICKLED)
+
+
+def _tell_nobody(*_: Any) -> None:
+    pass
+
+
+def attach(model: nn.Module, store: StateStore) -> tuple[Callable[..., Any], Callable[[], None]]:
+    """Return what runs a model with its attention swapped, and a function that undoes what that needs.
 
     Args:
         model: any module; calls of its submodules from elsewhere are left alone.
@@ -236,13 +295,11 @@ def attach(model: nn.Module, store: StateStore) -> Callable[[], None]:
     handles = []
     for module in model.modules():
         if module is not model and any(True for _ in module.children()):
-            handles.append(module.register_forward_pre_hook(mode.enter_module))
-            handles.append(module.register_forward_hook(mode.leave_module, always_call=True))
-    # Not hooks of the model, which a KeyboardInterrupt goes past. A torch.compile around it has to leave it as it is.
-    model._compiled_call_impl = uncompiled(mode.run_model)
+            handles.append(module.register_forward_pre_hook(_Hook(mode.enter_module)))
+            handles.append(module.register_forward_hook(_Hook(mode.leave_module), always_call=True))
 
     def detach() -> None:
         for handle in handles:
             handle.remove()
 
-    return detach
+    return mode.run_model, detach

@@ -4,52 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Literal, TypedDict
 
 import torch
 
 from lite_attention.compile.torch_internals import holds_unless_unknown
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
-from lite_attention.ops.quantization import quantization_of
+from lite_attention.ops.quantization import check_quantization, quantization_of
+from lite_attention.ops.site import Site, SiteThreshold, Threshold
 from lite_attention.ops.tiles import ceil_div
-from lite_attention.ops.validate import check_threshold
+from lite_attention.ops.validate import check_count, check_threshold
 
-__all__ = ["Site", "SkipSettings", "Threshold"]
-
-
-@dataclass
-class Site:
-    """One attention call of a model, as seen when its graph was compiled. Symbolic sizes are torch.SymInt.
-
-    `select` gets it to decide, `report` prints it.
-    """
-
-    name: str  # path of the module that calls attention, in the model; relative to what was compiled if that is unknown
-    class_name: str  # of that module
-    ordinal: int  # among the sites of its graph
-    q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim
-    k_shape: tuple[Any, ...]
-    v_shape: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-    is_self_attention: bool | None = None  # None: no evidence in the graph
-    reason: str | None = None  # why it does not skip; None = swapped
-    fits_dense_kernel: bool = False  # the settings ask for `lite_attention::attention`, and it computes this call
-    tile_shape: tuple[int, int] | None = None  # (tile_m, tile_n) of its state; None before that is born
-    owner_paths: tuple[str, ...] = ()  # of the parameters that tell its layer, where its graph was compiled, as `name`
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the skip-aware op took the place of the original attention."""
-        return self.reason is None
-
-    @property
-    def dense_kernel(self) -> bool:
-        """Whether `lite_attention::attention` took the place of the original attention."""
-        return self.fits_dense_kernel and not self.swapped
+__all__ = ["SkipOptions", "SkipSettings"]
 
 
-Threshold = float | torch.Tensor
+class SkipOptions(TypedDict, total=False):
+    """The fields of `SkipSettings`, as keyword arguments of `enable` and all others who take them."""
+
+    threshold: SiteThreshold
+    num_steps: int | None
+    slots: int
+    refresh: int | None
+    select: Callable[[Site], bool | None] | None
+    min_tiles: int
+    tile_shape: tuple[int, int] | None
+    initial_mask: Callable[[Site], torch.Tensor | None] | None
+    max_steps: int
+    quantization: Literal["none", "int8", "int8_fp8"]
+    use_int8: bool
+    use_fp8: bool
+    implementation: Literal["reference"] | None
+    dense: Literal["sdpa", "kernel"]
+    allow_positive: bool
 
 
 @dataclass(frozen=True)
@@ -70,9 +56,11 @@ class SkipSettings:
             (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start, or None.
         max_steps: where nobody tells the step or their number, start fresh after so many calls. Without `num_steps` it
             is also the length of the longest schedule of thresholds.
-        use_int8: sites that skip compute scores, and so votes, from INT8 queries and keys. On Hopper those in bfloat16
-            and float16 with head dims 64 and 128, and others stay dense; on the CPU, for comparison, all.
-        use_fp8: with `use_int8`, they multiply weights and values in FP8 (e4m3) too; votes stay the same.
+        quantization: of sites that skip, see `lite_attention.ops.quantization`: "int8" computes scores, and so votes,
+            from INT8 queries and keys, "int8_fp8" multiplies weights and values in FP8 (e4m3) too. Sites that the GPU
+            cannot quantize stay dense; the CPU does all, for comparison.
+        use_int8: the same as quantization="int8".
+        use_fp8: with `use_int8`, the same as quantization="int8_fp8".
         implementation: None, or "reference" for the CPU kernel on any device; of the sites that skip.
         dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
             `lite_attention::attention` in place of those that it computes exactly.
@@ -80,9 +68,10 @@ class SkipSettings:
 
     Raises:
         ValueError: an option out of range.
+        TypeError: an option that is none of these.
     """
 
-    threshold: Threshold | Callable[[Site], Threshold] = DEFAULT_THRESHOLD
+    threshold: SiteThreshold = DEFAULT_THRESHOLD
     num_steps: int | None = None
     slots: int = DEFAULT_SLOTS
     refresh: int | None = None
@@ -91,6 +80,7 @@ class SkipSettings:
     tile_shape: tuple[int, int] | None = None
     initial_mask: Callable[[Site], torch.Tensor | None] | None = None
     max_steps: int = 200
+    quantization: str = "none"
     use_int8: bool = False
     use_fp8: bool = False
     implementation: str | None = None
@@ -100,15 +90,36 @@ class SkipSettings:
     def __post_init__(self) -> None:
         if not callable(self.threshold):
             check_threshold(self.threshold, allow_positive=self.allow_positive)
-        quantization_of(self.use_int8, self.use_fp8)
-        if self.implementation not in (None, "reference"):
-            raise ValueError(f"implementation: expected None or 'reference', got {self.implementation!r}")
-        if self.dense not in ("sdpa", "kernel"):
-            raise ValueError(f"dense: expected 'sdpa' or 'kernel', got {self.dense!r}")
+        object.__setattr__(self, "quantization", self._named_quantization())
+        for name, choices in (("implementation", (None, "reference")), ("dense", ("sdpa", "kernel"))):
+            if getattr(self, name) not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         for name in ("num_steps", "slots", "refresh", "min_tiles", "max_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if value is not None or name in ("slots", "min_tiles", "max_steps"):
+                check_count(name, value)
+        for name in ("select", "initial_mask"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ValueError(f"{name}: expected a callable that is given a Site, got {type(value).__name__}")
+        if self.tile_shape is not None:
+            sizes = self.tile_shape
+            if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
+                raise ValueError(f"tile_shape: expected (tile_m, tile_n), got {sizes!r}")
+            for size in sizes:
+                check_count("tile_shape", size)
+
+    def _named_quantization(self) -> str:
+        """Return the quantization that the name or the switches stand for."""
+        by_switches = quantization_of(self.use_int8, self.use_fp8)
+        check_quantization(self.quantization)
+        if "none" not in (by_switches, self.quantization) and by_switches != self.quantization:
+            raise ValueError(
+                f"quantization: expected {by_switches!r} beside use_int8={self.use_int8} and use_fp8={self.use_fp8}, "
+                f"got {self.quantization!r}"
+            )
+        return self.quantization if by_switches == "none" else by_switches
 
     def check_schedule(self, threshold: Threshold) -> None:
         """Check the values and the number of steps of a threshold for states that are to come.
@@ -129,11 +140,6 @@ class SkipSettings:
         rows = self.threshold.shape[-2] if isinstance(self.threshold, torch.Tensor) and self.threshold.dim() > 1 else 1
         return max(rows, self.num_steps or self.max_steps)
 
-    @property
-    def quantization(self) -> str:
-        """What the op quantises."""
-        return quantization_of(self.use_int8, self.use_fp8)
-
     def tile_shape_for(self, site: Site) -> tuple[int, int]:
         """Return (tile_m, tile_n) for a site."""
         return self.tile_shape or self._tile_shape_of_table(site)
@@ -141,7 +147,16 @@ class SkipSettings:
     def _tile_shape_of_table(self, site: Site) -> tuple[int, int]:
         return tile_shape(site.q_shape[3], site.dtype, site.device, self.quantization)
 
-    def new_state(self, site: Site, sizes: tuple[int, int, int], threshold: Threshold | None = None) -> SkipState:
+    def sized(self, site: Site, sizes: tuple[int, int, int], tiles: tuple[int, int]) -> Site:
+        """Return a site with numbers for (batch, seq_q, seq_k) and the tiles of its state."""
+        batch, seq_q, seq_k = sizes
+        (_, _, heads, head_dim), (_, _, kv_heads, _), value_dim = site.q_shape, site.k_shape, site.v_shape[3]
+        return replace(
+            site, q_shape=(batch, seq_q, int(heads), head_dim), k_shape=(batch, seq_k, kv_heads, head_dim),
+            v_shape=(batch, seq_k, kv_heads, value_dim), tile_shape=tiles,
+        )  # fmt: skip
+
+    def new_state(self, site: Site, sizes: tuple[int, int, int], threshold: SiteThreshold | None = None) -> SkipState:
         """Return a fresh state for a site at (batch, seq_q, seq_k); a threshold given here goes before the settings'.
 
         Raises:
@@ -149,12 +164,8 @@ class SkipSettings:
         """
         batch, seq_q, seq_k = sizes
         tile_m, tile_n = tiles = self.tile_shape_for(site)
-        heads = int(site.q_shape[2])
-        (_, _, kv_heads, head_dim), value_dim = site.k_shape, site.v_shape[3]
-        site = replace(
-            site, q_shape=(batch, seq_q, heads, head_dim), k_shape=(batch, seq_k, kv_heads, head_dim),
-            v_shape=(batch, seq_k, kv_heads, value_dim), tile_shape=tiles,
-        )  # fmt: skip
+        site = self.sized(site, sizes, tiles)
+        heads = site.q_shape[2]
         mask = None
         if self.initial_mask is not None:
             # One shape for all, since it is part of compiled code.
@@ -164,14 +175,14 @@ class SkipSettings:
             if mask.dim() == 4:
                 mask = mask.expand(batch, heads, *mask.shape[2:])
         if threshold is None:
-            threshold = self.threshold(site) if callable(self.threshold) else self.threshold
+            threshold = self.threshold
         state = SkipState(
             batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=self.slots,
             num_steps=self.table_steps, refresh=self.refresh, initial_mask=mask, allow_positive=self.allow_positive,
             device=site.device,
         )  # fmt: skip
         state.set_num_steps(self.num_steps or self.max_steps)
-        state.set_threshold(threshold)
+        state.set_threshold(threshold(site) if callable(threshold) else threshold)
         return state
 
     def unsupported_reason(self, site: Site) -> str | None:

@@ -6,34 +6,42 @@ what tells layers apart: the parameters that feed the attention, or the module t
 
 from __future__ import annotations
 
+import logging
+import warnings
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from lite_attention.compile.settings import Site, SkipSettings, Threshold
+from lite_attention.compile.settings import SkipSettings
 from lite_attention.ops import Session, SkipState
+from lite_attention.ops.site import Site, SiteThreshold
+from lite_attention.ops.threads import PerThread
 
-__all__ = ["SiteRecord", "StateStore", "records_of"]
+__all__ = ["Forward", "SiteRecord", "StateStore", "records_of", "stores_with"]
+
+_log = logging.getLogger("lite_attention")
 
 Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
-StateKey = tuple[Sizes, torch.device, tuple[int, int]]  # with tile_m and tile_n
-NamedThreshold = Threshold | Callable[[str], Threshold]  # one for all sites, or by their paths in a model
+StateKey = tuple[Sizes, torch.device, tuple[int, int], int]  # with tile_m and tile_n, and the id of the session
 
 _stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
 
 
 @dataclass
 class SiteRecord:
-    """One attention site of one layer, with a state for each size, device and tile shape it has been called at."""
+    """One attention site of one layer, with a state for each size, device, tile shape and thread it was called at."""
 
     site: Site
     owners: tuple[weakref.ref[object], ...]
     states: dict[StateKey, SkipState] = field(default_factory=dict)
-    last: SkipState | None = None
+    last: SkipState | None = None  # of the latest call that skipped
+    recent: dict[int, SkipState] = field(default_factory=dict)  # the same for each session, by id
+    ran_in: int = 0  # the latest forward that ran it
+    ran_dense: str | None = None  # why the latest call did not skip
 
     def name(self, model: nn.Module) -> str:
         """Return the full path of the site's module in a model, as far as its owners tell."""
@@ -61,8 +69,19 @@ def _renamed(name: str, then: str, now: str) -> str:
     return ".".join([*new, *parts[len(old) :]]) if parts[: len(old)] == old else name
 
 
-# The sites of one run of a graph with their states, and the states' buffers in the order of the graph's inputs.
-Resolved = tuple[list[tuple[SiteRecord, SkipState]], list[torch.Tensor]]
+# The sites of one run of a graph, each with its state or why it does not skip; and the states' buffers in the order of
+# the graph's inputs.
+Resolved = tuple[list[tuple[SiteRecord, SkipState | None, str | None]], list[torch.Tensor]]
+
+
+@dataclass
+class Forward:
+    """What a thread is at."""
+
+    number: int = 0  # of the forward of the model; 0 where none is known
+    runs: Counter[tuple[object, ...]] = field(default_factory=Counter)  # of each graph and its owners
+    skipped: bool = False  # a site that may skip ran
+    dense: set[str] = field(default_factory=set)  # why others did not skip
 
 
 class StateStore:
@@ -70,20 +89,36 @@ class StateStore:
 
     Args:
         settings: what the states are made with.
-        session: what they follow.
+        session: what they follow: one for all, or a function that returns that of the calling thread.
         model: whose paths name the sites that `settings.threshold` and `settings.initial_mask` are asked about; None =
             sites are named as in the compiled graph, relative to what was compiled.
+        prefix: of these names, such as "transformer." in a pipeline.
     """
 
-    def __init__(self, settings: SkipSettings, session: Session, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        settings: SkipSettings,
+        session: Session | Callable[[], Session],
+        model: nn.Module | None = None,
+        prefix: str = "",
+    ) -> None:
         self.settings = settings
-        self.session = session
+        self.prefix = prefix
+        self.forwards = 0  # of the model so far, where it is enabled and tells
+        self._session = session
         self._model = None if model is None else weakref.ref(model)  # it holds the store
-        self._threshold: Threshold | None = None  # of states to come, in place of that of the settings
-        self._thresholds: weakref.WeakKeyDictionary[nn.Module, NamedThreshold] = weakref.WeakKeyDictionary()
+        self._forward: PerThread[Forward] = PerThread(Forward)
+        self._thresholds: weakref.WeakKeyDictionary[nn.Module, tuple[SiteThreshold, str]] = weakref.WeakKeyDictionary()
         self._records: dict[tuple[object, ...], SiteRecord] = {}
-        self._resolved: dict[tuple[object, ...], Resolved] = {}  # so that a call costs one look-up, not one a site
+        self._resolved: dict[int, dict[tuple[object, ...], Resolved]] = {}  # by session: a call costs one look-up
+        self._met: set[int] = set()  # sessions whose end is awaited
+        self._said: set[str] = set()
         _stores.add(self)
+
+    @property
+    def session(self) -> Session:
+        """What the states of this thread follow."""
+        return self._session if isinstance(self._session, Session) else self._session()
 
     @property
     def records(self) -> list[SiteRecord]:
@@ -94,6 +129,56 @@ class StateStore:
     def model(self) -> nn.Module | None:
         """The model whose paths name the sites."""
         return None if self._model is None else self._model()
+
+    # ---- forwards --------------------------------------------------------------------------------------------------
+
+    def begin_forward(self) -> None:
+        """Note that the model begins to run."""
+        self.forwards += 1
+        self._forward.set(Forward(self.forwards))
+
+    @property
+    def forward(self) -> Forward:
+        """What this thread is at, or was at last."""
+        return self._forward()
+
+    def nth_run(self, key: tuple[object, ...]) -> int:
+        """Return how often a graph has run for these owners in this forward; 0 where no forward is known."""
+        forward = self._forward()
+        if not forward.number:
+            return 0
+        forward.runs[key] += 1
+        return forward.runs[key] - 1
+
+    def note(self, record: SiteRecord, state: SkipState | None, reason: str | None = None) -> None:
+        """Note that a site has run, with its state, or dense for a reason; says once of a skip-aware one that it did.
+
+        Args:
+            record: the site.
+            state: what it skipped by; None = it ran dense.
+            reason: why it did.
+        """
+        forward = self._forward()
+        record.ran_in = forward.number
+        forward.skipped |= state is not None
+        if reason is not None:
+            forward.dense.add(reason)
+        if state is not None:
+            record.last = record.recent[id(self.session)] = state
+            record.ran_dense = None
+        elif reason != record.ran_dense:
+            record.ran_dense = reason
+            if record.last is not None:
+                name = self._named(record) or record.site.class_name
+                self.say(f"{name}, which skips, ran dense: {reason}; see lite_attention.report(model)")
+
+    def say(self, message: str) -> None:
+        """Warn, once for each message."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"lite_attention: {message}", stacklevel=4)
+
+    # ---- records and states ----------------------------------------------------------------------------------------
 
     def record(self, owners: Sequence[object], key: tuple[object, ...], site: Site) -> SiteRecord:
         """Return the record of a site, made on first use and dropped when its first owner dies.
@@ -106,8 +191,8 @@ class StateStore:
         full_key = (*map(id, owners), *key)
         record = self._records.get(full_key)
         if record is None:
-            record = SiteRecord(site, tuple(weakref.ref(owner) for owner in owners))
-            self._records[full_key] = record
+            made = SiteRecord(site, tuple(weakref.ref(owner) for owner in owners))
+            record = self._records.setdefault(full_key, made)
             for owner in owners:
                 weakref.finalize(owner, self._forget, full_key).atexit = False
         elif record.site.swapped <= site.swapped:
@@ -120,21 +205,23 @@ class StateStore:
 
     def resolved(self, key: tuple[object, ...], resolve: Callable[[], Resolved]) -> list[torch.Tensor]:
         """Return the state buffers for one run of a graph; `resolve` finds them at the first with this key."""
-        found = self._resolved.get(key)
+        of_session = self._resolved.setdefault(id(self.session), {})
+        found = of_session.get(key)
         if found is None:
-            found = self._resolved[key] = resolve()
-        for record, state in found[0]:
-            record.last = state
+            found = of_session[key] = resolve()
+        for record, state, reason in found[0]:
+            self.note(record, state, reason)
         return found[1]
 
     def state(self, record: SiteRecord, sizes: Sizes, device: torch.device) -> SkipState:
-        """Return the state of a site at a size, allocated on first use.
+        """Return the state of a site at a size for this thread, allocated on first use.
 
         Raises:
             RuntimeError: it would have to be allocated while a CUDA graph is being captured.
         """
+        session = self.session
         site = replace(record.site, device=device)
-        key = (sizes, device, self.settings.tile_shape_for(site))
+        key = (sizes, device, self.settings.tile_shape_for(site), id(session))
         state = record.states.get(key)
         if state is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -142,64 +229,102 @@ class StateStore:
                     f"skip state of {record.site.name or 'a site'} at (batch, seq_q, seq_k) = {sizes} is not "
                     "allocated, and a CUDA graph is being captured: call the model once before capturing"
                 )
-            model = None if self._model is None else self._model()
-            if model is not None:
-                site.name = record.name(model)
-            state = self.settings.new_state(site, sizes, self._threshold_of(record))
-            self.session.follow(state)
+            threshold, site.name = self._remembered(record)
+            state = self.settings.new_state(site, sizes, threshold)
+            session.follow(state)
             record.states[key] = state
+            if id(session) not in self._met:
+                self._met.add(id(session))
+                weakref.finalize(session, self._forget_session, id(session)).atexit = False
         return state
 
+    def _forget_session(self, session: int) -> None:
+        """Let go of the states of a thread that has ended."""
+        self._met.discard(session)
+        self._resolved.pop(session, None)
+        for record in self.records:
+            record.recent.pop(session, None)
+            for key in [key for key in record.states if key[3] == session]:
+                record.states.pop(key, None)
+
+    def _named(self, record: SiteRecord) -> str:
+        model = None if self._model is None else self._model()
+        return record.site.name if model is None else self.prefix + record.name(model)
+
     def reset(self, records: Iterable[SiteRecord] | None = None) -> None:
-        """Begin a new generation: forget all votes, and the states of all sizes but the last."""
-        self._resolved.clear()
+        """Begin a new generation in this thread: forget all votes, and the states of all sizes but the last."""
+        self.forget_other_sizes(records)
         for record in self.records if records is None else records:
-            record.states = {key: state for key, state in record.states.items() if state is record.last}
-            for state in record.states.values():
+            state = record.recent.get(id(self.session))
+            if state is not None:
                 state.reset()
+
+    def forget_other_sizes(self, records: Iterable[SiteRecord] | None = None) -> None:
+        """Let go of the states of this thread that the latest calls did not use."""
+        session = id(self.session)
+        self._resolved.pop(session, None)
+        for record in self.records if records is None else records:
+            for key, state in [*record.states.items()]:
+                if key[3] == session and state is not record.recent.get(session):
+                    record.states.pop(key, None)
 
     def clear(self) -> None:
         """Let go of all sites and states; compiled code that nobody calls any more may still hold the store."""
         self._records.clear()
         self._resolved.clear()
-
-    def set_threshold(self, threshold: Threshold) -> None:
-        """Write the threshold of all states, in place, and remember it for those to come."""
-        for record in self.records:
-            for state in record.states.values():
-                state.set_threshold(threshold)
-        self._threshold = threshold
         self._thresholds.clear()
+        _stores.discard(self)
 
-    def tables(self, model: nn.Module, threshold: NamedThreshold) -> list[tuple[SkipState, torch.Tensor]]:
+    # ---- thresholds ------------------------------------------------------------------------------------------------
+
+    def tables(
+        self, model: nn.Module, threshold: SiteThreshold, prefix: str = ""
+    ) -> list[tuple[SkipState, torch.Tensor]]:
         """Return the states of a model's sites with the table that each is to hold; nothing is written.
+
+        Args:
+            model: whose sites are meant.
+            threshold: for all, or by `Site`.
+            prefix: of the sites' names.
 
         Raises:
             ValueError: a threshold that does not fit; or, before there are states, that none of this store could hold.
         """
         if not callable(threshold):
             self.settings.check_schedule(threshold)
-        return [
-            (state, state.threshold_table(threshold(record.name(model)) if callable(threshold) else threshold))
-            for record in self.records_in(model)
-            for state in record.states.values()
-        ]
+        found = []
+        for record in self.records_in(model):
+            site = replace(record.site, name=prefix + record.name(model))
+            for (sizes, device, tiles, _), state in record.states.items():
+                sized = self.settings.sized(replace(site, device=device), sizes, tiles)
+                found.append((state, state.threshold_table(threshold(sized) if callable(threshold) else threshold)))
+        return found
 
-    def remember(self, model: nn.Module, threshold: NamedThreshold) -> None:
-        """Let a model's states to come begin with a threshold."""
+    def remember(self, model: nn.Module, threshold: SiteThreshold, prefix: str = "") -> None:
+        """Let a model's states to come begin with a threshold; the arguments are those of `tables`."""
         self._thresholds.pop(model, None)  # the latest is the last
-        self._thresholds[model] = threshold
+        self._thresholds[model] = threshold, prefix
 
-    def _threshold_of(self, record: SiteRecord) -> Threshold | None:
-        for model, threshold in [*self._thresholds.items()][::-1]:
+    def _remembered(self, record: SiteRecord) -> tuple[SiteThreshold | None, str]:
+        """Return the threshold that a site's states to come begin with, None for the settings', and the site's name."""
+        for model, (threshold, prefix) in [*self._thresholds.items()][::-1]:
             if any(record is other for other in self.records_in(model)):
-                return threshold(record.name(model)) if callable(threshold) else threshold
-        return self._threshold
+                return threshold, prefix + record.name(model)
+        return None, self._named(record)
 
     def records_in(self, model: nn.Module) -> list[SiteRecord]:
         """Return the sites that belong to a model's parameters and modules."""
         owned = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
         return [record for record in self.records if any(id(owner()) in owned for owner in record.owners)]
+
+
+def stores_with(model: nn.Module) -> list[StateStore]:
+    """Return the stores that hold sites of a model's parameters and modules, or that were made for it."""
+    return [
+        store
+        for store in list(_stores)
+        if store.records_in(model) or (store._model is not None and store._model() is model)
+    ]
 
 
 def records_of(model: nn.Module) -> Iterator[tuple[StateStore, SiteRecord]]:

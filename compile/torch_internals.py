@@ -26,6 +26,7 @@ __all__ = [
     "holds_for_all_sizes",
     "holds_unless_unknown",
     "input_path",
+    "is_fake",
     "is_held_by_module",
     "is_op",
     "module_ids",
@@ -52,6 +53,11 @@ def storage_key(tensor: torch.Tensor) -> int:
 def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
     """Return the mode that the fake tensors among the values belong to: new ones must be of the same."""
     return detect_fake_mode(values)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no values to read: on the meta device, or of a fake mode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def is_op(target: object) -> bool:

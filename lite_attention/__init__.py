@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from lite_attention import masks, schedules
 from lite_attention._version import __version__
+from lite_attention.api import branch, disable, enable, reset, set_threshold
 from lite_attention.inspection import Report, SparsityLog, report
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState, attention, skip_attention
 from lite_attention.registry import LiteAttentionRegistry, ThresholdTable
-from lite_attention.wiring import branch, disable, enable, reset, set_threshold
 
 if TYPE_CHECKING:
     from lite_attention.calibration import Calibration, calibrate

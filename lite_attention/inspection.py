@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
-from torch import nn
 
-from lite_attention.module import LiteAttention
+from lite_attention.model_sites import ModelSite, sites_of
 from lite_attention.ops import SkipState
 from lite_attention.tables import text_table
-from lite_attention.wiring import parts_of
 
 __all__ = ["Report", "ReportRow", "SparsityLog", "named_states", "report"]
 
@@ -29,7 +27,8 @@ class ReportRow:
     k_shape: tuple[Any, ...]
     reason: str | None  # why it does not skip; None = skip-aware
     dense_kernel: bool  # `lite_attention::attention` runs it; otherwise, with a reason, it was left alone
-    state: SkipState | None = field(repr=False)  # of the latest call; None before the first
+    state: SkipState | None = field(repr=False)  # of the latest call that skipped; None before the first
+    note: str | None = None  # what was otherwise in the last forward of the model
 
     @property
     def sparsity(self) -> list[float]:
@@ -38,9 +37,10 @@ class ReportRow:
 
     def cells(self) -> list[str]:
         """Return the row as text, one string a column."""
-        skipped = " / ".join(f"{share:.1%}" for share in self.sparsity)
+        skipped = " / ".join(f"{share:.1%}" for share in self.sparsity) if self.note is None else ""
         instead = "dense kernel" if self.dense_kernel else "left alone"
         status = "skip-aware" if self.reason is None else f"{instead}: {self.reason}"
+        status = status if self.note is None else f"{status}, but {self.note}"
         shapes = ["x".join(map(str, shape)) for shape in (self.q_shape, self.k_shape)]
         return [self.name or "<root>", self.class_name, *shapes, status, skipped]
 
@@ -63,6 +63,9 @@ class Report:
         dense = sum(row.dense_kernel for row in self.rows)
         if dense:
             summary += f", {dense} with the dense kernel"
+        noted = sum(row.note is not None for row in self.swapped)
+        if noted:
+            summary += f", {noted} of these did not skip in the last forward"
         return f"{text_table(header, [row.cells() for row in self.rows])}\n{summary}"
 
 
@@ -131,19 +134,11 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
 
 
 def _rows_of(model_or_pipe: Any) -> list[ReportRow]:
-    from lite_attention.compile.store import records_of
+    return [_row_of(site) for site in sites_of(model_or_pipe)]
 
-    rows = []
-    for part, module_or_compiled in parts_of(model_or_pipe).items():
-        model: nn.Module = getattr(module_or_compiled, "_orig_mod", module_or_compiled)
-        prefix = "" if isinstance(model_or_pipe, nn.Module) else f"{part}."
-        for _, record in records_of(model):
-            site, name = record.site, prefix + record.name(model)
-            shapes = (site.q_shape, site.k_shape)
-            rows.append(ReportRow(name, site.class_name, *shapes, site.reason, site.dense_kernel, record.last))
-        for name, module in model.named_modules():
-            if isinstance(module, LiteAttention):
-                batch, heads, seq_q, seq_k = (0, 0, 0, 0) if module.state is None else module.state.capacity
-                shapes = ((batch, seq_q, heads), (batch, seq_k, heads))
-                rows.append(ReportRow(prefix + name, type(module).__name__, *shapes, None, False, module.state))
-    return rows
+
+def _row_of(found: ModelSite) -> ReportRow:
+    site = found.site
+    return ReportRow(
+        found.name, site.class_name, site.q_shape, site.k_shape, found.reason, site.dense_kernel, found.last, found.note
+    )

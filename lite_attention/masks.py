@@ -25,7 +25,7 @@ from lite_attention.token_grid import grid_of, grid_of_call
 from lite_attention.token_order import block_of, tile3d_order
 
 if TYPE_CHECKING:
-    from lite_attention.compile import Site
+    from lite_attention.ops.site import Site
 
 __all__ = [
     "SPATIAL",

@@ -19,6 +19,7 @@ from lite_attention.ops import (
 )
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.quantization import quantization_of
+from lite_attention.ops.site import Site
 from lite_attention.ops.validate import check_inputs, check_threshold
 
 __all__ = ["LiteAttention"]
@@ -233,6 +234,15 @@ class LiteAttention(nn.Module):
         self.skipping_enabled = enable
         if self.state is not None:
             self.state.set_flag(FLAG_DENSE, not enable)
+
+    def site(self, name: str) -> Site:
+        """Return what is known of it as a site of that name; sizes are those of the state, 0 before there is one."""
+        batch, heads, seq_q, seq_k = (0, 0, 0, 0) if self.state is None else self.state.capacity
+        tiles = None if self.state is None else (self.state.tile_m, self.state.tile_n)
+        device = torch.device("cpu") if self.state is None else self.state.control.device
+        q_shape, k_shape = (batch, seq_q, heads, 0), (batch, seq_k, 0, 0)
+        kind = type(self).__name__
+        return Site(name, kind, 0, q_shape, k_shape, k_shape, torch.get_default_dtype(), device, tile_shape=tiles)
 
     @property
     def num_steps(self) -> int | None:

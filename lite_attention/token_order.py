@@ -8,15 +8,19 @@ the tokens are permuted once, behind the patch embedding, and put back once, beh
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from lite_attention.ops.threads import PerThread
 from lite_attention.ops.tiles import tile_shape
 
-__all__ = ["attach", "block_of", "check", "tile3d_order", "tile3d_rank"]
+__all__ = ["TokenOrder", "block_of", "check", "tile3d_order", "tile3d_rank"]
 
 Block = tuple[int, int, int]  # frames, rows, columns
 Grid = tuple[int, int, int]  # of tokens: frames, height, width
@@ -100,6 +104,14 @@ def block_of(token_order: str | Sequence[int], tile_m: int) -> Block:
     return best
 
 
+@dataclass
+class _Video:
+    """The video of one call."""
+
+    grid: Grid = (1, 1, 1)
+    block: Block = (1, 1, 1)
+
+
 class _Hooks:
     """The hooks of one model. All is computed from the sizes of the call, so compiled code may have dynamic shapes."""
 
@@ -107,28 +119,33 @@ class _Hooks:
         self, token_order: str | Sequence[int], tiles: tuple[int, int] | None, head_dim: int, quantization: str
     ) -> None:
         self.token_order, self.tiles, self.head_dim, self.quantization = token_order, tiles, head_dim, quantization
-        self.grid: Grid = (1, 1, 1)
-        self.block: Block = (1, 1, 1)
+        self._of_thread = PerThread(_Video)
+        self._compiled = _Video()
+
+    @property
+    def video(self) -> _Video:
+        # Dynamo does not trace what belongs to a thread; a graph reads what was written in the same run.
+        return self._compiled if torch.compiler.is_compiling() else self._of_thread()
 
     def begin(self, hidden_states: torch.Tensor, grid: Grid) -> None:
         """Note what the call is about; `rope` is the first that runs."""
         device, dtype = hidden_states.device, hidden_states.dtype
         tile_m, _ = self.tiles or tile_shape(self.head_dim, dtype, device, self.quantization)
-        self.grid, self.block = grid, block_of(self.token_order, tile_m)
+        self.video.grid, self.video.block = grid, block_of(self.token_order, tile_m)
 
     def there(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Return tokens in the new order."""
-        frames, height, width = self.grid
+        frames, height, width = self.video.grid
         if tokens.shape[dim] != frames * height * width:
             raise ValueError(
                 f"token_order: expected {frames} x {height} x {width} = {frames * height * width} tokens, "
                 f"got {tokens.shape[dim]}"
             )
-        return tokens.index_select(dim, tile3d_order(*self.grid, self.block, tokens.device))
+        return tokens.index_select(dim, tile3d_order(*self.video.grid, self.video.block, tokens.device))
 
     def back(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Put the tokens of an output (batch, tokens, channels) back in their places."""
-        return output.index_select(1, tile3d_rank(*self.grid, self.block, output.device))
+        return output.index_select(1, tile3d_rank(*self.video.grid, self.video.block, output.device))
 
 
 class _Wan(_Hooks):
@@ -193,13 +210,8 @@ def _supported_class(model: nn.Module) -> str:
     )
 
 
-def attach(
-    model: Any,
-    token_order: str | Sequence[int],
-    tiles: tuple[int, int] | None = None,
-    quantization: str = "none",
-) -> Callable[[], None]:
-    """Let a model compute on reordered tokens, and return a function that undoes it.
+class TokenOrder:
+    """A model that computes on reordered tokens until `detach`.
 
     Args:
         model: a `WanTransformer3DModel` or `LTXVideoTransformer3DModel` of diffusers.
@@ -210,23 +222,58 @@ def attach(
     Raises:
         ValueError: another model, or another order; later, in a call: the model gets other tokens than its grid has.
     """
-    check(token_order)
-    kind, embed, time = _SUPPORTED[_supported_class(model)]
-    head_dim = model.config.attention_head_dim
-    try:
-        tile_shape(head_dim, None, "cuda", quantization)
-    except ValueError:
-        quantization = "none"  # on a GPU such attention is left dense, in any order
-    hooks = kind(token_order, tiles, head_dim, quantization)
-    handles = [
-        model.rope.register_forward_hook(hooks.rope),
-        model.get_submodule(embed).register_forward_hook(hooks.embed),
-        model.get_submodule(time).register_forward_pre_hook(hooks.time, with_kwargs=True),
-        model.proj_out.register_forward_hook(hooks.back),
-    ]
 
-    def detach() -> None:
-        for handle in handles:
+    def __init__(
+        self,
+        model: Any,
+        token_order: str | Sequence[int],
+        tiles: tuple[int, int] | None = None,
+        quantization: str = "none",
+    ) -> None:
+        check(token_order)
+        kind, embed, time = _SUPPORTED[_supported_class(model)]
+        try:
+            tile_shape(model.config.attention_head_dim, None, "cuda", quantization)
+        except ValueError:
+            quantization = "none"  # on a GPU such attention is left dense, in any order
+        hooks = kind(token_order, tiles, model.config.attention_head_dim, quantization)
+        self._model = weakref.ref(model)
+        self._hooks: dict[str, Callable[[nn.Module], RemovableHandle]] = {
+            "rope": lambda module: module.register_forward_hook(hooks.rope),
+            embed: lambda module: module.register_forward_hook(hooks.embed),
+            time: lambda module: module.register_forward_pre_hook(hooks.time, with_kwargs=True),
+            "proj_out": lambda module: module.register_forward_hook(hooks.back),
+        }
+        self._attached: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+        self._attach()
+
+    def _attach(self) -> None:
+        """Put each hook on the module that has its name now: an adapter may have taken the place of another."""
+        model = self._model()
+        assert model is not None
+        for name, register in self._hooks.items():
+            module = model.get_submodule(name)
+            before = self._attached.get(name)
+            if before is None or before[0] is not module:
+                if before is not None:
+                    before[1].remove()
+                self._attached[name] = module, register(module)
+
+    def check(self, args: Any, kwargs: Any) -> None:
+        """Prepare a forward of the model.
+
+        Raises:
+            ValueError: its tokens are split over processes.
+        """
+        if getattr(self._model(), "_parallel_config", None) is not None:
+            raise ValueError(
+                "token_order: expected None with context parallelism, which splits the tokens before they could be "
+                "reordered"
+            )
+        self._attach()
+
+    def detach(self) -> None:
+        """Let the model compute on its tokens as they come."""
+        for _, handle in self._attached.values():
             handle.remove()
-
-    return detach
+        self._attached.clear()

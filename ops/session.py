@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from lite_attention.ops import control as c
 from lite_attention.ops.state import SkipState
 
-__all__ = ["Session", "default_session"]
+__all__ = ["Place", "Session", "default_session"]
+
+
+class Place(NamedTuple):
+    """Where in a generation one forward of a model is."""
+
+    branch: str | int  # a name, or, for passes that nobody names, how many came before it in the step
+    step: int
+    generation: int  # another one than before: everything starts fresh
+    is_told: bool  # the caller says the step, and will say the next one
 
 
 class Session:
@@ -19,15 +30,29 @@ class Session:
 
     Compiled code and CUDA graphs read them there, so entering a branch recompiles nothing. One session serves one
     generation at a time.
+
+    Args:
+        slots: that every state will have; None = as the states that follow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int | None = None) -> None:
+        self._slots = slots
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: names, steps, and who follows."""
         self.branches: dict[str, int] = {}  # name -> slot
+        self.told: list[tuple[str, int | None]] = []  # branches entered, innermost last, with their steps
+        self.is_told = False  # somebody says where generations begin
+        self._passes: dict[int, int] = {}  # passes of this generation that have no name -> slot
         self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
         self._slot = 0
-        self._steps: dict[int, int] = {}  # slot -> step, where the caller says it
-        self._counting = True  # the op counts the steps; False: the caller says them
-        self.is_told = False  # somebody says where generations begin
+        self._steps: dict[int, int] = {}  # slot -> step on the device, while the host writes it
+        self._told_steps: dict[int, int] = {}  # slot -> the last step that the caller said
+        self._counting = True  # the op counts the steps; False: the host writes them
+        self._driven = False  # by `enter` and `leave`, forward by forward
+        self._generation = 0
+        self._thread: int | None = None  # inside a branch
 
     @property
     def states(self) -> list[SkipState]:
@@ -42,59 +67,151 @@ class Session:
         """
         if state in self._states:
             return
-        self._check_slots(max(self.branches.values(), default=0), [state])
+        self._check_slots(max([self._slot, *self.branches.values()]), [state])
         self._states.add(state)
         state.slot = self._slot
-        for slot, step in self._steps.items():
+        for slot, step in (self._told_steps if self._counting else self._steps).items():
             state.set_step(step, slot)
         if not self._counting:
             state.set_flag(c.FLAG_AUTO_STEP, False)
+
+    # ---- branches by hand ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def branch(self, name: str, step: int | None = None) -> Iterator[int]:
         """Enter a branch; every call inside uses its slot.
 
         Args:
-            name: any name; each new one takes the next slot.
-            step: denoising step. Given, it is written to the states, and one that goes backwards begins a new
-                generation. None: the op counts the calls.
+            name: any name; each new one takes the next free slot.
+            step: denoising step. Given, it is written to the states, and holds for all calls inside; one that goes
+                backwards begins a new generation. None: the op counts the calls.
 
         Raises:
-            ValueError: one branch more than the states have slots.
+            ValueError: one branch more than the states have slots, or a step out of range.
+            RuntimeError: another thread is inside a branch.
         """
-        if step is not None and step < 0:
-            raise ValueError(f"step: expected at least 0, got {step}")
-        slot = self.branches.get(name, len(self.branches))
-        self._check_slots(slot, self._states)
-        self.branches[name] = slot
-        self.is_told |= step is not None
-        before = self._slot
-        self._enter(slot)
-        self._count(step is None)
-        if step is not None:
-            self._move(slot, step)
-        else:
-            self._steps.pop(slot, None)  # the op moves on from here
+        if step is not None and not (type(step) is int and 0 <= step < 1 << 31):
+            raise ValueError(f"step: expected an int from 0 to 2**31 - 1, got {step!r}")
+        slot = self._slot_of(name)
+        self._check_slots(slot)
+        with self._of_one_thread():
+            self.branches[name] = slot
+            self.is_told |= step is not None
+            before, counting = self._slot, self._counting
+            self._enter(slot)
+            if step is not None:
+                self._move(slot, step)
+            elif not self._driven:
+                self._told_steps.pop(slot, None)  # the op moves on from here
+            self._count(step is None and not self._driven)
+            try:
+                with self.telling(name, step):
+                    yield slot
+            finally:
+                self._enter(before)
+                self._count(counting)
+
+    @contextlib.contextmanager
+    def telling(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Name the branch, and perhaps the step, of the forwards that a runner places inside; nothing is written."""
+        self.told.append((name, step))
         try:
-            yield slot
+            yield
         finally:
-            self._enter(before)
+            self.told.pop()
+
+    @contextlib.contextmanager
+    def _of_one_thread(self) -> Iterator[None]:
+        outer, thread = self._thread, threading.get_ident()
+        if outer not in (None, thread):
+            raise RuntimeError(
+                "branch: expected calls from one thread at a time, got one while another thread is inside a branch of "
+                "the same session; give each model to enable(), which keeps the memories of threads apart"
+            )
+        self._thread = thread
+        try:
+            yield
+        finally:
+            self._thread = outer
 
     def reset(self) -> None:
         """Begin a new generation: all states forget their votes and their step; branches keep their slots."""
         self.is_told = True
-        self._steps.clear()
-        self._count(True)
-        for state in self._states:
-            state.reset()
+        self._count(not self._driven)
+        self._restart()
 
-    def _check_slots(self, slot: int, states: object) -> None:
-        slots = min((state.slots for state in states), default=slot + 1)  # type: ignore[attr-defined]
+    # ---- forwards that a model's runner places ---------------------------------------------------------------------
+
+    def enter(self, place: Place) -> bool:
+        """Write branch and step of a forward to the states; steps are the host's from now on.
+
+        Returns:
+            Whether the states have a slot for the branch; without one nothing is written.
+
+        Raises:
+            ValueError: a name for which the states have no slot.
+        """
+        if place.generation != self._generation:
+            self._generation = place.generation
+            self._restart()
+        if not self._driven:
+            self._driven = True
+            self._steps.clear()
+        self._count(False)
+        slot = self._slot_of(place.branch)
+        if isinstance(place.branch, int):
+            if slot >= self._room(self._states, slot + 1):
+                return False
+            self._passes[place.branch] = slot
+        else:
+            self._check_slots(slot)
+            self.branches[place.branch] = slot
+        self._enter(slot)
+        if place.is_told:
+            self._move(slot, place.step)
+        elif self._steps.get(slot) != place.step:
+            self._write_step(slot, place.step)
+        return True
+
+    def leave(self, place: Place) -> None:
+        """Move a counted step on in all states, in those too that the forward left out."""
+        if not place.is_told:
+            self._write_step(self._slot_of(place.branch), place.step + 1)
+
+    def let_the_op_count(self) -> None:
+        """Leave the steps to the op: a CUDA graph is captured, which the host will not see run."""
+        self._driven = False
+        self._count(True)
+
+    # ---- slots and words -------------------------------------------------------------------------------------------
+
+    def _slot_of(self, branch: str | int) -> int:
+        known = self._passes if isinstance(branch, int) else self.branches
+        if branch in known:
+            return known[branch]  # type: ignore[index]
+        taken = {*self._passes.values(), *self.branches.values()}
+        return next(slot for slot in range(len(taken) + 1) if slot not in taken)
+
+    def _room(self, states: Iterable[SkipState], otherwise: int) -> int:
+        """Return the slots that all states have; without one, those that they will have, if known."""
+        return min((state.slots for state in states), default=self._slots or otherwise)
+
+    def _check_slots(self, slot: int, states: Iterable[SkipState] | None = None) -> None:
+        slots = self._room(self._states if states is None else states, slot + 1)
         if slot >= slots:
             raise ValueError(
                 f"branch: expected at most {slots} names, one for each slot, got {[*self.branches]} and one more; "
-                f"give the states slots={slot + 1}, or reset() to forget the names"
+                f"give slots={slot + 1} to enable(), the backend or LiteAttention"
             )
+
+    def _restart(self) -> None:
+        self._passes.clear()
+        self._steps.clear()
+        self._told_steps.clear()
+        states = [*self._states]
+        if states:
+            torch._foreach_zero_([state.skip_mask for state in states])
+            torch._foreach_zero_([state.control[c.slot_word(0, 0) :] for state in states])
 
     def _enter(self, slot: int) -> None:
         if slot != self._slot:
@@ -108,16 +225,20 @@ class Session:
                 state.set_flag(c.FLAG_AUTO_STEP, counting and state.auto_step)
 
     def _move(self, slot: int, step: int) -> None:
-        last = self._steps.get(slot)
+        last = self._told_steps.get(slot)
         if last is None or step < last:
             self._write(c.slot_word(slot, c.FRESH), 1)
-        if step != last:
-            self._write(c.slot_word(slot, c.STEP), step)
+        if self._counting or self._steps.get(slot) != step:
+            self._write_step(slot, step)
+        self._told_steps[slot] = step
+
+    def _write_step(self, slot: int, step: int) -> None:
+        self._write(c.slot_word(slot, c.STEP), step)
         self._steps[slot] = step
 
     def _write(self, word: int, value: int) -> None:
         """Write one word of all control tensors: two launches, however many states there are."""
-        words = [state.control[word : word + 1] for state in self._states]
+        words = [state.control[word : word + 1] for state in self._states if state.control.shape[0] > word]
         if words:
             torch._foreach_zero_(words)
             torch._foreach_add_(words, value)

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lite_attention.files import write_whole
-from lite_attention.wiring import parts_of
+from lite_attention.model_sites import parts_of
 
 __all__ = ["claimed", "differing", "fingerprint", "read", "sampled", "write"]
 

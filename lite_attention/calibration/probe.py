@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lite_attention.api import disable, enable, reset, run_by, session_of, store_of
+from lite_attention.model_sites import parts_of
 from lite_attention.module import LiteAttention
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, write_control
 from lite_attention.ops.cpu import skipped_tiles
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
-from lite_attention.wiring import disable, enable, parts_of, reset, store_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -152,10 +153,11 @@ class AttentionProbe:
         inner: Any = model._call_impl
         own = store_of(model)
         if own is not None:
-            store = StateStore(replace(own.settings, threshold=-torch.inf), own.session, model)
+            store = StateStore(replace(own.settings, threshold=-torch.inf), session_of(model), model, own.prefix)
             undo.callback(store.clear)
-            undo.callback(attach(model, store))
-            inner = model._compiled_call_impl
+            run, detach = attach(model, store)
+            undo.callback(detach)
+            inner = run_by(model, store, run)
         model._compiled_call_impl = torch.compiler.disable(_Watched(self, inner).run)
 
     def start_fresh(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lite_attention.api import set_threshold
 from lite_attention.module import LiteAttention
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.control import FLAG_DENSE
@@ -18,7 +19,6 @@ from lite_attention.ops.validate import check_threshold
 from lite_attention.registry.threshold_file import is_a
 from lite_attention.registry.threshold_fit import fitted, models_of, num_steps_of
 from lite_attention.registry.threshold_table import ThresholdTable
-from lite_attention.wiring import set_threshold
 
 if TYPE_CHECKING:
     from lite_attention.calibration import Calibration

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lite_attention.api import session_of, store_of
+from lite_attention.model_sites import parts_of
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
-from lite_attention.wiring import parts_of, session_of, store_of
 
 if TYPE_CHECKING:
-    from lite_attention.compile.settings import Site
+    from lite_attention.ops.site import Site
     from lite_attention.registry.threshold_table import ThresholdTable
 
 __all__ = [

@@ -16,7 +16,7 @@ from lite_attention.registry.threshold_file import ABOUT, DECIMALS, TUPLES, is_a
 from lite_attention.tables import text_table
 
 if TYPE_CHECKING:
-    from lite_attention.compile.settings import Site
+    from lite_attention.ops.site import Site
 
 __all__ = ["ThresholdTable"]
 
@@ -153,8 +153,8 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
             ValueError: it does not fit the model; lists all that differs. Nothing is changed then. Or no attention of
                 ours in the model.
         """
+        from lite_attention.api import set_threshold
         from lite_attention.registry.threshold_fit import fitted
-        from lite_attention.wiring import set_threshold
 
         set_threshold(model_or_pipe, fitted(self, model_or_pipe, strict=strict))
 

@@ -278,6 +278,7 @@ def test_site_left_alone_at_first_is_looked_at_again() -> None:
     reference = Reference(model)
     lite_attention.disable(reference.model)
     out = model(tokens(0), context())  # dense: where the tensors come from is looked at in the next
+    lite_attention.reset(model)
     for step in range(STEPS):
         out = model(tokens(step), context())
         close(out, reference(tokens(step), context()))

@@ -367,7 +367,7 @@ def test_a_generation_never_recompiles(how: str) -> None:
             session.reset()
             reference.reset()
             for step, (index, name) in itertools.product(range(6), enumerate(("cond", "uncond"))):
-                backend.store.set_threshold(thresholds[step // 2])
+                lite_attention.set_threshold(model, thresholds[step // 2])
                 for state in reference.states.values():
                     state.set_threshold(thresholds[step // 2])
                 reference.threshold = thresholds[step // 2]

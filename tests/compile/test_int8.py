@@ -12,10 +12,11 @@ from torch import nn
 import lite_attention
 from lite_attention import cute_kernels
 from lite_attention.compile import make_skip_aware, skip_states
-from lite_attention.compile.settings import Site, SkipSettings
+from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.store import StateStore
 from lite_attention.ops import Session
 from lite_attention.ops.quantization import QUANTIZATIONS
+from lite_attention.ops.site import Site
 from tests.support.diffusers_models import silent_report
 from tests.support.toys import (
     TILE,

@@ -281,7 +281,7 @@ def test_set_threshold_reaches_all_states_in_place() -> None:
     with torch.no_grad():
         run_in_place(tokens(0), context())
     addresses = [state.threshold.data_ptr() for state in backend.store.session.states]
-    backend.store.set_threshold(-2.5)
+    lite_attention.set_threshold(model, -2.5)
     assert [state.threshold.data_ptr() for state in backend.store.session.states] == addresses
     assert all((state.threshold == -2.5).all() for state in backend.store.session.states)
 

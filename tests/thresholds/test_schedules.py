@@ -221,7 +221,7 @@ def test_set_threshold_by_name_before_the_first_call() -> None:
         "blocks.0.attn1": -1.5, "blocks.1.attn1": torch.tensor([-1.0, -2.0]), "blocks.2.attn1": schedules.constant(-INF)
     }  # fmt: skip
     model = _enable(Toy(3))
-    lite_attention.set_threshold(model, thresholds.__getitem__)
+    lite_attention.set_threshold(model, lambda site: thresholds[site.name])
     _run(model)
     _run(model, seq=128)
     for name, states in _states(model).items():
@@ -240,9 +240,10 @@ def test_names_in_a_pipeline_are_those_of_the_report() -> None:
     _enable(pipe)  # type: ignore[arg-type]
     asked: list[str] = []
 
-    def threshold(name: str) -> float:
-        asked.append(name)
-        return -1.0 if name.startswith("transformer_2.") else -2.0
+    def threshold(site: Site) -> float:
+        asked.append(site.name)
+        assert site.q_shape == (1, 96, 2, 16)
+        return -1.0 if site.name.startswith("transformer_2.") else -2.0
 
     lite_attention.set_threshold(pipe, threshold)
     for model in pipe.components.values():
@@ -259,7 +260,7 @@ def test_what_does_not_fit_one_part_of_a_pipeline_is_written_to_none() -> None:
     for model in pipe.components.values():
         _run(model)
     with pytest.raises(ValueError, match="threshold: expected at most 0"):
-        lite_attention.set_threshold(pipe, lambda name: 1.0 if name.startswith("transformer_2.") else -1.0)
+        lite_attention.set_threshold(pipe, lambda site: 1.0 if site.name.startswith("transformer_2.") else -1.0)
     for model in pipe.components.values():
         _run(model, seq=128)
         for state in _states(model)["blocks.0.attn1"]:
@@ -274,7 +275,7 @@ def test_one_backend_of_two_models_keeps_their_thresholds_apart() -> None:
     for model in models:
         _run(model)
     lite_attention.set_threshold(models[0], -1.0)
-    backend.store.set_threshold(-2.0)
+    lite_attention.set_threshold(models[0], -2.0)
     lite_attention.set_threshold(models[1], -3.0)
     for model in models:
         _run(model, seq=128)
@@ -292,7 +293,7 @@ def test_modules_are_reached_too() -> None:
     q = torch.randn(1, 100, 2, 16)
     model = nn.ModuleDict({name: LiteAttention(threshold=-4.0, num_steps=3) for name in "ab"})
     model["a"](q, q, q)
-    lite_attention.set_threshold(model, lambda name: {"a": -1.0, "b": schedules.linear(3, -2.0, -1.0)}[name])
+    lite_attention.set_threshold(model, lambda site: {"a": -1.0, "b": schedules.linear(3, -2.0, -1.0)}[site.name])
     model["b"](q, q, q)
     _assert_holds(model["a"].state, -1.0)
     _assert_holds(model["b"].state, torch.tensor([[-2.0], [-1.5], [-1.0]]))
@@ -310,7 +311,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(wrong: Any, run_fir
     if run_first:
         _run(model)
         with pytest.raises(ValueError, match="threshold: expected"):
-            lite_attention.set_threshold(model, lambda name: wrong if name == "blocks.1.attn1" else -1.0)
+            lite_attention.set_threshold(model, lambda site: wrong if site.name == "blocks.1.attn1" else -1.0)
     with pytest.raises(ValueError, match="threshold: expected"):
         lite_attention.set_threshold(model, wrong)
     _run(model, seq=128)
@@ -340,12 +341,12 @@ def test_set_threshold_wants_something_of_ours() -> None:
 
 def test_enabling_again_forgets_and_nothing_is_kept_alive() -> None:
     model = _enable(Toy(1))
-    lite_attention.set_threshold(model, lambda name: -1.0)
+    lite_attention.set_threshold(model, lambda site: -1.0)
     _enable(model, threshold=-5.0)
     _run(model)
     for (state,) in _states(model).values():
         _assert_holds(state, -5.0)
-    lite_attention.set_threshold(model, lambda name: -1.0)
+    lite_attention.set_threshold(model, lambda site: -1.0)
     gone = weakref.ref(model)
     del model, state
     gc.collect()

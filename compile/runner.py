@@ -1,0 +1,164 @@
+"""`Runner`: runs the forwards of an enabled model, and looks at what they did.
+
+It stands between `model(...)` and the model, compiled or not. Before a forward it tells the states which branch, step
+and generation that is; behind it, it says, once for each cause, what went otherwise than the user meant.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lite_attention.compile.store import StateStore
+from lite_attention.compile.torch_internals import is_fake
+from lite_attention.ops import Session
+from lite_attention.ops.clock import Clock
+from lite_attention.ops.control import FLAG_DENSE, FLAGS
+from lite_attention.ops.site import Site
+
+__all__ = ["NOT_PICKLED", "Runner", "generations_unknown", "nothing_swapped"]
+
+NOT_PICKLED = "model: expected one that is not enabled to pickle, copy to another process or torch.save; call " + (
+    "lite_attention.disable(model) first, and enable() what is loaded"
+)
+
+_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")  # what models call the argument
+
+# Called with the arguments of a forward; raises what speaks against running it.
+Check = Callable[[Sequence[Any], Mapping[str, Any]], None]
+
+
+class Runner:
+    """Runs a model as `enable` has it.
+
+    Args:
+        model: the model; what is called is `run`.
+        store: the states of its sites.
+        run: the model with its attention swapped.
+        clock: returns the clock of the calling thread.
+        checks: called before each forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: StateStore,
+        run: Callable[..., Any],
+        clock: Callable[[], Clock],
+        checks: Sequence[Check] = (),
+    ) -> None:
+        self.store, self.clock = store, clock
+        self._model, self._run, self._checks = model, run, checks
+        names = [*inspect.signature(type(model).forward).parameters][1:]
+        self._timestep = next((name for name in _TIMESTEPS if name in names), None)
+        self._position = names.index(self._timestep) if self._timestep else -1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one forward."""
+        for check in self._checks:
+            check(args, kwargs)
+        self.store.begin_forward()
+        with self._placed(args, kwargs):
+            result = self._run(*args, **kwargs)
+        self._look_back()
+        return result
+
+    @contextmanager
+    def _placed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Tell the states where the forward is; one that fails leaves no step half done."""
+        session, clock = self.store.session, self.clock()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            session.let_the_op_count()  # a replay runs nothing of this
+            yield
+            return
+        name, step = session.told[-1] if session.told else (None, None)
+        generation = clock.generation
+        place = clock.place(name, step, self._timestep_of(args, kwargs))
+        if place.generation != generation:
+            self.store.forget_other_sizes()
+        try:
+            if session.enter(place):
+                yield
+                session.leave(place)
+            else:
+                self.store.say(
+                    f"a step has more than {self.store.settings.slots} passes: the others are dense. Give enable() "
+                    "slots= as many, or lite_attention.branch(name) around each pass"
+                )
+                with _dense(session):
+                    yield
+        except BaseException:
+            clock.begin(is_told=False)
+            raise
+
+    def _timestep_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+        """Return the timestep that the model is given, the largest of several; reading it waits for the device."""
+        if self._timestep is None:
+            return None
+        value = kwargs.get(self._timestep, args[self._position] if self._position < len(args) else None)
+        if isinstance(value, torch.Tensor):
+            return float(value.max()) if value.numel() and not is_fake(value) else None
+        return float(value) if isinstance(value, (int, float)) else None
+
+    def _look_back(self) -> None:
+        """Say, once for each cause, what a forward did that the user may not expect."""
+        sites = [record.site for record in self.store.records]
+        if not any(site.swapped for site in sites):
+            self.store.say(nothing_swapped(sites))
+            return
+        # A cache of diffusers may leave all blocks out; that is as it should be.
+        if not self.store.forward.skipped and not getattr(self._model, "is_cache_enabled", False):
+            self.store.say(_all_dense(self.store.forward.dense))
+        clock, settings = self.clock(), self.store.settings
+        if clock.is_blind and not clock.is_told and settings.num_steps is None:
+            self.store.say(generations_unknown(settings.max_steps))
+        elif clock.is_blind and clock.has_loop:
+            self.store.say(
+                "the pipeline tells neither branch nor timestep, so every call of the model counts as a step of one "
+                "branch; if it calls it twice a step, use lite_attention.branch(name) around each"
+            )
+
+
+def _all_dense(reasons: set[str]) -> str:
+    return (
+        f"a forward ran without skipping, though earlier ones skipped: "
+        f"{'; '.join(sorted(reasons)) or 'the swapped code did not run'}. torch.compile leaves a model uncompiled "
+        "beyond torch._dynamo.config.recompile_limit; hooks, offloading or adapters that came after enable() may break "
+        "its graphs: call enable() after them, or with compile=False"
+    )
+
+
+def nothing_swapped(sites: Sequence[Site]) -> str:
+    """Return what to say where no site of a model is skip-aware."""
+    reasons = sorted({str(site.reason) for site in sites}) or [
+        "no scaled_dot_product_attention was seen: does the model use diffusers' native attention backend?"
+    ]
+    return f"no attention was swapped ({'; '.join(reasons)}); see lite_attention.report(model)"
+
+
+def generations_unknown(max_steps: int) -> str:
+    """Return what to say where nobody tells generations apart."""
+    return (
+        f"nobody tells where a generation ends, so skipping starts fresh only every {max_steps} calls. Use "
+        "lite_attention.enable(pipeline), or num_steps=, or lite_attention.reset(model) before each generation, and "
+        "lite_attention.branch(name) around cond and uncond passes"
+    )
+
+
+@contextmanager
+def _dense(session: Session) -> Iterator[None]:
+    """Let the states of a session compute everything and stay as they are."""
+    words = [state.control[FLAGS : FLAGS + 1] for state in session.states]
+    before = [word.clone() for word in words]
+    for word in words:
+        word.bitwise_or_(FLAG_DENSE)
+    try:
+        yield
+    finally:
+        for word, old in zip(words, before, strict=True):
+            word.copy_(old)

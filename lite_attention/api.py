@@ -1,0 +1,297 @@
+"""What a user calls: `enable` and `disable`, `branch` and `reset`, `set_threshold`."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from torch import nn
+
+from lite_attention import diffusers_hooks as hooks
+from lite_attention import token_order as order
+from lite_attention.masks import Pattern
+from lite_attention.model_sites import models_of, parts_of, sites_of, stores_of
+from lite_attention.ops import Session, default_session
+from lite_attention.ops.clock import Clock
+from lite_attention.ops.threads import PerThread
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lite_attention.compile.runner import Check, Runner
+    from lite_attention.compile.settings import SkipOptions, SkipSettings
+    from lite_attention.compile.store import StateStore
+    from lite_attention.ops.site import SiteThreshold
+
+__all__ = ["branch", "default_session", "disable", "enable", "reset", "set_threshold"]
+
+_Target = TypeVar("_Target")
+
+# Undoes something on the model or pipeline it is given. It must not hold on to it, or neither would ever be freed.
+_Undo = Callable[[Any], None]
+
+
+@dataclass
+class _Wiring:
+    """What `enable` did to one model."""
+
+    session: PerThread[Session]
+    clock: PerThread[Clock]
+    undo: list[_Undo] = field(default_factory=list)
+    store: StateStore | None = None
+
+    def runner(self, model: nn.Module, store: StateStore, run: Callable[..., Any], checks: Sequence[Check]) -> Runner:
+        """Return what runs the model with this session and clock."""
+        from lite_attention.compile.runner import Runner
+
+        return Runner(model, store, run, self.clock, checks)
+
+
+_wirings: weakref.WeakKeyDictionary[nn.Module, _Wiring] = weakref.WeakKeyDictionary()
+_pipelines: weakref.WeakKeyDictionary[Any, _Undo] = weakref.WeakKeyDictionary()
+
+
+def enable(
+    model_or_pipe: _Target,
+    *,
+    compile: bool | Literal["blocks"] = True,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    dynamic: bool | None = None,
+    inner: str | Callable[..., Any] = "inductor",
+    token_order: str | Sequence[int] | None = None,
+    **settings: Unpack[SkipOptions],
+) -> _Target:
+    """Make a model, or the transformers of a diffusers pipeline, skip attention that does not matter.
+
+    Which branch (cond, uncond), step and generation a call belongs to is read from diffusers' `cache_context`, from the
+    timestep that the model is given, and from the loop of the pipeline, see `lite_attention.ops.clock`. A model without
+    any of these needs `num_steps`, or `reset(model)` before each generation. Each thread has memories of its own.
+    Calling it again replaces the earlier settings.
+
+    Args:
+        model_or_pipe: an nn.Module, or a pipeline with `transformer` (and `transformer_2`, as Wan 2.2 has).
+        compile: True compiles the whole model, "blocks" its repeated blocks, False runs it eagerly.
+        mode: as for torch.compile.
+        options: as for torch.compile.
+        dynamic: as for torch.compile.
+        inner: what compiles the changed graphs, see `LiteAttentionBackend`.
+        token_order: "tile3d" reorders the tokens of Wan and LTX-Video within the model so that a tile is a block of the
+            video, see `lite_attention.token_order`; (frames, rows, columns) gives the size of the block. An
+            `initial_mask` out of `lite_attention.masks` follows; any other is one of the reordered sequence.
+        settings: see `lite_attention.compile.SkipSettings`.
+
+    Returns:
+        The argument, changed in place.
+
+    Raises:
+        ValueError: nothing in it can be enabled, a setting is out of range, or a model's tokens cannot be reordered.
+    """
+    from lite_attention.compile.settings import SkipSettings
+
+    if compile not in (True, False, "blocks"):
+        raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
+    for name, model in parts_of(model_or_pipe).items():
+        if hasattr(model, "_orig_mod"):
+            raise ValueError(f"{name}: expected a model before torch.compile, got its result: enable() compiles it")
+        if compile == "blocks" and not getattr(model, "_repeated_blocks", None):
+            raise ValueError(
+                f"compile: expected True or False, got 'blocks': {type(model).__name__} names no repeated blocks"
+            )
+        if token_order is not None:
+            order.check(token_order, model)
+    mask = settings.get("initial_mask")
+    if token_order is not None and isinstance(mask, Pattern):
+        settings["initial_mask"] = replace(mask, token_order=token_order)
+    known = SkipSettings(**settings)  # wrong ones are told before anything is changed
+    disable(model_or_pipe)
+    how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
+    clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
+    try:
+        for part, model in models_of(model_or_pipe).items():
+            wiring = _wirings[model] = _Wiring(PerThread(lambda: Session(known.slots)), clock)
+            _enable(model, wiring, how, f"{part}." if part else "")
+        if not isinstance(model_or_pipe, nn.Module):
+            _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))
+    except BaseException:
+        disable(model_or_pipe)
+        raise
+    return model_or_pipe
+
+
+@dataclass(frozen=True)
+class _How:
+    """What `enable` was asked to do with each model."""
+
+    settings: SkipSettings
+    compile: bool | str
+    compile_arguments: dict[str, Any]
+    inner: str | Callable[..., Any]
+    token_order: str | Sequence[int] | None
+
+
+def _enable(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> None:
+    """Enable one model; whatever is done is noted in `wiring.undo`, so that an exception can be undone."""
+    from lite_attention.compile.torch_internals import uncompiled
+
+    checks: list[Check] = []
+    wiring.undo += [
+        hooks.take_off_compiled(model),
+        hooks.mark(model),
+        hooks.follow_cache_context(model, wiring.session),
+    ]
+    if how.token_order is not None:
+        reordered = order.TokenOrder(model, how.token_order, how.settings.tile_shape, how.settings.quantization)
+        wiring.undo.append(lambda _: reordered.detach())
+        checks.append(reordered.check)
+    run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
+    model._compiled_call_impl = uncompiled(wiring.runner(model, wiring.store, run, checks))
+    wiring.undo.append(hooks.refuse_compile(model))
+
+
+def _compiled(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
+    from lite_attention.compile.backend import LiteAttentionBackend
+    from lite_attention.compile.store import StateStore
+
+    store = StateStore(how.settings, wiring.session, model, prefix)
+    backend = LiteAttentionBackend.of(store, how.inner)
+    compile_model: Any = model.compile_repeated_blocks if how.compile == "blocks" else model.compile
+    compile_model(backend=backend, **how.compile_arguments)
+    return model._compiled_call_impl or model._call_impl, store
+
+
+def _eager(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
+    from lite_attention.compile.eager import attach
+    from lite_attention.compile.store import StateStore
+
+    store = StateStore(how.settings, wiring.session, model, prefix)
+    run, detach = attach(model, store)
+    wiring.undo.append(lambda _: detach())
+    return run, store
+
+
+def _begin_loops(pipe: Any) -> Callable[[int | None], None]:
+    """Return a function that lets the transformers of a pipeline begin a loop; it does not keep them alive."""
+    models = weakref.WeakSet(models_of(pipe).values())
+
+    def begin(total: int | None) -> None:
+        for clock in {id(clock): clock for clock in (_wirings[m].clock() for m in models if m in _wirings)}.values():
+            clock.begin_loop(total)
+
+    return begin
+
+
+def disable(model_or_pipe: _Target) -> _Target:
+    """Undo `enable`; without it nothing happens. The skip states are dropped."""
+    if not isinstance(model_or_pipe, nn.Module) and model_or_pipe in _pipelines:
+        _pipelines.pop(model_or_pipe)(model_or_pipe)
+    for model in models_of(model_or_pipe).values():
+        wiring = _wirings.pop(model, None)
+        for undo in reversed(wiring.undo if wiring else []):
+            undo(model)
+        if wiring and wiring.store:
+            wiring.store.clear()
+    return model_or_pipe
+
+
+@contextlib.contextmanager
+def branch(name: str, step: int | None = None, *, model: Any = None) -> Iterator[None]:
+    """Run what is inside as one branch of the denoising step, with a memory of its own.
+
+    Args:
+        name: any name, such as "cond"; each new one takes the next slot.
+        step: denoising step, if known; one that goes backwards begins a new generation.
+        model: a model or pipeline given to `enable`; None = everything that runs inside.
+
+    Raises:
+        ValueError: one branch more than there are slots, or `model` was not given to `enable`.
+    """
+    with contextlib.ExitStack() as stack:
+        if model is None:
+            stack.enter_context(default_session.branch(name, step))
+            for wiring in [*_wirings.values()]:
+                stack.enter_context(wiring.session().telling(name, step))
+        for part in [] if model is None else models_of(model).values():
+            stack.enter_context(session_of(part).branch(name, step))
+        yield
+
+
+def reset(model_or_pipe: Any = None) -> None:
+    """Begin a new generation: all skip states start fresh.
+
+    Args:
+        model_or_pipe: whose states, and those of this thread where it was given to `enable`; None = of all that was
+            not.
+    """
+    if model_or_pipe is None:
+        default_session.reset()
+        default_session.branches.clear()
+        return
+    for model in models_of(model_or_pipe).values():
+        wiring = _wirings.get(model)
+        if wiring is not None:
+            wiring.clock().begin()
+            wiring.session().reset()
+        else:
+            default_session.is_told = True
+    for site in sites_of(model_or_pipe):
+        site.reset()
+
+
+def set_threshold(model_or_pipe: Any, threshold: SiteThreshold) -> None:
+    """Set the thresholds of all attention sites, in place on the device: neither a recompile nor a new CUDA graph.
+
+    States that are yet to come, such as those of another video length, begin with it too, until `enable` is called
+    again. Where any of it does not fit, nothing is changed.
+
+    Args:
+        model_or_pipe: a model or pipeline given to `enable`, one compiled with our backend that has run once, or one
+            that holds `LiteAttention`.
+        threshold: log2 units, at most 0: a number, a tensor that broadcasts to (slots, steps, heads), see
+            `lite_attention.schedules`, or a callable that returns one of these for a `Site`, whose name is that which
+            `report` prints.
+
+    Raises:
+        ValueError: no attention of ours in it; or a threshold above 0, NaN, or of a shape that does not fit a state: a
+            schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`.
+    """
+    sites, models = sites_of(model_or_pipe), models_of(model_or_pipe)
+    stores = [
+        (store, model, f"{part}." if part else "") for part, model in models.items() for store in stores_of(model)
+    ]
+    modules = [site.module for site in sites if site.module is not None]
+    if not stores and not modules:
+        raise ValueError(
+            f"model_or_pipe: expected one given to enable(), compiled with our backend and run once, or with "
+            f"LiteAttention modules, got {type(model_or_pipe).__name__} with none of these"
+        )
+    tables = [table for store, model, prefix in stores for table in store.tables(model, threshold, prefix)]
+    values = [threshold(site.site) if callable(threshold) else threshold for site in sites if site.module is not None]
+    for module, value in zip(modules, values, strict=True):
+        module.check_threshold(value)
+    for state, table in tables:
+        state.set_threshold(table)
+    for store, model, prefix in stores:
+        store.remember(model, threshold, prefix)
+    for module, value in zip(modules, values, strict=True):
+        module.set_threshold(value)
+
+
+def session_of(model: nn.Module | None) -> Session:
+    """Return the session that a model's states follow in this thread."""
+    wiring = _wirings.get(model) if model is not None else None
+    return default_session if wiring is None else wiring.session()
+
+
+def store_of(model: nn.Module) -> StateStore | None:
+    """Return the states of a model given to `enable`, None for any other."""
+    wiring = _wirings.get(model)
+    return None if wiring is None else wiring.store
+
+
+def run_by(model: nn.Module, store: StateStore, run: Callable[..., Any]) -> Runner:
+    """Return what runs an enabled model another way, with other states, but with its branches and steps."""
+    return _wirings[model].runner(model, store, run, ())

@@ -1,0 +1,184 @@
+"""The attention sites of a model or pipeline: one walk for all who ask for them.
+
+A site is a call that the swap has seen, or a `LiteAttention` module. Their names are those that `report` prints: the
+path of the module in its model, below the name of the transformer if it is a pipeline's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lite_attention.module import LiteAttention
+from lite_attention.ops import SkipState
+from lite_attention.ops.control import FLAG_DENSE
+from lite_attention.ops.site import Site
+
+if TYPE_CHECKING:
+    from lite_attention.compile.store import SiteRecord, StateStore
+
+__all__ = ["ModelSite", "models_of", "parts_of", "sites_of", "stores_of"]
+
+
+@dataclass
+class ModelSite:
+    """One attention site of a model; exactly one of `record` and `module` is there."""
+
+    name: str  # as `report` prints it
+    model: nn.Module  # the one that holds it
+    record: SiteRecord | None = None  # of a call that the swap has seen, with its store
+    store: StateStore | None = None
+    module: LiteAttention | None = None
+
+    @property
+    def site(self) -> Site:
+        """What is known of the call; sizes are 0 for a `LiteAttention` before its first one."""
+        if self.record is not None:
+            return self.record.site
+        assert self.module is not None
+        return self.module.site(self.name)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it does not skip, None if it does."""
+        return None if self.record is None else self.record.site.reason
+
+    @property
+    def note(self) -> str | None:
+        """What a skip-aware site did otherwise in the last forward of its model, as far as that is known."""
+        if self.record is None or self.store is None or not self.swapped:
+            return None
+        if self.record.ran_dense is not None:
+            return f"dense in its last call: {self.record.ran_dense}"
+        return None if self.record.ran_in == self.store.forwards else "it did not run in the last forward"
+
+    @property
+    def swapped(self) -> bool:
+        """Whether it is skip-aware."""
+        return self.reason is None
+
+    @property
+    def states(self) -> list[SkipState]:
+        """The states there are, of all sizes and threads."""
+        if self.record is not None:
+            return [*self.record.states.values()]
+        assert self.module is not None
+        return [] if self.module.state is None else [self.module.state]
+
+    @property
+    def last(self) -> SkipState | None:
+        """The state of the latest call, None before the first."""
+        if self.record is not None:
+            return self.record.last
+        assert self.module is not None
+        return self.module.state
+
+    @property
+    def num_steps(self) -> int | None:
+        """Denoising steps of a generation, as the user gave them."""
+        if self.store is not None:
+            return self.store.settings.num_steps
+        assert self.module is not None
+        return self.module.num_steps
+
+    @property
+    def slots(self) -> int | None:
+        """Branches that its states have room for; None = not known before the first call."""
+        if self.store is not None:
+            return self.store.settings.slots
+        return None if self.last is None else self.last.slots
+
+    @property
+    def heads(self) -> int | None:
+        """Query heads; None = not known before the first call."""
+        if self.record is not None:
+            return int(self.record.site.q_shape[2])
+        return None if self.last is None else self.last.capacity[1]
+
+    @property
+    def tile_shape(self) -> tuple[int, int] | None:
+        """(tile_m, tile_n); None = not known before the first call."""
+        if self.store is not None:
+            return self.store.settings.tile_shape_for(self.site)
+        return None if self.last is None else (self.last.tile_m, self.last.tile_n)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the queries, as far as known."""
+        return None if self.record is None else self.record.site.dtype
+
+    @property
+    def rows(self) -> int | None:
+        """Steps that the threshold tables of its states have room for; None without a state."""
+        return min((state.threshold.shape[1] for state in self.states), default=None)
+
+    def reset(self) -> None:
+        """Begin a new generation: forget all votes, and the states of all sizes but the last."""
+        if self.store is not None and self.record is not None:
+            self.store.reset([self.record])
+        elif self.module is not None:
+            self.module.reset_skip_state()
+
+    def set_dense(self, dense: bool) -> None:
+        """Turn skipping off or on: of the states there are, or of a `LiteAttention` for good."""
+        if self.module is not None:
+            self.module.enable_skip_optimization(not dense)
+        for state in self.states:
+            state.set_flag(FLAG_DENSE, dense)
+
+
+def parts_of(model_or_pipe: Any) -> dict[str, nn.Module]:
+    """Return the transformers of a pipeline by their names in it, or a model as "model_or_pipe".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(model_or_pipe, nn.Module):
+        return {"model_or_pipe": model_or_pipe}
+    components: dict[str, Any] = getattr(model_or_pipe, "components", {})
+    parts = {name: c for name, c in components.items() if name.startswith("transformer") and isinstance(c, nn.Module)}
+    if not parts:
+        raise ValueError(
+            "model_or_pipe: expected an nn.Module or a diffusers pipeline with a transformer, "
+            f"got {type(model_or_pipe).__name__}"
+        )
+    return parts
+
+
+def models_of(model_or_pipe: Any) -> dict[str, nn.Module]:
+    """Return a model as "", or the transformers of a pipeline by name; without what torch.compile puts around them."""
+    whole = isinstance(model_or_pipe, nn.Module)
+    return {"" if whole else name: getattr(part, "_orig_mod", part) for name, part in parts_of(model_or_pipe).items()}
+
+
+def stores_of(model: nn.Module) -> list[StateStore]:
+    """Return the stores that hold, or will hold, states of a model's sites."""
+    from lite_attention.compile.store import stores_with
+
+    return stores_with(model)
+
+
+def sites_of(model_or_pipe: Any) -> list[ModelSite]:
+    """Return the attention sites that a model or pipeline has shown so far, swapped or not.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return [
+        site
+        for part, model in models_of(model_or_pipe).items()
+        for site in _sites_in(model, prefix=f"{part}." if part else "")
+    ]
+
+
+def _sites_in(model: nn.Module, prefix: str) -> Iterator[ModelSite]:
+    for store in stores_of(model):
+        for record in store.records_in(model):
+            yield ModelSite(prefix + record.name(model), model, record, store)
+    for name, module in model.named_modules():
+        if isinstance(module, LiteAttention):
+            yield ModelSite(prefix + name, model, module=module)
