@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lite_attention.ops import (
     DEFAULT_SLOTS,
@@ -31,7 +33,7 @@ class LiteAttention(nn.Module):
     """Attention that remembers from one denoising step to the next which tiles do not matter, and skips them.
 
     Make one per attention layer. Its memory, `state`, is allocated by the first eager call, or beforehand by
-    `allocate`, which compiled and exported models need.
+    `allocate`, which compiled and exported models need. A copy, shallow or deep, has a memory of its own.
 
     Args:
         enable_skipping: False computes everything and learns nothing, until `enable_skip_optimization(True)`.
@@ -74,7 +76,7 @@ class LiteAttention(nn.Module):
         self.quantization = quantization_of(use_int8, use_fp8)
         self.implementation = implementation
         self._options: dict[str, Any] = {
-            "threshold": threshold, "num_steps": num_steps, "slots": slots, "refresh": refresh,
+            "threshold": _own(threshold), "num_steps": num_steps, "slots": slots, "refresh": refresh,
             "auto_step": auto_step, "initial_mask": initial_mask, "persistent": persistent_state,
             "allow_positive": allow_positive,
         }  # fmt: skip
@@ -82,7 +84,7 @@ class LiteAttention(nn.Module):
         # Wrong options are told here and not at the first call.
         check_threshold(threshold, allow_positive=allow_positive)
         SkipState(
-            batch=1, heads=1, seq_q=1, seq_k=1, tile_m=1, tile_n=1,
+            batch=1, heads=1, seq_q=1, seq_k=1, tile_m=1, tile_n=1, device="cpu",
             **{**self._options, "threshold": -1.0, "initial_mask": None},
         )  # fmt: skip
 
@@ -191,11 +193,14 @@ class LiteAttention(nn.Module):
             sizes[0] <= batch and sizes[1] <= seq_q and sizes[2] <= seq_k and query.shape[2] == heads
             and (state.tile_m, state.tile_n)
             == tile_shape(query.shape[3], query.dtype, query.device, self.quantization)
-            and state.control.device == query.device
+            and state.is_usable_with(query)
         )  # fmt: skip
 
     def _allocate_for(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SkipState:
         check_inputs(query, key, value)  # a call in error must not cost the old state
+        if isinstance(query, FakeTensor):  # shapes alone are asked for; what the mode makes is of no use after it
+            with query.fake_mode:
+                return SkipState.for_inputs(query, key, quantization=self.quantization)
         if self.state is not None:
             _log.info(
                 "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",
@@ -220,7 +225,7 @@ class LiteAttention(nn.Module):
         self.check_threshold(threshold)
         if self.state is not None:
             self.state.set_threshold(threshold)
-        self._options["threshold"] = threshold
+        self._options["threshold"] = _own(threshold)
 
     def check_threshold(self, threshold: float | torch.Tensor) -> None:
         """Raise what `set_threshold` would raise, and change nothing."""
@@ -265,6 +270,27 @@ class LiteAttention(nn.Module):
             self._adopt(SkipState.from_state_dict(saved, device=device, **options))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LiteAttention:
+        """Move; what goes to the meta device, where nothing is kept, comes back without a state."""
+        device = None if self.state is None else self.state.device_after(fn)
+        if device is None or device.type == "meta":
+            self.state = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __copy__(self) -> LiteAttention:
+        """Return a module with a state of its own, which has learned the same."""
+        twin = self.__new__(type(self))
+        modules = {**self._modules, "state": copy.copy(self.state)}
+        twin.__setstate__({**self.__dict__, "_modules": modules, "_options": {**self._options}})
+        return twin
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "LiteAttention: nn.DataParallel makes replicas anew for each call, so what they learn is lost: run one "
+            "process for each GPU"
+        )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Let the state of a copy follow the branches as the original's does."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -276,3 +302,8 @@ class LiteAttention(nn.Module):
         threshold, num_steps = self._options["threshold"], self._options["num_steps"]
         shown = f"enable_skipping={self.skipping_enabled}, threshold={threshold}, num_steps={num_steps}"
         return shown if self.quantization == "none" else f"{shown}, quantization={self.quantization}"
+
+
+def _own(threshold: float | torch.Tensor) -> float | torch.Tensor:
+    """Return a threshold that stays as it is when the user's tensor is written to or trained."""
+    return threshold.detach().clone() if isinstance(threshold, torch.Tensor) else threshold

@@ -4,14 +4,16 @@ A threshold is in log2 units, at most 0: at -6, a tile is skipped from the next 
 weight is at most 2^-6 of the largest seen before it. More negative skips less, and at -inf a step votes nothing out,
 though what earlier steps voted out stays out. So dense steps belong at the start; `refresh=` makes later ones.
 
-A schedule is a float32 tensor that broadcasts to (slots, steps, heads), for `threshold=` of `lite_attention.enable`
-and the others, and for `lite_attention.set_threshold`. After its last step the last one holds. Every number below may
-also be a tensor (heads,). Other thresholds for other layers: give a callable of the layer.
+A schedule is a float32 tensor on the CPU that broadcasts to (slots, steps, heads), for `threshold=` of
+`lite_attention.enable` and the others, and for `lite_attention.set_threshold`. After its last step the last one holds.
+Every number below may also be a tensor (heads,). Other thresholds for other layers: give a callable of the layer.
 """
 
 from __future__ import annotations
 
 import torch
+
+from lite_attention.ops.arguments import check_count, threshold_values
 
 __all__ = ["branches", "constant", "dense_first", "linear", "three_segments"]
 
@@ -37,10 +39,9 @@ def three_segments(num_steps: int, early: Row, middle: Row, late: Row) -> torch.
     Raises:
         ValueError: fewer steps than segments.
     """
-    if num_steps < 3:
-        raise ValueError(f"num_steps: expected at least 3, one for each segment, got {num_steps}")
+    num_steps = check_count("num_steps", num_steps, least=3)
     rows = _rows(early=early, middle=middle, late=late)
-    return rows[torch.arange(num_steps) * 3 // num_steps]
+    return rows[torch.arange(num_steps, device="cpu") * 3 // num_steps]
 
 
 def linear(num_steps: int, first: Row, last: Row) -> torch.Tensor:
@@ -54,12 +55,11 @@ def linear(num_steps: int, first: Row, last: Row) -> torch.Tensor:
     Raises:
         ValueError: fewer than two steps, or an end that is not finite; for dense steps see `dense_first`.
     """
-    if num_steps < 2:
-        raise ValueError(f"num_steps: expected at least 2, got {num_steps}")
+    num_steps = check_count("num_steps", num_steps, least=2)
     ends = _rows(first=first, last=last)
     if not bool(ends.isfinite().all()):
         raise ValueError(f"first, last: expected finite thresholds, got {first} and {last}; see dense_first for -inf")
-    part = torch.linspace(0, 1, num_steps).unsqueeze(1)
+    part = torch.linspace(0, 1, num_steps, dtype=torch.float32, device="cpu").unsqueeze(1)
     return torch.lerp(ends[0], ends[1], part)
 
 
@@ -74,10 +74,14 @@ def dense_first(schedule: Row, steps: int) -> torch.Tensor:
     Raises:
         ValueError: a negative number of steps, or no fewer than the schedule has.
     """
-    table = schedule.float() if isinstance(schedule, torch.Tensor) and schedule.dim() > 1 else constant(schedule)
+    table = _values("schedule", schedule)
+    if table.dim() > 3:
+        raise ValueError(f"schedule: expected at most (slots, steps, heads), got shape {tuple(table.shape)}")
+    table = table if table.dim() > 1 else constant(table)
+    steps = check_count("steps", steps, least=0)
     if table.shape[-2] == 1:
-        table = table.repeat_interleave(max(steps, 0) + 1, -2)
-    if not 0 <= steps < table.shape[-2]:
+        table = table.repeat_interleave(steps + 1, -2)
+    if steps >= table.shape[-2]:
         raise ValueError(f"steps: expected 0 to {table.shape[-2] - 1}, fewer than the schedule has, got {steps}")
     table = table.clone()
     table[..., :steps, :] = -torch.inf
@@ -95,7 +99,8 @@ def branches(*schedules: Row) -> torch.Tensor:
     """
     if not schedules:
         raise ValueError("schedules: expected one for each branch, got none")
-    tables = [s.float() if isinstance(s, torch.Tensor) and s.dim() == 2 else constant(s) for s in schedules]
+    values = [_values("schedules", schedule) for schedule in schedules]
+    tables = [table if table.dim() == 2 else constant(table) for table in values]
     steps = max(table.shape[0] for table in tables)
     tables = [torch.cat([table, table[-1:].expand(steps - len(table), -1)]) for table in tables]
     try:
@@ -105,8 +110,13 @@ def branches(*schedules: Row) -> torch.Tensor:
         raise ValueError(f"schedules: expected one number of heads, or 1, in all, got {heads}") from None
 
 
+def _values(name: str, threshold: Row) -> torch.Tensor:
+    """Return float32 on the CPU, whatever the defaults are and wherever a tensor lives."""
+    return threshold_values(name, threshold).cpu()
+
+
 def _row(name: str, threshold: Row) -> torch.Tensor:
-    row = torch.as_tensor(threshold, dtype=torch.float32)
+    row = _values(name, threshold)
     if row.dim() > 1:
         raise ValueError(f"{name}: expected a number or a tensor (heads,), got shape {tuple(row.shape)}")
     return row.reshape(-1)

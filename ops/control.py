@@ -20,11 +20,13 @@ __all__ = [
     "REFRESH",
     "SEQ_K",
     "SEQ_Q",
+    "SIGNATURE",
     "SLOT",
     "SLOT_WORDS",
     "STEP",
     "TICKETS",
     "Call",
+    "control_list",
     "control_words",
     "new_control",
     "read_control",
@@ -39,7 +41,10 @@ REFRESH = 2  # every so many steps starts fresh; 0 = only step 0
 FLAGS = 3
 TICKETS = 4  # scratch of a kernel whose last CTA moves the step; 0 between calls
 JOBS = 5  # scratch of a kernel whose CTAs take work as they become free; 0 between calls
-_HEADER_WORDS = 8  # 6 is for QUERY_START, where a shard's queries stand among the keys; 7 is free
+# Word 6 is for QUERY_START, where the queries of a shard stand among the keys.
+SIGNATURE = 7  # tells a control tensor from memory that nobody wrote
+_HEADER_WORDS = 8
+_SIGNED = 0x4C697465
 
 FLAG_AUTO_STEP = 1  # the op moves the step of the slot after each call
 FLAG_DENSE = 2  # skipping is off: visit everything, vote nothing, change nothing
@@ -72,7 +77,23 @@ def new_control(
     """Return the control tensor of a state that has not been called yet."""
     words = [0] * control_words(slots)
     words[NUM_STEPS], words[REFRESH], words[FLAGS] = num_steps, refresh, FLAG_AUTO_STEP * auto_step
+    words[SIGNATURE] = _SIGNED
     return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def control_list(control: torch.Tensor) -> list[int]:
+    """Return the words of a control tensor. Waits for the device.
+
+    Raises:
+        ValueError: it holds what nobody wrote as one.
+    """
+    words: list[int] = control.tolist()
+    if words[SIGNATURE] not in (_SIGNED, 0):  # 0: written by version 0.1
+        raise ValueError(
+            f"control: expected a state, got memory that nobody wrote: {words[:4]}...; was the state offloaded "
+            "to disk, which saves it once and never again? Keep it on the device, or make a new one"
+        )
+    return words
 
 
 class Call(NamedTuple):
@@ -89,9 +110,9 @@ def read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int])
     """Return what a call at (batch, seq_q, seq_k) is to do. Waits for the device.
 
     Raises:
-        ValueError: a slot or step out of range.
+        ValueError: a slot or step out of range, or what nobody wrote.
     """
-    words = control.tolist()
+    words = control_list(control)
     slot = words[SLOT]
     if not 0 <= slot < slots:
         raise ValueError(f"control: expected a slot from 0 to {slots - 1}, got {slot}")
@@ -111,5 +132,5 @@ def write_control(control: torch.Tensor, call: Call, sizes: tuple[int, int, int]
     """Note that a call at (batch, seq_q, seq_k) has been done."""
     block = {STEP: call.next_step, FRESH: 0, BATCH: sizes[0], SEQ_Q: sizes[1], SEQ_K: sizes[2]}
     first = slot_word(call.slot, 0)
-    values = torch.tensor([block[field] for field in range(len(block))], dtype=torch.int32)
+    values = torch.tensor([block[field] for field in range(len(block))], dtype=torch.int32, device="cpu")
     control[first : first + len(block)].copy_(values)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lite_attention.ops.ranges import must_do_words, must_skip_mask
+from lite_attention.ops.ranges import must_do_words, must_skip_mask, range_ends
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.state import STATE_BUFFERS, SkipState
-from lite_attention.ops.validate import check_key_mask
+from lite_attention.ops.validate import check_key_lengths, check_key_mask, is_traced
 
 __all__ = ["attention", "skip_attention"]
 
@@ -20,12 +20,20 @@ _must_do_words = functools.lru_cache(maxsize=256)(must_do_words)
 _must_skip_mask = functools.lru_cache(maxsize=256)(must_skip_mask)
 
 
-def _cached(function: Any, ranges: Sequence[int], *args: Any) -> Any:
-    # Under a dispatch mode (fake tensors, tracing by hand) the result belongs to the mode and must not be kept.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+def _cached(function: Any, name: str, ranges: Sequence[int], *args: Any) -> Any:
+    if is_traced():  # then the result must not be kept
         return function.__wrapped__(ranges, *args)
+    # Told apart here: as keys of a cache, 0.0 and False are 0.
+    ends = range_ends(name, ranges)
     with torch.inference_mode(False):
-        return function(tuple(ranges), *args)
+        return function(ends, *args)
+
+
+def _seq_len(name: str, x: torch.Tensor) -> int:
+    if not isinstance(x, torch.Tensor) or x.dim() != 4:
+        got = f"{x.dim()} dimensions" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected (batch, seq_len, heads, head_dim), got {got}")
+    return x.shape[1]
 
 
 def _joined_key_mask(
@@ -41,11 +49,10 @@ def _joined_key_mask(
         check_key_mask(key_mask, q, seq_k)  # before it is joined with others, which would hide its shape and dtype
         masks.append(key_mask)
     if key_lengths is not None:
-        if key_lengths.shape != q.shape[:1]:
-            raise ValueError(f"key_lengths: expected shape ({q.shape[0]},), got {tuple(key_lengths.shape)}")
+        check_key_lengths(key_lengths, q, seq_k)
         masks.append(torch.arange(seq_k, device=q.device) < key_lengths.unsqueeze(-1))
     if must_skip is not None:
-        masks.append(_cached(_must_skip_mask, must_skip, seq_k, q.device))
+        masks.append(_cached(_must_skip_mask, "must_skip", must_skip, seq_k, q.device))
     return functools.reduce(torch.logical_and, masks) if masks else None
 
 
@@ -67,7 +74,7 @@ def attention(
         v: (batch, seq_k, kv_heads, value_dim).
         scale: factor of the scores, above 0; None = head_dim ** -0.5.
         return_lse: also return the log-sum-exp of the scores.
-        key_lengths: int (batch,), keys from this index on take no part.
+        key_lengths: int (batch,), 0 to seq_k: keys from this index on take no part. Values are checked on the CPU.
         key_mask: bool (batch or 1, seq_k), True = the key takes part.
 
     Returns:
@@ -79,7 +86,7 @@ def attention(
         RuntimeError: a gradient is required, or no kernel runs this dtype and head_dim on the device.
         NotImplementedError: no kernel for this device.
     """
-    allowed = _joined_key_mask(q, k.shape[1], key_mask, key_lengths, None)
+    allowed = _joined_key_mask(q, _seq_len("k", k), key_mask, key_lengths, None)
     out, lse = ATTENTION(q, k, v, allowed, scale=scale)
     return (out, lse) if return_lse else out
 
@@ -121,7 +128,7 @@ def skip_attention(
         must_do: token ranges [start, end, start, end, ...] on the key axis, rounded outward to tiles that are always
             visited.
         must_skip: token ranges that take no part, exact to the token; wins over must_do.
-        key_lengths: int (batch,), keys from this index on take no part.
+        key_lengths: int (batch,), 0 to seq_k: keys from this index on take no part. Values are checked on the CPU.
         key_mask: bool (batch or 1, seq_k), True = the key takes part.
         quantization: "none", "int8": scores, and so votes, from INT8 queries and keys, or "int8_fp8": weights and
             values in FP8 besides, see `lite_attention.ops.quantize`. On Hopper bfloat16 and float16, head dims 64 and
@@ -137,10 +144,12 @@ def skip_attention(
         RuntimeError: a gradient is required.
         NotImplementedError: no kernel for this device.
     """
-    if implementation not in IMPLEMENTATIONS:
+    if not isinstance(state, SkipState):
+        raise ValueError(f"state: expected a SkipState, got {type(state).__name__}")
+    if implementation not in tuple(IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected None or 'reference', got {implementation!r}")
-    seq_k = k.shape[1]
-    words = None if must_do is None else _cached(_must_do_words, must_do, seq_k, state.tile_n, q.device)
+    seq_k = _seq_len("k", k)
+    words = None if must_do is None else _cached(_must_do_words, "must_do", must_do, seq_k, state.tile_n, q.device)
     allowed = _joined_key_mask(q, seq_k, key_mask, key_lengths, must_skip)
     out, lse = IMPLEMENTATIONS[implementation](
         q, k, v, *_state_tensors(state), words, allowed, scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lite_attention.ops import control as c
+from lite_attention.ops.arguments import check_count, check_step, check_switch, threshold_values
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits, unpack_bits
+from lite_attention.ops.memory import Memory
 from lite_attention.ops.tiles import ceil_div, tile_shape
 from lite_attention.ops.validate import check_threshold
 
@@ -23,7 +25,7 @@ STATE_BUFFERS = ("skip_mask", "control", "threshold", "initial_mask")  # as the 
 _AXES = ("slot", "batch", "head")
 
 
-class SkipState(nn.Module):
+class SkipState(Memory):
     """The buffers of one attention site and their meaning.
 
     Each branch of a denoising step (cond, uncond, ...) has a slot of its own. The op updates the buffers in place and
@@ -31,6 +33,7 @@ class SkipState(nn.Module):
 
     The buffers stay out of the `state_dict` of a model that holds this module, unless `persistent`; `state_dict` and
     `load_state_dict` of the SkipState itself always have them. `.to(device)` moves them and never changes a dtype.
+    A copy, shallow or deep, is a state of its own that has learned the same.
 
     Args:
         batch: batch size, as are the others below, at most: the op may be called with less.
@@ -80,13 +83,13 @@ class SkipState(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, size in {
-            "batch": batch, "heads": heads, "seq_q": seq_q, "seq_k": seq_k, "tile_m": tile_m, "tile_n": tile_n,
-            "slots": slots, "num_steps": 1 if num_steps is None else num_steps,
-            "refresh": 1 if refresh is None else refresh,
-        }.items():  # fmt: skip
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
+        sizes = {"batch": batch, "heads": heads, "seq_q": seq_q, "seq_k": seq_k, "tile_m": tile_m, "tile_n": tile_n}
+        batch, heads, seq_q, seq_k, tile_m, tile_n = (check_count(name, size) for name, size in sizes.items())
+        slots, num_steps = check_count("slots", slots), _count_or_zero("num_steps", num_steps)
+        refresh = _count_or_zero("refresh", refresh)
+        switches = {"auto_step": auto_step, "persistent": persistent, "allow_positive": allow_positive}
+        for name, switch in switches.items():
+            check_switch(name, switch)
         self.tile_m, self.tile_n = tile_m, tile_n
         self.persistent = persistent
         self.allow_positive = allow_positive
@@ -95,22 +98,23 @@ class SkipState(nn.Module):
         q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
         words = ceil_div(k_tiles, WORD_BITS)
         steps = threshold.shape[-2] if isinstance(threshold, torch.Tensor) and threshold.dim() > 1 else 1
-        steps = max(steps, num_steps or 1)
+        steps = max(steps, num_steps)
         # A state born in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             if initial_mask is not None:
                 initial_mask = self._pack_initial_mask(initial_mask, q_tiles, k_tiles)
-            shape = (slots, batch, heads, q_tiles, words)
+            skip_mask = torch.zeros(slots, batch, heads, q_tiles, words, dtype=torch.int32, device=device)
             buffers = {
-                "skip_mask": torch.zeros(shape, dtype=torch.int32, device=device),
+                "skip_mask": skip_mask,
                 "control": c.new_control(
-                    slots, num_steps=num_steps or 0, refresh=refresh or 0, auto_step=auto_step, device=device
+                    slots, num_steps=num_steps, refresh=refresh, auto_step=auto_step, device=skip_mask.device
                 ),
                 "threshold": torch.empty(slots, steps, heads, dtype=torch.float32, device=device),
-                "initial_mask": None if initial_mask is None else initial_mask.to(device),
+                "initial_mask": None if initial_mask is None else initial_mask.to(skip_mask.device),
             }
         for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=persistent)
+            # accelerate takes what is not persistent for a tensor.
+            self.register_buffer(name, buffer, persistent=persistent or buffer is None)
         self.set_threshold(threshold)
 
     @classmethod
@@ -133,6 +137,9 @@ class SkipState(nn.Module):
 
     def _pack_initial_mask(self, mask: torch.Tensor, q_tiles: int, k_tiles: int) -> torch.Tensor:
         batch, heads = self.capacity[:2]
+        if not isinstance(mask, torch.Tensor) or mask.is_meta:
+            got = type(mask).__name__ if not isinstance(mask, torch.Tensor) else "one on the meta device"
+            raise ValueError(f"initial_mask: expected a bool tensor with values, got {got}")
         fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
         if mask.dtype != torch.bool or not fits or tuple(mask.shape[2:]) != (q_tiles, k_tiles):
             raise ValueError(
@@ -151,25 +158,23 @@ class SkipState(nn.Module):
     @property
     def slot(self) -> int:
         """The slot that the next call reads and writes. Reading it waits for the device."""
-        return int(self.control[c.SLOT])
+        return c.control_list(self.control)[c.SLOT]
 
     @slot.setter
     def slot(self, slot: int) -> None:
         self.control[c.SLOT : c.SLOT + 1].fill_(self._check_slot(slot))
 
     def _check_slot(self, slot: int) -> int:
-        if not 0 <= slot < self.slots:
-            raise ValueError(f"slot: expected 0 to {self.slots - 1}, got {slot}")
-        return slot
+        return check_count("slot", slot, least=0, most=self.slots - 1)
 
     def step(self, slot: int | None = None) -> int:
         """Return the step that the next call of a slot (None = the current one) belongs to. Waits for the device."""
-        return int(self.control[c.slot_word(self.slot if slot is None else self._check_slot(slot), c.STEP)])
+        words = c.control_list(self.control)
+        return words[c.slot_word(words[c.SLOT] if slot is None else self._check_slot(slot), c.STEP)]
 
     def set_step(self, step: int, slot: int | None = None) -> None:
         """Write the step of the next call of one slot, or of all (None)."""
-        if step < 0:
-            raise ValueError(f"step: expected at least 0, got {step}")
+        step = check_step(step)
         for s in range(self.slots) if slot is None else [self._check_slot(slot)]:
             word = c.slot_word(s, c.STEP)
             self.control[word : word + 1].fill_(step)
@@ -190,7 +195,7 @@ class SkipState(nn.Module):
         """Write the threshold in place: a number, or a tensor that broadcasts to (slots, steps, heads).
 
         Raises:
-            ValueError: NaN, above 0 without `allow_positive`, or a table that does not broadcast.
+            ValueError: no numbers, NaN, above 0 without `allow_positive`, or a table that does not broadcast.
         """
         self.threshold.copy_(self.threshold_table(threshold))
 
@@ -198,7 +203,7 @@ class SkipState(nn.Module):
         """Return what `set_threshold` would write, float32 (slots, steps, heads), and raise what it would raise."""
         check_threshold(threshold, allow_positive=self.allow_positive)
         shape = self.threshold.shape
-        table = torch.as_tensor(threshold, dtype=torch.float32)
+        table = threshold_values("threshold", threshold)
         try:
             if table.dim() > 1 and 1 < table.shape[-2] < shape[1]:  # past its end the last step holds
                 last = table[..., -1:, :].expand(*table.shape[:-2], shape[1] - table.shape[-2], table.shape[-1])
@@ -212,9 +217,7 @@ class SkipState(nn.Module):
 
     def set_num_steps(self, num_steps: int | None) -> None:
         """Write the number of steps after which auto-step begins again at 0; None = never."""
-        if num_steps is not None and num_steps < 1:
-            raise ValueError(f"num_steps: expected at least 1 or None, got {num_steps}")
-        self.control[c.NUM_STEPS : c.NUM_STEPS + 1].fill_(num_steps or 0)
+        self.control[c.NUM_STEPS : c.NUM_STEPS + 1].fill_(_count_or_zero("num_steps", num_steps))
 
     def set_flag(self, flag: int, on: bool) -> None:
         """Set or clear `FLAG_AUTO_STEP` or `FLAG_DENSE` of the control tensor, on the device."""
@@ -243,15 +246,15 @@ class SkipState(nn.Module):
             per: axes to keep, of "slot", "batch" and "head"; the result has them in this order. A slot not in use
                 counts as 0 where the slots are kept.
         """
-        kept_axes = {per} if isinstance(per, str) else set(per)
+        kept_axes = {per} if isinstance(per, str) or not isinstance(per, Collection) else set(per)
         if not kept_axes <= set(_AXES):
-            raise ValueError(f"per: expected names out of {_AXES}, got {sorted(kept_axes - set(_AXES))}")
+            raise ValueError(f"per: expected names out of {_AXES}, got {[*kept_axes - set(_AXES)]}")
         skipped, total = [], []
-        blocks = self.control.tolist()
+        blocks = c.control_list(self.control)
         for slot in range(self.slots):
             batch, seq_q, seq_k = (blocks[c.slot_word(slot, f)] for f in (c.BATCH, c.SEQ_Q, c.SEQ_K))
             q_tiles, k_tiles = ceil_div(seq_q, self.tile_m), ceil_div(seq_k, self.tile_n)
-            counts = torch.zeros(self.capacity[:2], dtype=torch.float64)
+            counts = torch.zeros(self.capacity[:2], dtype=torch.float64, device="cpu")
             sizes = torch.zeros_like(counts)
             if batch:
                 bits = unpack_bits(self.skip_mask[slot, :batch, :, :q_tiles], k_tiles)
@@ -270,7 +273,7 @@ class SkipState(nn.Module):
         """Size of all buffers in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    # ---- saving, loading, moving -----------------------------------------------------------------------------------
+    # ---- saving and loading ------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the buffers and the geometry; inside a parent's `state_dict`, only if `persistent`."""
@@ -281,7 +284,7 @@ class SkipState(nn.Module):
         result: dict[str, torch.Tensor] = {} if destination is None else destination
         for name, buffer in self.named_buffers(recurse=False):
             result[prefix + name] = buffer if kwargs.get("keep_vars") else buffer.detach()
-        result[prefix + "geometry"] = torch.tensor([*self.capacity, self.tile_m, self.tile_n])
+        result[prefix + "geometry"] = torch.tensor([*self.capacity, self.tile_m, self.tile_n], device="cpu")
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -338,15 +341,12 @@ class SkipState(nn.Module):
         if own:
             self.load_state_dict(own)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SkipState:
-        """Move to the device that `fn` moves to; dtypes and layouts are part of the contract, so they stay."""
-        device = fn(torch.empty(0, device=self.control.device)).device
-        for name, buffer in self.named_buffers(recurse=False):
-            self._buffers[name] = buffer.to(device)
-        return self
-
     def extra_repr(self) -> str:
         """Return the geometry in short."""
         batch, heads, seq_q, seq_k = self.capacity
         tiles = f"{ceil_div(seq_q, self.tile_m)}x{ceil_div(seq_k, self.tile_n)} tiles of {self.tile_m}x{self.tile_n}"
         return f"slots={self.slots}, batch={batch}, heads={heads}, {tiles}, {self.nbytes / (1 << 20):.2f} MiB"
+
+
+def _count_or_zero(name: str, count: int | None) -> int:
+    return 0 if count is None else check_count(name, count)

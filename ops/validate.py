@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lite_attention.ops.arguments import require, threshold_values
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
 from lite_attention.ops.tiles import ceil_div
@@ -20,30 +21,28 @@ __all__ = [
     "check_count",
     "check_dense_call",
     "check_inputs",
+    "check_key_lengths",
     "check_key_mask",
     "check_keys",
     "check_quantize_key",
     "check_queries",
     "check_threshold",
     "check_values",
+    "is_traced",
     "split_signature",
     "tensor_signatures",
 ]
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _require(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
-
-
 def _check_rank(name: str, x: torch.Tensor | TensorSignature) -> None:
-    _require(len(x.shape) == 4, name, "(batch, seq_len, heads, head_dim)", f"{len(x.shape)} dimensions")
+    require(len(x.shape) == 4, name, "(batch, seq_len, heads, head_dim)", f"{len(x.shape)} dimensions")
 
 
 def _check_dtype(name: str, x: torch.Tensor | TensorSignature) -> None:
-    _require(x.dtype in _DTYPES, f"dtype of {name}", "float16, bfloat16, float32 or float64", x.dtype)
+    require(x.dtype in _DTYPES, f"dtype of {name}", "float16, bfloat16, float32 or float64", x.dtype)
 
 
 def check_inputs(
@@ -56,16 +55,16 @@ def check_inputs(
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, t)
-        _require(t.dtype == q.dtype, f"dtype of {name}", f"that of q, {q.dtype}", t.dtype)
-        _require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
+        require(t.dtype == q.dtype, f"dtype of {name}", f"that of q, {q.dtype}", t.dtype)
+        require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
     _check_dtype("q", q)
     batch, seq_q, heads, head_dim = q.shape
     _, seq_k, kv_heads, _ = k.shape
-    _require(k.shape[0] == batch, "batch of k", f"that of q, {batch}", k.shape[0])
-    _require(k.shape[3] == head_dim, "head_dim of k", f"that of q, {head_dim}", k.shape[3])
-    _require(v.shape[0] == batch, "batch of v", f"that of q, {batch}", v.shape[0])
-    _require(v.shape[1] == seq_k, "seq_len of v", f"that of k, {seq_k}", v.shape[1])
-    _require(v.shape[2] == kv_heads, "heads of v", f"those of k, {kv_heads}", v.shape[2])
+    require(k.shape[0] == batch, "batch of k", f"that of q, {batch}", k.shape[0])
+    require(k.shape[3] == head_dim, "head_dim of k", f"that of q, {head_dim}", k.shape[3])
+    require(v.shape[0] == batch, "batch of v", f"that of q, {batch}", v.shape[0])
+    require(v.shape[1] == seq_k, "seq_len of v", f"that of k, {seq_k}", v.shape[1])
+    require(v.shape[2] == kv_heads, "heads of v", f"those of k, {kv_heads}", v.shape[2])
     for name, size in (
         ("batch of q", batch),
         ("seq_len of q", seq_q),
@@ -74,8 +73,8 @@ def check_inputs(
         ("head_dim of q", head_dim),
         ("head_dim of v", v.shape[3]),
     ):
-        _require(size >= 1, name, "at least 1", size)
-    _require(heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of k, {kv_heads}", heads)
+        require(size >= 1, name, "at least 1", size)
+    require(heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of k, {kv_heads}", heads)
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -95,15 +94,10 @@ def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) ->
     Raises:
         ValueError: not numbers, NaN, or a positive value without `allow_positive`.
     """
-    # Numbers are read on the CPU even under torch.device("meta").
-    device = threshold.device if isinstance(threshold, torch.Tensor) else "cpu"
-    try:
-        values = torch.as_tensor(threshold, dtype=torch.float32, device=device)
-    except (TypeError, RuntimeError):
-        raise ValueError(f"threshold: expected a number or a tensor, got {type(threshold).__name__}") from None
-    _require(not bool(values.isnan().any()), "threshold", "numbers", "NaN")
+    values = threshold_values("threshold", threshold)
+    require(not bool(values.isnan().any()), "threshold", "numbers", "NaN")
     highest = float(values.max()) if values.numel() else -math.inf
-    _require(
+    require(
         allow_positive or highest <= 0,
         "threshold",
         "at most 0 (log2 units; a positive one drops tiles that raise the maximum, allow_positive=True insists)",
@@ -112,7 +106,7 @@ def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) ->
 
 
 def _check_scale(scale: float | None) -> None:
-    _require(scale is None or scale > 0, "scale", "a number above 0", scale)
+    require(scale is None or 0 < scale < math.inf, "scale", "a number above 0", scale)
 
 
 def check_key_mask(key_mask: torch.Tensor | TensorSignature, q: torch.Tensor | TensorSignature, seq_k: int) -> None:
@@ -122,10 +116,36 @@ def check_key_mask(key_mask: torch.Tensor | TensorSignature, q: torch.Tensor | T
         ValueError: naming what was expected and what came.
     """
     batch, got = q.shape[0], tuple(key_mask.shape)
-    _require(len(got) == 2, "key_mask", "2 dimensions", len(got))
-    _require(key_mask.dtype == torch.bool, "dtype of key_mask", "torch.bool", key_mask.dtype)
-    _require(key_mask.device == q.device, "device of key_mask", f"that of q, {q.device}", key_mask.device)
-    _require(got in ((batch, seq_k), (1, seq_k)), "key_mask", f"(1 or {batch}, {seq_k})", got)
+    require(len(got) == 2, "key_mask", "2 dimensions", len(got))
+    require(key_mask.dtype == torch.bool, "dtype of key_mask", "torch.bool", key_mask.dtype)
+    require(key_mask.device == q.device, "device of key_mask", f"that of q, {q.device}", key_mask.device)
+    require(got in ((batch, seq_k), (1, seq_k)), "key_mask", f"(1 or {batch}, {seq_k})", got)
+
+
+def check_key_lengths(key_lengths: torch.Tensor, q: torch.Tensor, seq_k: int) -> None:
+    """Check that lengths are integers (batch,) on the device of q, and, where that waits for nothing, 0 to seq_k.
+
+    Raises:
+        ValueError: naming what was expected and what came.
+    """
+    is_tensor = isinstance(key_lengths, torch.Tensor)
+    require(is_tensor, "key_lengths", f"an integer tensor ({q.shape[0]},)", type(key_lengths).__name__)
+    dtype, device = key_lengths.dtype, key_lengths.device
+    require(dtype in _INTEGERS, "dtype of key_lengths", "an integer one", dtype)
+    require(key_lengths.shape == q.shape[:1], "key_lengths", f"shape ({q.shape[0]},)", tuple(key_lengths.shape))
+    require(device == q.device, "device of key_lengths", f"that of q, {q.device}", device)
+    if device.type == "cpu" and not is_traced():
+        outside = [length for length in key_lengths.tolist() if not 0 <= length <= seq_k]
+        require(not outside, "key_lengths", f"0 to {seq_k}", outside)
+
+
+def is_traced() -> bool:
+    """Whether tensors may have no values, or belong to a mode: a compiler, fake tensors, `torch.func`."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def check_dense_call(
@@ -173,7 +193,7 @@ def check_queries(q: torch.Tensor, mean: torch.Tensor, scale: float | None) -> N
     _check_one("q", q)
     _check_mean(mean, "q", q)
     heads, kv_heads = q.shape[2], mean.shape[1]
-    _require(kv_heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of mean, {kv_heads}", heads)
+    require(kv_heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of mean, {kv_heads}", heads)
     _check_scale(scale)
 
 
@@ -185,8 +205,8 @@ def check_quantize_key(k: torch.Tensor, mean: torch.Tensor, key_mask: torch.Tens
     """
     check_keys(k, key_mask)
     _check_mean(mean, "k", k)
-    _require(mean.shape[1] == k.shape[2], "heads of mean", f"those of k, {k.shape[2]}", mean.shape[1])
-    _require(tile_n >= 1, "tile_n", "at least 1", tile_n)
+    require(mean.shape[1] == k.shape[2], "heads of mean", f"those of k, {k.shape[2]}", mean.shape[1])
+    require(tile_n >= 1, "tile_n", "at least 1", tile_n)
 
 
 def _check_one(name: str, x: torch.Tensor, key_mask: torch.Tensor | None = None) -> None:
@@ -194,18 +214,18 @@ def _check_one(name: str, x: torch.Tensor, key_mask: torch.Tensor | None = None)
     _check_rank(name, x)
     _check_dtype(name, x)
     for axis, size in zip(("batch", "seq_len", "heads", "head_dim"), x.shape, strict=True):
-        _require(size >= 1, f"{axis} of {name}", "at least 1", size)
+        require(size >= 1, f"{axis} of {name}", "at least 1", size)
     if key_mask is not None:
         check_key_mask(key_mask, x, x.shape[1])
 
 
 def _check_mean(mean: torch.Tensor, name: str, x: torch.Tensor) -> None:
     """Check the mean of the keys beside the queries or keys of that name."""
-    _require(len(mean.shape) == 3, "mean", "(batch, kv_heads, head_dim)", f"{len(mean.shape)} dimensions")
-    _require(mean.dtype == torch.float32, "dtype of mean", "torch.float32", mean.dtype)
-    _require(mean.device == x.device, "device of mean", f"that of {name}, {x.device}", mean.device)
-    _require(mean.shape[0] == x.shape[0], "batch of mean", f"that of {name}, {x.shape[0]}", mean.shape[0])
-    _require(mean.shape[2] == x.shape[3], "head_dim of mean", f"that of {name}, {x.shape[3]}", mean.shape[2])
+    require(len(mean.shape) == 3, "mean", "(batch, kv_heads, head_dim)", f"{len(mean.shape)} dimensions")
+    require(mean.dtype == torch.float32, "dtype of mean", "torch.float32", mean.dtype)
+    require(mean.device == x.device, "device of mean", f"that of {name}, {x.device}", mean.device)
+    require(mean.shape[0] == x.shape[0], "batch of mean", f"that of {name}, {x.shape[0]}", mean.shape[0])
+    require(mean.shape[2] == x.shape[3], "head_dim of mean", f"that of {name}, {x.shape[3]}", mean.shape[2])
 
 
 class TensorSignature(NamedTuple):
@@ -275,7 +295,7 @@ def check_call(call: CallSignature) -> None:
     check_dense_call(q, k, v, key_mask, scale)
     batch, seq_q, heads, _ = q.shape
     seq_k = k.shape[1]
-    _require(tile_m > 0 and tile_n > 0, "tile_m, tile_n", "positive sizes", (tile_m, tile_n))
+    require(tile_m > 0 and tile_n > 0, "tile_m, tile_n", "positive sizes", (tile_m, tile_n))
     q_tiles, k_words = ceil_div(seq_q, tile_m), ceil_div(ceil_div(seq_k, tile_n), WORD_BITS)
 
     tensors = (
@@ -287,22 +307,22 @@ def check_call(call: CallSignature) -> None:
     )
     for name, t, dtype, dim in tensors:
         if t is not None:
-            _require(len(t.shape) == dim, name, f"{dim} dimensions", len(t.shape))
-            _require(t.dtype == dtype, f"dtype of {name}", str(dtype), t.dtype)
-            _require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
-    _require(skip_mask.contiguous, "skip_mask", "a contiguous tensor", "one that is not")
-    _require(control.contiguous, "control", "a contiguous tensor", "one that is not")
+            require(len(t.shape) == dim, name, f"{dim} dimensions", len(t.shape))
+            require(t.dtype == dtype, f"dtype of {name}", str(dtype), t.dtype)
+            require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
+    require(skip_mask.contiguous, "skip_mask", "a contiguous tensor", "one that is not")
+    require(control.contiguous, "control", "a contiguous tensor", "one that is not")
 
     slots = skip_mask.shape[0]
     room = tuple(skip_mask.shape)
     tiling = f"for q {tuple(q.shape)}, {seq_k} keys and tiles of {tile_m} x {tile_n}"
-    _require(
+    require(
         room[1] >= batch and room[2] == heads and room[3] >= q_tiles and room[4] >= k_words,
         "skip_mask",
         f"room for (slots, {batch}, {heads}, {q_tiles}, {k_words}) {tiling}",
         room,
     )
-    _require(
+    require(
         control.shape[0] == control_words(slots),
         "control",
         f"{control_words(slots)} words for {slots} slots",
@@ -311,14 +331,14 @@ def check_call(call: CallSignature) -> None:
     for dim, (axis, size) in enumerate((("slots", slots), ("steps", None), ("heads", heads))):
         got = threshold.shape[dim]
         fits = got >= 1 if size is None else got in (1, size)
-        _require(fits, f"{axis} of threshold", f"1 or {size}" if size is not None else "at least 1", got)
+        require(fits, f"{axis} of threshold", f"1 or {size}" if size is not None else "at least 1", got)
     if initial_mask is not None:
         got4 = tuple(initial_mask.shape)
-        _require(
+        require(
             (got4[0] == 1 or got4[0] >= batch) and got4[1] in (1, heads) and got4[2] >= q_tiles and got4[3] >= k_words,
             "initial_mask",
             f"(1 or {batch}, 1 or {heads}, {q_tiles}, {k_words}) {tiling}",
             got4,
         )
     if must_do is not None:
-        _require(must_do.shape[0] >= k_words, "must_do", f"{k_words} words {tiling}", must_do.shape[0])
+        require(must_do.shape[0] >= k_words, "must_do", f"{k_words} words {tiling}", must_do.shape[0])

@@ -103,7 +103,7 @@ def test_branches_have_rows_of_their_own() -> None:
         (lambda: schedules.linear(4, -INF, -1), "first, last: expected finite"),
         (lambda: schedules.linear(4, torch.zeros(2), torch.zeros(3)), r"first, last: .*\[2, 3\]"),
         (lambda: schedules.constant(torch.zeros(2, 2)), "threshold: expected a number"),
-        (lambda: schedules.dense_first(-1.0, -1), "steps: expected 0 to"),
+        (lambda: schedules.dense_first(-1.0, -1), "steps: expected at least 0"),
         (lambda: schedules.dense_first(schedules.linear(4, -2, -1), 4), "steps: expected 0 to 3"),
         (lambda: schedules.branches(), "schedules: expected one for each branch"),
         (lambda: schedules.branches(torch.zeros(2), torch.zeros(3)), r"schedules: .*\[2, 3\]"),
