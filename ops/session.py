@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lite_attention.ops import control as c
+from lite_attention.ops.arguments import check_step
 from lite_attention.ops.state import SkipState
 
 __all__ = ["Place", "Session", "default_session"]
@@ -90,8 +91,7 @@ class Session:
             ValueError: one branch more than the states have slots, or a step out of range.
             RuntimeError: another thread is inside a branch.
         """
-        if step is not None and not (type(step) is int and 0 <= step < 1 << 31):
-            raise ValueError(f"step: expected an int from 0 to 2**31 - 1, got {step!r}")
+        step = None if step is None else check_step(step)
         slot = self._slot_of(name)
         self._check_slots(slot)
         with self._of_one_thread():

@@ -18,7 +18,6 @@ __all__ = [
     "TensorSignature",
     "call_signature",
     "check_call",
-    "check_count",
     "check_dense_call",
     "check_inputs",
     "check_key_lengths",
@@ -75,17 +74,6 @@ def check_inputs(
     ):
         require(size >= 1, name, "at least 1", size)
     require(heads >= 1 and heads % kv_heads == 0, "heads of q", f"a multiple of those of k, {kv_heads}", heads)
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Check an argument that counts something.
-
-    Raises:
-        ValueError: not an int (a bool is none), or below `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}: expected an int, got {value!r}")
-    _require(value >= least, name, f"at least {least}", value)
 
 
 def check_threshold(threshold: float | torch.Tensor, *, allow_positive: bool) -> None:
