@@ -16,7 +16,9 @@ first kernel is compiled, or never, where kernels compiled ahead of time are fou
     build.py           compiles a kernel, with or without a GPU
     cache.py           compiled kernels in memory, on disk, and ahead of time
     aot.py             compiles kernels into a library that needs no compiler where it runs
-    launcher.py        from tensors to a launch
+    fingerprint.py     what compiled kernels are of
+    launcher.py        from tensors to a launch; to those that quantize in quantize_launcher.py; both by launch.py
+    streams.py         calls with one state from several streams come one after the other
 
 Of Hopper alone:
 
@@ -35,15 +37,9 @@ from __future__ import annotations
 if __name__ == "cute_kernels":
     raise ImportError("import lite_attention.cute_kernels, not cute_kernels: it must exist once")
 
-from lite_attention.cute_kernels.launcher import (
-    attention_forward,
-    key_mean,
-    quantize_key,
-    quantize_query,
-    quantize_value,
-    skip_attention_forward,
-    unsupported_reason,
-)
+from lite_attention.cute_kernels.launch import unsupported_reason
+from lite_attention.cute_kernels.launcher import attention_forward, skip_attention_forward
+from lite_attention.cute_kernels.quantize_launcher import key_mean, quantize_key, quantize_query, quantize_value
 
 __all__ = [
     "attention_forward",

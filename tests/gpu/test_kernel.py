@@ -16,16 +16,17 @@ import lite_attention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.quantization import QUANTIZATIONS
-from tests.support.gpu_cases import DENSE, KERNEL, Case, check_step, make_case, processors
+from tests.support.gpu_cases import DENSE, HERE, KERNEL, Case, check_step, make_case, processors
 
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
 
 
 VARIANTS = [
-    *((dim, torch.bfloat16, "none") for dim in (64, 96, 128, 192, 256)), (128, torch.float16, "none"),
-    *((dim, dtype, "int8") for dim in (64, 128) for dtype in (torch.bfloat16, torch.float16)),
-    *((dim, dtype, "int8_fp8") for dim in (64, 128) for dtype in (torch.bfloat16, torch.float16)),
-]  # fmt: skip
+    (dim, dtype, quantization)
+    for quantization in QUANTIZATIONS
+    for dim in HERE.head_dims(quantization)
+    for dtype in HERE.dtypes
+]
 OUT_TOLERANCE = {"none": 2e-2, "int8": 0.08, "int8_fp8": 0.15}
 LSE_TOLERANCE = {"none": 1e-3, "int8": 0.045, "int8_fp8": 0.1}
 
@@ -52,7 +53,7 @@ def test_any_call_matches_the_reference(data: st.DataObject) -> None:
         threshold=data.draw(st.sampled_from([0.0, -1.0, -4.0, -12.0, -math.inf])),
         seed=data.draw(st.integers(0, 1000)),
         head_major=data.draw(st.booleans()),
-        extras=dtype == torch.bfloat16 and dim in (64, 128) and data.draw(st.booleans()),
+        extras=dtype == torch.bfloat16 and dim in HERE.head_dims("int8") and data.draw(st.booleans()),
         key_mask=data.draw(st.booleans()),
         quantization=quantization,
         num_steps=data.draw(st.sampled_from([None, 2])),
@@ -106,7 +107,7 @@ def test_minus_infinity_is_dense_bit_for_bit(quantization: str) -> None:
 
 
 @pytest.mark.parametrize("key_mask", [False, True])
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", HERE.head_dims())
 def test_attention_without_state(dim: int, key_mask: bool) -> None:
     case = make_case(batch=2, seq_q=1000, seq_k=1333, heads=4, dim=dim, key_mask=key_mask, head_major=True)
     with processors(3):
@@ -218,6 +219,26 @@ def test_streams_and_threads() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_two_streams_with_one_state(quantization: str) -> None:
+    """Kernels that leave half of the GPU free would run side by side, and take each other's jobs."""
+    case = make_case(seq_q=3000, seq_k=3000, heads=8, kv_heads=8, peak=1.0, num_steps=30, quantization=quantization)
+    alone = copy.deepcopy(case.state)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    with processors(torch.cuda.get_device_properties(0).multi_processor_count // 2):
+        wants = [case.call(KERNEL, alone)[0] for _ in range(20)]
+        torch.cuda.synchronize()
+        outs = []
+        for i in range(20):
+            with torch.cuda.stream(streams[i % 2]):
+                outs.append(case.call(KERNEL, case.state)[0])
+        torch.cuda.synchronize()
+    for step, (out, want) in enumerate(zip(outs, wants, strict=True)):
+        assert torch.equal(out, want), f"step {step}"
+    assert torch.equal(case.state.skip_mask, alone.skip_mask)
+    assert torch.equal(case.state.control, alone.control)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from cutlass import Numeric
 
-from lite_attention.cute_kernels import build, launcher
+from lite_attention.cute_kernels import build, launch, launcher, quantize_launcher
 from lite_attention.cute_kernels.config import Config, KernelConfig
 from lite_attention.ops import SkipState
 from lite_attention.ops.quantization import QUANTIZATIONS
@@ -59,11 +60,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Config, tup
         check_arguments(config, *arguments)
         ran.append((config, arguments))
 
-    monkeypatch.setattr(launcher, "get_kernel", lambda config: config)
-    monkeypatch.setattr(launcher, "_run", run)
-    monkeypatch.setattr(launcher, "_check_supported", lambda *_: None)
-    monkeypatch.setattr(launcher, "_processors", lambda _: 132)
-    monkeypatch.setattr(launcher, "target_of", lambda _: SM90A)
+    for module in (launcher, quantize_launcher):
+        monkeypatch.setattr(module, "get_kernel", lambda config: config)
+        monkeypatch.setattr(module, "check_supported", lambda *_: None)
+        monkeypatch.setattr(module, "target_of", lambda _: SM90A)
+    for module in (launcher, launch):
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(launcher, "processors", lambda _: 132)
+    monkeypatch.setattr(launcher, "turn_of", lambda control: contextlib.nullcontext())
     launcher._skip_plan.cache_clear()
     yield ran
     launcher._skip_plan.cache_clear()
@@ -86,7 +90,7 @@ def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, launc
     assert lse.shape == (2, 6, 70)
     assert len(launches) == {"none": 1, "int8": 4, "int8_fp8": 6}[quantization]
     if quantization == "int8_fp8":
-        values, scales = launcher.quantize_value(v, mask)
+        values, scales = quantize_launcher.quantize_value(v, mask)
         assert values.dtype == torch.float8_e4m3fn
         assert values.shape == (2, 3, 128, 352)
         assert scales.shape == (2, 3, 128)
@@ -107,3 +111,30 @@ def test_int8_gets_values_without_those_of_excluded_keys(quantization: str, laun
     config, (_, _, values, *_) = launches[-1]
     assert isinstance(config, KernelConfig)
     assert torch.equal(values, mask[..., None, None].expand_as(q).to(q.dtype) if quantization == "int8" else v)
+
+
+def test_one_launch_has_as_many_batch_elements_as_a_grid_can(launches: list[Any]) -> None:
+    """65,535 thread blocks in y."""
+    assert launch.parts(1) == [slice(0, 1)]
+    assert launch.parts(65535) == [slice(0, 65535)]
+    assert launch.parts(65536) == [slice(0, 65535), slice(65535, 65536)]
+    assert launch.parts(200_000)[-1] == slice(196605, 200_000)
+
+
+@pytest.mark.parametrize("mask_rows", [None, 1, 70_000])
+def test_more_batch_elements_than_one_launch_has(mask_rows: int | None, launches: list[Any]) -> None:
+    batch, tile_n = 70_000, SM90A.tile_shape(64, "int8")[1]
+    x = torch.zeros(batch, 1, 1, 64, dtype=torch.bfloat16)
+    mask = None if mask_rows is None else torch.ones(mask_rows, 1, dtype=torch.bool)
+    mean = quantize_launcher.key_mean(x, mask)
+    results = [mean, *quantize_launcher.quantize_query(x, mean, scale=None)]
+    results += quantize_launcher.quantize_key(x, mean, mask, tile_n=tile_n)
+    results += quantize_launcher.quantize_value(x, mask)
+    assert all(len(result) == batch for result in results)
+    ops = ["key_sums", "quantize_query", "quantize_key", "value_max", "quantize_value"]
+    assert [config.op for config, _ in launches] == [op for op in ops for _ in range(2)]
+    for first, second in zip(launches[::2], launches[1::2], strict=True):
+        for a, b in zip(first[1], second[1], strict=True):
+            if isinstance(a, torch.Tensor) and not len(a) == len(b) == 1:  # one row of a mask is for all
+                assert (len(a), len(b)) == (65535, 4465)
+                assert b.data_ptr() == a.data_ptr() + 65535 * a.stride(0) * a.element_size()

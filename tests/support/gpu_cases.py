@@ -14,11 +14,13 @@ from unittest import mock
 import torch
 
 from lite_attention.cute_kernels import launcher
-from lite_attention.ops import SkipState, tile_shape
+from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
 from lite_attention.ops.quantize import QUERY_ROWS
+from lite_attention.ops.targets import target_of
 
+HERE = target_of("cuda")
 KERNEL = torch.ops.lite_attention.skip_attention.default
 DENSE = torch.ops.lite_attention.attention.default
 REFERENCE = torch.ops.lite_attention.skip_attention_reference.default
@@ -35,7 +37,7 @@ OUT_ERROR = {"none": 0.0, "int8": 0.03, "int8_fp8": 0.06}  # of the whole output
 @contextlib.contextmanager
 def processors(count: int) -> Iterator[None]:
     """Launch as on a GPU of so few multiprocessors that each CTA computes many q-tiles."""
-    with mock.patch.object(launcher, "_processors", return_value=count):
+    with mock.patch.object(launcher, "processors", return_value=count):
         launcher._skip_plan.cache_clear()
         launcher._dense_plan.cache_clear()
         yield
@@ -129,7 +131,7 @@ def make_case(
     q, k, v = (t.to(dtype) for t in (q, k, v))
     if head_major:
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
-    tile_m, tile_n = tile_shape(dim, dtype, "cuda", quantization)
+    tile_m, tile_n = HERE.tile_shape(dim, quantization)
     q_tiles, k_tiles = math.ceil(seq_q / tile_m), math.ceil(seq_k / tile_n)
 
     def random_bits(*shape: int) -> torch.Tensor:

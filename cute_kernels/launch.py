@@ -1,0 +1,97 @@
+"""What all launches share: whether there is a kernel, layouts that it reads, and the device that it runs on."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from lite_attention.cute_kernels.cache import Kernel, has_compiler, library
+from lite_attention.ops.targets import TARGETS, target_of
+
+__all__ = ["check_supported", "parts", "processors", "readable", "reads", "run", "run_in_parts", "unsupported_reason"]
+
+_MOST_BLOCKS = 65535  # that CUDA launches in y, where the quantizers have their batch elements
+
+
+@functools.cache
+def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why no kernel runs such a call, or None if one does.
+
+    Args:
+        head_dim: of queries and keys.
+        value_dim: of values.
+        dtype: of all three.
+        device: a CUDA device; its capability is read.
+    """
+    target = target_of(device)
+    reason = target.unsupported_reason(head_dim, value_dim, dtype)
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in target.capabilities:
+        served = ", ".join(f"{major}.{minor} ({t.title})" for t in TARGETS.values() for major, minor in t.capabilities)
+        return f"there are kernels for compute capability {served}, got {capability[0]}.{capability[1]}"
+    if library() is None and not has_compiler():
+        driver = "cu13" if (torch.version.cuda or "13").startswith("13") else "cu12"
+        return f"the CuTe DSL is not installed: pip install 'lite-attention[{driver}]'"
+    return None
+
+
+def check_supported(op: str, head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Check that a kernel runs such a call of an op.
+
+    Raises:
+        RuntimeError: none does, with what was found and what is needed.
+    """
+    reason = unsupported_reason(head_dim, value_dim, dtype, device)
+    if reason is not None:
+        raise RuntimeError(f"lite_attention::{op}: {reason}")
+
+
+def reads(strides: tuple[int, ...]) -> bool:
+    """Return whether kernels can read a tensor as it lies, 16 bytes at a time, if its address is one of 16 bytes."""
+    *outer, inner = strides
+    return inner == 1 and all(stride > 0 and stride % 8 == 0 for stride in outer)  # 8 elements of 2 bytes
+
+
+def readable(x: torch.Tensor, as_it_lies: bool) -> torch.Tensor:
+    """Return a tensor, or a copy that kernels can read."""
+    return x if as_it_lies and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def run(kernel: Kernel, device: torch.device, *arguments: object) -> None:
+    """Launch a kernel on torch's current stream of a device."""
+    if device.index == torch.cuda.current_device():
+        kernel(*arguments)
+    else:
+        with torch.cuda.device(device):
+            kernel(*arguments)
+
+
+def run_in_parts(kernel: Kernel, x: torch.Tensor, *others: object) -> None:
+    """Launch a kernel that quantizes, for as many batch elements at a time as one launch can have.
+
+    Args:
+        kernel: what to launch.
+        x: its first argument.
+        others: of these, tensors of as many batch elements are cut as x is; all else is given to each launch.
+    """
+    for part in parts(len(x)):
+        run(kernel, x.device, *(_cut(argument, len(x), part) for argument in (x, *others)))
+
+
+def parts(batch: int) -> list[slice]:
+    """Return the batch elements of each launch."""
+    return [slice(start, min(start + _MOST_BLOCKS, batch)) for start in range(0, batch, _MOST_BLOCKS)]
+
+
+def _cut(argument: object, batch: int, part: slice) -> object:
+    whole = not isinstance(argument, torch.Tensor) or len(argument) != batch or part == slice(0, batch)
+    return argument if whole else argument[part]  # type: ignore[index]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU: as many CTAs run at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
