@@ -62,7 +62,7 @@ def load(path: Path, dtype: str, device: str) -> Any:
     """Return the pipeline of a folder, on a device."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True, torch_dtype=getattr(torch, dtype))
+    pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -101,3 +101,15 @@ def test_arrows_run_downwards(folder: str, floors: set[str]) -> None:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             inside = [name.split(".") for name in names if name and name.startswith("lite_attention")]
             assert all(name[1:2] and name[1] in floors for name in inside), (path.name, names)
+
+
+def test_the_wheel_has_every_package() -> None:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    listed = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [CHECKOUT / "lite_attention", *(CHECKOUT / "lite_attention").iterdir()]  # some of them are links
+    found = [".".join(f.relative_to(CHECKOUT).parts) for f in folders if (f / "__init__.py").exists()]
+    assert sorted(listed) == sorted(found)
