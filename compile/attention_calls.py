@@ -118,6 +118,16 @@ def _is_cast(node: fx.Node) -> bool:
     return _called(node, "float", "to", "type_as", "type", "half", "bfloat16", "_to_copy", "contiguous")
 
 
+def _are_no_narrower(nodes: Sequence[fx.Node], than: fx.Node) -> bool:
+    """Return whether values are floats, on one device, none of fewer digits or of a smaller range than another's."""
+    of = [value for node in (than, *nodes) if isinstance(value := value_of(node), torch.Tensor)]
+    if len(of) <= len(nodes) or not all(t.is_floating_point() and t.device == of[0].device for t in of):
+        return False
+    least, *others = (torch.finfo(t.dtype) for t in of)
+    # The largest bfloat16 is a little below that of float32, though the exponents are the same.
+    return all(info.eps <= least.eps and info.max >= 0.99 * least.max for info in others)
+
+
 def _is_idle_dropout(node: fx.Node) -> bool:
     if not _called(node, "dropout"):
         return False
@@ -139,7 +149,7 @@ def _peel_scores(node: object) -> tuple[list[fx.Node], float | None] | None:
         if _is_cast(node):
             (node, *_) = node.args
         elif _called(node, "mul", "truediv", "div") and len(node.args) == 2 and not node.kwargs:
-            numbers = [a for a in node.args if isinstance(a, (int, float))]
+            numbers = [a for a in node.args if isinstance(a, (int, float)) and a != 0]
             tensors = [a for a in node.args if isinstance(a, fx.Node)]
             divides = not _called(node, "mul")
             if len(numbers) != 1 or len(tensors) != 1 or (divides and tensors[0] is not node.args[0]):
@@ -183,6 +193,9 @@ def _match_handwritten(softmax: fx.Node) -> AttentionCall | None:
     (q, q_permutation), (k, k_permutation) = left
     v, v_permutation, out_permutation = right
     if written_between(way[-1], user, (q, k, *inner, *way)):  # a mask filled in, or memory used again
+        return None
+    # On the way, scores may be kept more exactly than they were computed, and weights than they are used.
+    if not (_are_no_narrower([softmax, *way], way[-1]) and _are_no_narrower(inner, weights)):
         return None
     return AttentionCall(
         user, q, k, v, scale=1.0 if scale is None else scale, q_permutation=q_permutation,

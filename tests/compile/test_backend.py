@@ -256,7 +256,7 @@ def test_graph_breaks_on_both_sides_leave_the_running_module_as_owner(how: str) 
     }
 
 
-@pytest.mark.filterwarnings("ignore:liteattn")
+@pytest.mark.filterwarnings("ignore:lite_attention")
 def test_without_parameters_or_modules_nobody_owns_a_site() -> None:
     backend, (q, k, v) = toy_backend("eager"), torch.randn(3, 1, 2, 96, 16)
     attend = torch.compile(lambda q, k, v: scaled_dot_product_attention(q, k, v), backend=backend)
@@ -280,7 +280,7 @@ class _Region(Block):
         return super().forward(x, context)
 
 
-@pytest.mark.filterwarnings("ignore:liteattn")
+@pytest.mark.filterwarnings("ignore:lite_attention")
 @pytest.mark.parametrize(("kind", "op"), [("checkpoint", "tag_activation_checkpoint"), ("region", "invoke_subgraph")])
 def test_regions_are_left_alone_with_a_reason(kind: str, op: str, caplog: pytest.LogCaptureFixture) -> None:
     model, backend = _Checkpointed(2) if kind == "checkpoint" else Toy(2), toy_backend("eager")

@@ -212,6 +212,55 @@ def _weights_changed_in_place(q: T, k: T, v: T) -> T:
     return weights @ v
 
 
+def _scores_to_integers(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * SCALE).to(torch.int32).float().softmax(-1) @ v
+
+
+def _scores_to_half(q: T, k: T, v: T) -> T:
+    return (1e4 * q @ k.mT * SCALE).half().float().softmax(-1).nan_to_num() @ v
+
+
+def _scores_to_bfloat16(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * SCALE).bfloat16().softmax(-1).type_as(v) @ v
+
+
+def _softmax_in_half(q: T, k: T, v: T) -> T:
+    return F.softmax(q @ k.mT * SCALE, dim=-1, dtype=torch.half).to(v.dtype) @ v
+
+
+def _weights_to_integers(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * SCALE).softmax(-1).type(torch.int64).type_as(v) @ v
+
+
+def _weights_to_bool(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * SCALE).softmax(-1).to(torch.bool).to(v.dtype) @ v
+
+
+def _weights_to_half(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * SCALE).softmax(-1).half().to(v) @ v
+
+
+def _weights_to_fp8(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * SCALE).softmax(-1).to(torch.float8_e4m3fn).to(v.dtype) @ v
+
+
+def _scores_clamped(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * SCALE).clamp(max=2.0).softmax(-1) @ v
+
+
+def _scores_chosen(q: T, k: T, v: T) -> T:
+    scores = q @ k.mT * SCALE
+    return scores.where(scores > 0, -9.0).softmax(-1) @ v
+
+
+def _scores_capped(q: T, k: T, v: T) -> T:
+    return (2 * torch.tanh(q @ k.mT * SCALE / 2)).softmax(-1) @ v
+
+
+def _scores_rounded(q: T, k: T, v: T) -> T:
+    return torch.div(q @ k.mT, 4, rounding_mode="floor").softmax(-1) @ v
+
+
 def _query_used_again(q: T, k: T, v: T) -> T:
     weights = (q @ k.mT * SCALE).softmax(-1)
     q.zero_()
@@ -258,13 +307,16 @@ def _weights_on_the_right(q: T, k: T, v: T) -> T:
     return (v.mT @ (k @ q.mT * SCALE).softmax(-1)).mT
 
 
-@pytest.mark.filterwarnings("ignore:liteattn")
+@pytest.mark.filterwarnings("ignore:lite_attention")
 @pytest.mark.parametrize(
     "attend",
     [
         _additive_mask, _masked_fill, _masked_in_place, _masked_through_a_view, _weights_changed_in_place,
-        _query_used_again, _active_dropout, _three_dimensions, _over_queries, _weights_needed_elsewhere,
-        _inverse_scores, _learned_temperature, _sums_the_batch_away, _transposed_scores, _weights_on_the_right,
+        _scores_to_integers, _scores_to_half, _scores_to_bfloat16, _softmax_in_half, _weights_to_integers,
+        _weights_to_bool, _weights_to_half, _weights_to_fp8, _scores_clamped, _scores_chosen, _scores_capped,
+        _scores_rounded, _query_used_again, _active_dropout, _three_dimensions, _over_queries,
+        _weights_needed_elsewhere, _inverse_scores, _learned_temperature, _sums_the_batch_away, _transposed_scores,
+        _weights_on_the_right,
     ],
     ids=_name,
 )  # fmt: skip
@@ -280,7 +332,7 @@ def test_not_matched(attend: Attend) -> None:
     assert backend.store.session.states == []
 
 
-@pytest.mark.filterwarnings("ignore:liteattn")
+@pytest.mark.filterwarnings("ignore:lite_attention")
 def test_a_negative_scale_is_left_alone_with_a_reason() -> None:
     model, backend = Attention(), toy_backend("eager")
     model.attend = lambda q, k, v: (q @ k.mT * -SCALE).softmax(-1) @ v

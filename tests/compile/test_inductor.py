@@ -122,7 +122,7 @@ def test_backward_does_not_run_it_again() -> None:
     assert state.skip_mask.any()
 
 
-@pytest.mark.filterwarnings("ignore:liteattn")
+@pytest.mark.filterwarnings("ignore:lite_attention")
 def test_the_name_liteattn_and_a_mode() -> None:
     """The entry point of the installed package names the default instance."""
     (entry,) = entry_points(group="torch_dynamo_backends", name="liteattn")

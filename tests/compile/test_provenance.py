@@ -222,7 +222,7 @@ class ByHand(Attention):
 
 
 @HOW
-@pytest.mark.filterwarnings("ignore:make_skip_aware", "ignore:liteattn")
+@pytest.mark.filterwarnings("ignore:make_skip_aware", "ignore:lite_attention")
 def test_our_own_op_is_a_leaf_too(how: str) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
