@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lite_attention.flex_mask import from_flex
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.pattern import ALL, HeadClasses, Pattern
 from lite_attention.token_grid import grid_of, grid_of_call
@@ -32,6 +33,7 @@ __all__ = [
     "TEMPORAL",
     "Pattern",
     "classify_heads",
+    "from_flex",
     "grid_of",
     "grid_of_call",
     "radial",
