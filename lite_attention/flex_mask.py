@@ -10,7 +10,7 @@ import torch
 from lite_attention.ops.tiles import ceil_div
 
 if TYPE_CHECKING:
-    from lite_attention.compile import Site
+    from lite_attention.ops.site import Site
 
 __all__ = ["from_flex"]
 
@@ -72,7 +72,7 @@ def _any_in_tiles(pairs: torch.Tensor, tile_m: int, tile_n: int) -> torch.Tensor
 def _of_blocks(mask: Any, site: Site) -> torch.Tensor:
     """Return bool (1 or batch, 1 or heads, q_tiles, k_tiles), True = no block that the tile touches attends."""
     (batch, seq_q, heads, _), seq_k = site.q_shape, site.k_shape[1]
-    blocks = mask.to_dense().bool()
+    blocks: torch.Tensor = mask.to_dense().bool()
     expected, got = (batch, heads, seq_q, seq_k), (*blocks.shape[:2], *mask.seq_lengths)
     if got[2:] != expected[2:] or got[0] not in (1, batch) or got[1] not in (1, heads):
         raise ValueError(

@@ -12,7 +12,7 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.token_order import block_of, tile3d_order
 
 if TYPE_CHECKING:
-    from lite_attention.compile import Site
+    from lite_attention.ops.site import Site
 
 __all__ = ["ALL", "HeadClasses", "Pattern"]
 

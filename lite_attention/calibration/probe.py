@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lite_attention.api import disable, enable, reset, run_by, session_of, store_of
-from lite_attention.model_sites import parts_of
+from lite_attention.model_sites import parts_of, sites_of
 from lite_attention.module import LiteAttention
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, write_control
 from lite_attention.ops.cpu import skipped_tiles
@@ -163,11 +162,10 @@ class AttentionProbe:
     def start_fresh(self) -> None:
         """Begin a new generation."""
         for model in self._models.values():
-            for module in model.modules():
-                if isinstance(module, LiteAttention):
-                    module.reset_skip_state()
             if store_of(model):
                 reset(model)
+        for site in sites_of(self._target):
+            site.reset()
 
     def detach(self) -> None:
         """Leave the model as it was; its skip states start fresh. Further calls do nothing."""
@@ -195,24 +193,13 @@ class AttentionProbe:
     def _site_of(self, skip_mask: torch.Tensor) -> tuple[str, int]:
         found = self._sites.get(id(skip_mask))
         if found is None:
-            name = next((name for name, mask in self._skip_masks() if mask is skip_mask), None)
+            sites = sites_of(self._target)
+            name = next((site.name for site in sites for s in site.states if s.skip_mask is skip_mask), None)
             if name is None:
                 raise RuntimeError("attention was called with a skip state that belongs to no module of the model")
             found = self._sites[id(skip_mask)] = (skip_mask, name, self._named[name])
             self._named[name] += 1
         return found[1:]
-
-    def _skip_masks(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from lite_attention.compile.store import records_of
-
-        for part, model in self._models.items():
-            prefix = "" if isinstance(self._target, nn.Module) else f"{part}."
-            for _, record in records_of(model):
-                for state in record.states.values():
-                    yield prefix + record.name(model), state.skip_mask
-            for name, module in model.named_modules():
-                if isinstance(module, LiteAttention) and module.state is not None:
-                    yield prefix + name, module.state.skip_mask
 
 
 def _holds_modules(model: nn.Module) -> bool:

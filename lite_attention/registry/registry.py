@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lite_attention.api import set_threshold
-from lite_attention.module import LiteAttention
+from lite_attention.model_sites import sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
-from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.validate import check_threshold
 from lite_attention.registry.threshold_file import is_a
-from lite_attention.registry.threshold_fit import fitted, models_of, num_steps_of
+from lite_attention.registry.threshold_fit import fitted, num_steps_of
 from lite_attention.registry.threshold_table import ThresholdTable
 
 if TYPE_CHECKING:
@@ -180,7 +179,8 @@ class LiteAttentionRegistry:
 
     def _apply(self, value: Any, dense: bool = False) -> None:
         set_threshold(self.model, value)
-        _set_dense(self.model, dense)
+        for site in sites_of(self.model):
+            site.set_dense(dense)
 
 
 def _with_disabled(threshold: torch.Tensor, disabled: Sequence[int], num_steps: int | None) -> torch.Tensor:
@@ -255,22 +255,8 @@ def _steps(disabled_steps: Any) -> Sequence[int]:
 
 def _check_holds_steps(model_or_pipe: Any) -> None:
     """Raise ValueError if a state could not hold a threshold for each step."""
-    for model in models_of(model_or_pipe).values():
-        for name, module in model.named_modules():
-            if isinstance(module, LiteAttention) and module.num_steps is None:
-                raise ValueError(
-                    f"model: expected num_steps in all LiteAttention modules to calibrate, got none in {name}"
-                )
-
-
-def _set_dense(model_or_pipe: Any, dense: bool) -> None:
-    """Turn skipping off or on, in all states there are and in all `LiteAttention` modules for good."""
-    from lite_attention.compile.store import records_of
-
-    for model in models_of(model_or_pipe).values():
-        for _, record in records_of(model):
-            for state in record.states.values():
-                state.set_flag(FLAG_DENSE, dense)
-        for module in model.modules():
-            if isinstance(module, LiteAttention):
-                module.enable_skip_optimization(not dense)
+    for site in sites_of(model_or_pipe):
+        if site.module is not None and site.num_steps is None:
+            raise ValueError(
+                f"model: expected num_steps in all LiteAttention modules to calibrate, got none in {site.name}"
+            )

@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lite_attention.api import session_of, store_of
-from lite_attention.model_sites import parts_of
-from lite_attention.module import LiteAttention
-from lite_attention.ops import SkipState
+from lite_attention.api import session_of
+from lite_attention.model_sites import ModelSite, models_of, sites_of, stores_of
+from lite_attention.ops.control import SEQ_Q, slot_word
 
 if TYPE_CHECKING:
     from lite_attention.ops.site import Site
     from lite_attention.registry.threshold_table import ThresholdTable
 
 __all__ = [
-    "at_steps", "branches_of", "check_fit", "class_name", "dtype_name", "fitted", "model_name", "models_of",
+    "at_steps", "branches_of", "check_fit", "class_name", "dtype_name", "fitted", "model_name",
     "num_steps_of", "threshold_at",
 ]  # fmt: skip
 
@@ -45,60 +44,31 @@ class _Facts:
 
 
 def _facts_of(model_or_pipe: Any) -> list[_Facts]:
-    """Return the skip-aware sites that a model has shown so far; their names are those of `report`."""
-    from lite_attention.compile.store import records_of
-
-    facts = []
-    for part, model in models_of(model_or_pipe).items():
-        prefix = "" if isinstance(model_or_pipe, nn.Module) else f"{part}."
-        for store, record in records_of(model):
-            if record.site.swapped:
-                name, settings, site = prefix + record.name(model), store.settings, record.site
-                facts.append(
-                    _Facts(
-                        name, settings.num_steps, settings.slots, int(site.q_shape[2]),
-                        settings.tile_shape_for(site), site.dtype, *_of_states(list(record.states.values())),
-                    )
-                )  # fmt: skip
-        for name, module in model.named_modules():
-            if isinstance(module, LiteAttention):
-                found, state = _Facts(prefix + name, module.num_steps), module.state
-                if state is not None:
-                    found = _Facts(
-                        found.name, found.num_steps, state.slots, state.capacity[1], (state.tile_m, state.tile_n),
-                        None, *_of_states([state]),
-                    )  # fmt: skip
-                facts.append(found)
-    return facts
+    """Return the skip-aware sites that a model has shown so far."""
+    return [
+        _Facts(site.name, site.num_steps, site.slots, site.heads, site.tile_shape, site.dtype, site.rows, _tokens(site))
+        for site in sites_of(model_or_pipe)
+        if site.swapped
+    ]
 
 
-def _of_states(states: list[SkipState]) -> tuple[int | None, frozenset[int]]:
-    """Return rows and tokens of a site's states."""
-    rows = min((state.threshold.shape[1] for state in states), default=None)
-    return rows, frozenset(state.capacity[2] for state in states)
+def _tokens(site: ModelSite) -> frozenset[int]:
+    """Return how many queries a site was called with."""
+    if site.module is None:
+        return frozenset(state.capacity[2] for state in site.states)
+    # A module's state may be larger than its calls.
+    words = [state.control[slot_word(slot, SEQ_Q)] for state in site.states for slot in range(state.slots)]
+    return frozenset(int(word) for word in words) - {0}
 
 
 # ---- what is known of a model --------------------------------------------------------------------------------------
 
 
-def models_of(model_or_pipe: Any) -> dict[str, nn.Module]:
-    """Return a model, or the transformers of a pipeline, by name, without what torch.compile puts around them."""
-    return {part: getattr(model, "_orig_mod", model) for part, model in parts_of(model_or_pipe).items()}
-
-
 def num_steps_of(model_or_pipe: Any) -> int | None:
     """Return the number of denoising steps that a model was told, None if it was not."""
-    from lite_attention.compile.store import records_of
-
-    for model in models_of(model_or_pipe).values():
-        enabled = store_of(model)
-        told = [store.settings.num_steps for store, _ in records_of(model)]
-        told += [enabled.settings.num_steps] if enabled else []
-        told += [module.num_steps for module in model.modules() if isinstance(module, LiteAttention)]
-        for num_steps in told:
-            if num_steps is not None:
-                return num_steps
-    return None
+    told = [site.num_steps for site in sites_of(model_or_pipe)]
+    told += [store.settings.num_steps for model in models_of(model_or_pipe).values() for store in stores_of(model)]
+    return next((num_steps for num_steps in told if num_steps is not None), None)
 
 
 def branches_of(model_or_pipe: Any) -> tuple[str, ...]:
@@ -147,7 +117,7 @@ def _parameters(model: nn.Module) -> str:
 # ---- does a table fit? ---------------------------------------------------------------------------------------------
 
 
-def fitted(table: ThresholdTable, model_or_pipe: Any, *, strict: bool = True) -> Callable[[Any], torch.Tensor]:
+def fitted(table: ThresholdTable, model_or_pipe: Any, *, strict: bool = True) -> Callable[[Site], torch.Tensor]:
     """Return what each site of a model is to have; see `ThresholdTable.apply`. It does not hold on to the model."""
     known = {facts.name: facts for facts in _facts_of(model_or_pipe)}
     differences = _differences(table, model_or_pipe, list(known.values()))
@@ -157,9 +127,9 @@ def fitted(table: ThresholdTable, model_or_pipe: Any, *, strict: bool = True) ->
         warnings.warn(f"lite_attention: {_does_not_fit(table, differences)}", stacklevel=4)
     num_steps = num_steps_of(model_or_pipe)
 
-    def threshold_of(site: Any) -> torch.Tensor:
-        name = getattr(site, "name", site)
-        return _of_site(table, known.get(name) or _Facts(name, num_steps), strict)
+    def threshold_of(site: Site) -> torch.Tensor:
+        facts = known.get(site.name)
+        return threshold_at(table, site, num_steps, strict) if facts is None else _of_site(table, facts, strict)
 
     return threshold_of
 

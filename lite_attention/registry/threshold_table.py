@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from lite_attention.tables import text_table
 if TYPE_CHECKING:
     from lite_attention.ops.site import Site
 
-__all__ = ["ThresholdTable"]
+__all__ = ["ThresholdTable", "threshold_from"]
 
 
 @dataclass(eq=False)
@@ -206,3 +207,21 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
 
 def _plain(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def threshold_from(threshold: Any, num_steps: int | None = None) -> Any:
+    """Return a threshold as states take it: a table, or the path of its file, becomes a callable of a `Site`.
+
+    Args:
+        threshold: a `ThresholdTable`, a path of one, or what is a threshold already, which is returned as it is.
+        num_steps: denoising steps of a generation, where known; a table for another number is refused.
+
+    Raises:
+        ValueError: a file that is none. When a state is born: the table does not fit the site.
+        OSError: the file cannot be read.
+    """
+    if isinstance(threshold, (str, Path)):
+        threshold = ThresholdTable.load(threshold)
+    if isinstance(threshold, ThresholdTable):
+        return functools.partial(threshold.threshold_of, num_steps=num_steps)
+    return threshold

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 import lite_attention
 from lite_attention import flex_mask, masks
-from lite_attention.compile.settings import Site
+from lite_attention.ops.site import Site
 from tests.support.diffusers_models import silent_report
 from tests.support.toys import Toy, context, tokens
 
