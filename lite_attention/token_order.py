@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lite_attention.ops.targets import target_of
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.tiles import tile_shape
 
@@ -130,7 +131,10 @@ class _Hooks:
     def begin(self, hidden_states: torch.Tensor, grid: Grid) -> None:
         """Note what the call is about; `rope` is the first that runs."""
         device, dtype = hidden_states.device, hidden_states.dtype
-        tile_m, _ = self.tiles or tile_shape(self.head_dim, dtype, device, self.quantization)
+        # What no kernel quantizes so is left dense, in any order.
+        quantizes = target_of(device).quantizes(self.head_dim, self.quantization)
+        quantization = self.quantization if quantizes else "none"
+        tile_m, _ = self.tiles or tile_shape(self.head_dim, dtype, device, quantization)
         self.video.grid, self.video.block = grid, block_of(self.token_order, tile_m)
 
     def there(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -232,10 +236,6 @@ class TokenOrder:
     ) -> None:
         check(token_order)
         kind, embed, time = _SUPPORTED[_supported_class(model)]
-        try:
-            tile_shape(model.config.attention_head_dim, None, "cuda", quantization)
-        except ValueError:
-            quantization = "none"  # on a GPU such attention is left dense, in any order
         hooks = kind(token_order, tiles, model.config.attention_head_dim, quantization)
         self._model = weakref.ref(model)
         self._hooks: dict[str, Callable[[nn.Module], RemovableHandle]] = {

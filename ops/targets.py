@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import cuda
 
 from lite_attention.ops.quantization import check_quantization
 
@@ -58,18 +59,25 @@ class Target:
         """Return the head dims that have a kernel; none where all run."""
         return tuple(self.tiles.get(quantization, ()))
 
+    def quantizes(self, head_dim: int, quantization: str) -> bool:
+        """Return whether a head dim runs with a quantization; without one, that is left to the kernel to say.
+
+        Raises:
+            ValueError: no such quantization.
+        """
+        check_quantization(quantization)
+        return quantization == "none" or not self.tiles or head_dim in self.tiles.get(quantization, ())
+
     def tile_shape(self, head_dim: int, quantization: str = "none") -> tuple[int, int]:
         """Return (tile_m, tile_n): query rows and keys of one tile of the skip mask.
 
         Raises:
             ValueError: no such quantization, or not for this head dim.
         """
-        check_quantization(quantization)
-        shapes = self.tiles.get(quantization, {})
-        if quantization != "none" and self.tiles and head_dim not in shapes:
-            head_dims = " and ".join(map(str, shapes)) or "none"
+        if not self.quantizes(head_dim, quantization):
+            head_dims = " and ".join(map(str, self.head_dims(quantization))) or "none"
             raise ValueError(f"quantization: expected head dims {head_dims} for {quantization!r}, got {head_dim}")
-        return shapes.get(head_dim, _TILE_SHAPE)
+        return self.tiles.get(quantization, {}).get(head_dim, _TILE_SHAPE)
 
     def unsupported_reason(self, head_dim: int, value_dim: int, dtype: torch.dtype) -> str | None:
         """Return why no kernel of this target runs such a call, or None if one does."""
@@ -117,10 +125,11 @@ def target_of(device: torch.device | str) -> Target:
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Return the compute capability of a GPU, None where there is none."""
-    if not torch.cuda.is_available():
+    """Return the compute capability of a GPU, None where it is not there."""
+    if not cuda.is_available():
         return None
-    return _capability_of(torch.cuda.current_device() if device.index is None else device.index)
+    index = cuda.current_device() if device.index is None else device.index
+    return _capability_of(index) if index < cuda.device_count() else None
 
 
 # Compiled code takes the answer for a constant. What `torch.compiler.assume_constant_result` does, which loads dynamo.
@@ -129,4 +138,4 @@ _capability.__dict__["_dynamo_marked_constant"] = True
 
 @functools.cache
 def _capability_of(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    return cuda.get_device_capability(index)

@@ -20,7 +20,6 @@ pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
-from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.targets import SM90A
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kernels")]  # compiled once, not once a worker
@@ -112,14 +111,3 @@ def test_build_of_quantizers(config: QuantizeConfig, builds: Builds) -> None:
         assert len(re.findall(r"\bSTG\.E\.64\b", code)) == loads
         loads += 2  # the mean, in float32
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) == loads
-
-
-def test_a_budget_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="registers"):
-        KernelConfig("bf16", 128, 192, 128)
-    with pytest.raises(ValueError, match="shared memory"):
-        KernelConfig("bf16", 256, 128, 80)
-    with pytest.raises(ValueError, match="registers"):
-        KernelConfig("bf16", 128, 192, 128, quantization=QUANTIZATIONS["int8_fp8"])
-    with pytest.raises(ValueError, match="multiple of 32"):
-        KernelConfig("bf16", 128, 192, 80, quantization=QUANTIZATIONS["int8_fp8"])
