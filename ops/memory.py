@@ -58,15 +58,8 @@ class Memory(nn.Module):
         """Return what `copy.deepcopy` does."""
         return copy.deepcopy(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
-        """Return a memory of its own, with the same content."""
-        twin = memo[id(self)] = self.__new__(type(self))
-        with torch.inference_mode(False):
-            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what was pickled, also in inference mode."""
+        """Take what was copied or pickled, also in inference mode."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._move(self._device)
 

@@ -11,6 +11,8 @@ import torch
 
 from lite_attention import LiteAttention, attention, schedules, skip_attention
 from lite_attention.ops import SkipState
+from lite_attention.ops.cpu import skip_attention_reference
+from lite_attention.ops.ranges import must_do_words, must_skip_mask
 from tests.support.op_cases import clustered_qkv
 
 Q, K, V = clustered_qkv(0, seq_q=70, seq_k=90, head_dim=16)
@@ -59,6 +61,13 @@ def _module(**options: Any) -> list[Any]:
     return [*results, *module.state.buffers(), module.sparsity()]
 
 
+def _kernel() -> list[Any]:
+    """Run the CPU kernel itself, which the dispatcher would keep from the default device."""
+    state = _state(initial_mask=MASK)
+    others = {"must_do": None, "key_mask": None, "scale": None, "tile_m": 16, "tile_n": 16}
+    return [skip_attention_reference(Q, K, V, *state.buffers(), **others), *state.buffers()]  # type: ignore[arg-type]
+
+
 def _saved() -> list[Any]:
     state = _state(threshold=HEADS)
     state.set_step(2)
@@ -73,6 +82,8 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "dense_first": lambda: [schedules.dense_first(-1.0, 2), schedules.dense_first(schedules.linear(3, -2, -1), 1)],
     "branches": lambda: [schedules.branches(-1.0, schedules.linear(3, -2.0, -1.0))],
     "state": _by_hand,
+    "kernel": _kernel,
+    "words of ranges": lambda: [must_do_words([0, 17], 90, 16), must_skip_mask([20, 33], 90)],
     "ranges": lambda: _by_hand(must_do=[0, 17], must_skip=[20, 33]),
     "lengths": lambda: _by_hand(key_lengths=torch.tensor([61], device="cpu"), quantization="int8"),
     "fp8": lambda: _by_hand(quantization="int8_fp8"),
