@@ -30,6 +30,8 @@ __all__ = ["branch", "default_session", "disable", "enable", "reset", "set_thres
 
 _Target = TypeVar("_Target")
 
+_SLOTS = 3  # as many passes as pipelines of diffusers make in a step: LTX-2 has three, most have one or two
+
 # Undoes something on the model or pipeline it is given. It must not hold on to it, or neither would ever be freed.
 _Undo = Callable[[Any], None]
 
@@ -82,7 +84,7 @@ def enable(
         token_order: "tile3d" reorders the tokens of Wan and LTX-Video within the model so that a tile is a block of the
             video, see `lite_attention.token_order`; (frames, rows, columns) gives the size of the block. An
             `initial_mask` out of `lite_attention.masks` follows; any other is one of the reordered sequence.
-        settings: see `lite_attention.compile.SkipSettings`.
+        settings: see `lite_attention.compile.SkipSettings`; here `slots` is 3 unless given.
 
     Returns:
         The argument, changed in place.
@@ -103,6 +105,7 @@ def enable(
             )
         if token_order is not None:
             order.check(token_order, model)
+    settings.setdefault("slots", _SLOTS)
     mask = settings.get("initial_mask")
     if token_order is not None and isinstance(mask, Pattern):
         settings["initial_mask"] = replace(mask, token_order=token_order)

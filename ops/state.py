@@ -45,7 +45,7 @@ class SkipState(Memory):
         slots: branches to tell apart.
         threshold: in log2 units, at most 0. A tile is skipped from the next step on if in every row its largest score
             lies at least this far below the largest seen before. A number, or a tensor that broadcasts to
-            (slots, steps, heads).
+            (slots, steps, heads); past its end the last slot and the last step hold.
         num_steps: denoising steps of a generation: after so many calls the next one starts fresh. None = unknown.
         refresh: every so many steps starts fresh; None = only the first.
         auto_step: the op counts the steps. False: the caller writes `step`.
@@ -205,9 +205,10 @@ class SkipState(Memory):
         shape = self.threshold.shape
         table = threshold_values("threshold", threshold)
         try:
-            if table.dim() > 1 and 1 < table.shape[-2] < shape[1]:  # past its end the last step holds
-                last = table[..., -1:, :].expand(*table.shape[:-2], shape[1] - table.shape[-2], table.shape[-1])
-                table = torch.cat([table, last], dim=-2)
+            for dim in (-2, -3):  # past its end the last step, and the last slot, hold
+                if table.dim() >= -dim and 1 < table.shape[dim] < shape[dim]:
+                    last = table.narrow(dim, table.shape[dim] - 1, 1)
+                    table = torch.cat([table, last.repeat_interleave(shape[dim] - table.shape[dim], dim)], dim)
             return table.expand(shape)
         except RuntimeError:
             raise ValueError(

@@ -226,7 +226,7 @@ def _differences_at(table: ThresholdTable, site: _Facts) -> Iterator[tuple[str, 
         ("dtype", None if dtype in dtypes else table.dtype, dtype),
         ("tile shape", table.tile_shapes.get(site.name), site.tile_shape),
         ("steps", rows if rows > 1 else table.num_steps, site.num_steps),
-        ("slots", None if slots == 1 else slots, site.slots),
+        ("slots", None if slots <= (site.slots or slots) else slots, site.slots),  # past its end the last one holds
         ("heads", None if heads == 1 else heads, site.heads),
     ):
         if there is not None and here is not None and there != here:
@@ -237,7 +237,7 @@ def _differences_at(table: ThresholdTable, site: _Facts) -> Iterator[tuple[str, 
 
 def _mapped(threshold: torch.Tensor, site: _Facts) -> torch.Tensor:
     """Return thresholds (slots, steps, heads) as near to a table's as a site can have them; -inf where it cannot."""
-    if site.slots not in (None, threshold.shape[0]):
+    if threshold.shape[0] > (site.slots or threshold.shape[0]):
         threshold = threshold.amin(0, keepdim=True)
     if site.heads not in (None, threshold.shape[2]):
         same = bool((threshold == threshold[..., :1]).all())

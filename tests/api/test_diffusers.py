@@ -349,14 +349,14 @@ LTX2_CONTEXTS = ("cond_uncond", "uncond_stg", "uncond_modality")
 
 
 @pytest.mark.parametrize("tell", [True, False])
-def test_three_contexts_need_three_slots(tell: bool) -> None:
+def test_three_contexts_have_three_slots(tell: bool) -> None:
     pipe = Pipeline(dm.LTX2.model())
     explicit = ExplicitStates(dm.LTX2, pipe.transformer)
-    enable(pipe, False)
+    enable(pipe, False, slots=2)
     with pytest.raises(ValueError, match=r"at most 2 names.*'cond_uncond', 'uncond_stg'.*slots=3"):
         pipe(dm.LTX2, tell=tell, contexts=LTX2_CONTEXTS)
 
-    enable(pipe, False, slots=3)
+    enable(pipe, False)
     got = pipe(dm.LTX2, tell=tell, contexts=LTX2_CONTEXTS)
     want = [
         explicit(dm.LTX2.inputs(step, 10 * seed), name)
@@ -473,7 +473,7 @@ def test_enable_again_replaces_the_settings(compile: bool) -> None:
     torch.testing.assert_close(pipe(), dense, rtol=0, atol=1e-5)
     report = silent_report(pipe)
     assert len(report.rows) == 2  # nothing of before
-    assert {state.slots for state in states_of(pipe)} == {2}
+    assert {state.slots for state in states_of(pipe)} == {3}
     assert not any(skipped_by_site(report).values())
 
     enable(pipe, not compile)
@@ -557,13 +557,13 @@ def test_what_is_refused_leaves_everything_as_it_was(options: dict[str, Any], me
 
 def test_models_have_branches_of_their_own() -> None:
     one, two = enable(Toy(1), False, num_steps=3), enable(Toy(1, seed=1), False, num_steps=3)
-    for name in ("a", "b"):
+    for name in ("a", "b", "b2"):
         with lite_attention.branch(name, model=one):
             one(tokens(0), context())
     for name in ("c", "d"):
         with lite_attention.branch(name, model=two):
             two(tokens(0), context())
-    with pytest.raises(ValueError, match="slots=3"), lite_attention.branch("c", model=one):
+    with pytest.raises(ValueError, match="slots=4"), lite_attention.branch("c", model=one):
         pass
     assert isinstance(lite_attention.api.session_of(one), Session)
     lite_attention.reset(one)

@@ -40,7 +40,7 @@ class ByHand(Toy):
 
 
 def _enabled(compile: bool = False, **settings: Any) -> nn.Module:
-    settings = {"inner": "eager", "num_steps": STEPS, "tile_shape": TILE} | settings
+    settings = {"inner": "eager", "num_steps": STEPS, "tile_shape": TILE, "slots": 2} | settings
     return lite_attention.enable(Toy(layers=2), compile=compile, **settings)
 
 

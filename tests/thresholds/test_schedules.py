@@ -300,7 +300,7 @@ def test_modules_are_reached_too() -> None:
 
 
 _NO_THRESHOLDS = [0.5, math.nan, torch.zeros(7, 1), "low", None]
-_OF_OTHER_SIZES = [torch.zeros(3, 2, 2), torch.zeros(3)]  # which nobody knows before the first call
+_OF_OTHER_SIZES = [torch.zeros(4, 2, 2), torch.zeros(3)]  # which nobody knows before the first call
 
 
 @pytest.mark.parametrize(
