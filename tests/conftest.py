@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lite_attention.ops import Session, default_session
+from lite_attention.ops import default_session
 
 torch.set_num_threads(1)  # the tensors are small, and pytest-xdist has the cores
 
@@ -17,4 +17,4 @@ def clean_slate() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
-    vars(default_session).update(vars(Session()))
+    default_session.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,6 @@ from lite_attention.calibration import CalibrationResult, autosave, recorder
 from tests.support.toys import TILE, Toy, context, tokens
 
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def _calibrate(model: nn.Module, file: Path | None, seed: int = 0, **options: Any) -> CalibrationResult:

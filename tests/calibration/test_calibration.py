@@ -31,12 +31,6 @@ STEPS = 4
 BOUND = 0.05
 
 
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
 # ---- one call ------------------------------------------------------------------------------------------------------
 
 CALLS: dict[str, dict[str, Any]] = {

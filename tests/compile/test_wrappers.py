@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading, apply_layerwise_casting
-from diffusers.hooks import group_offloading as diffusers_group_offloading
 from torch import nn
 
 import lite_attention
@@ -198,12 +197,6 @@ NO_EVIDENCE: dict[str, Callable[[nn.Module], None]] = {
     "LoRA on disabled linears": lora_on_disabled_linears,
 }
 WRAPPERS = EVIDENCE | NO_EVIDENCE
-
-
-@pytest.fixture(autouse=True)
-def accelerate_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group offloading moves inputs by accelerate's function; all is on the CPU here."""
-    monkeypatch.setattr(diffusers_group_offloading, "send_to_device", lambda values, *_, **__: values, raising=False)
 
 
 def run(wrapper: str, how: bool | str, context: torch.Tensor, **settings: Any) -> tuple[Model, torch.Tensor]:
