@@ -238,7 +238,7 @@ def test_a_call_that_does_not_fit(argument: str, value: Any, message: str) -> No
 
 def test_key_lengths_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=re.escape("key_lengths: expected shape (2,), got (3,)")):
-        attention(*clustered_qkv(0, batch=2, seq_q=8), key_lengths=torch.ones(3))
+        attention(*clustered_qkv(0, batch=2, seq_q=8), key_lengths=torch.ones(3, dtype=torch.int64))
 
 
 def test_the_fake_refuses_what_the_kernel_does() -> None:
