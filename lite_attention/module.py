@@ -19,10 +19,11 @@ from lite_attention.ops import (
     skip_attention,
     tile_shape,
 )
+from lite_attention.ops.arguments import check_count, check_switch, require
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.quantization import quantization_of
 from lite_attention.ops.site import Site
-from lite_attention.ops.validate import check_inputs, check_threshold
+from lite_attention.ops.validate import check_inputs, check_threshold, is_bshd
 
 __all__ = ["LiteAttention"]
 
@@ -82,6 +83,10 @@ class LiteAttention(nn.Module):
         }  # fmt: skip
         self.register_module("state", None)
         # Wrong options are told here and not at the first call.
+        check_switch("enable_skipping", enable_skipping)
+        require(implementation in (None, "reference"), "implementation", "None or 'reference'", repr(implementation))
+        is_mask = initial_mask is None or isinstance(initial_mask, torch.Tensor)
+        require(is_mask, "initial_mask", "a bool tensor", type(initial_mask).__name__)
         check_threshold(threshold, allow_positive=allow_positive)
         SkipState(
             batch=1, heads=1, seq_q=1, seq_k=1, tile_m=1, tile_n=1, device="cpu",
@@ -113,7 +118,7 @@ class LiteAttention(nn.Module):
         Raises:
             ValueError: a size or an option out of range, or a head dim that the device cannot quantise.
         """
-        tile_m, tile_n = tile_shape(head_dim, dtype, device, self.quantization)
+        tile_m, tile_n = tile_shape(check_count("head_dim", head_dim), dtype, device, self.quantization)
         self._adopt(
             SkipState(
                 batch=batch, heads=heads, seq_q=seq_len, seq_k=seq_len if kv_seq_len is None else kv_seq_len,
@@ -183,7 +188,7 @@ class LiteAttention(nn.Module):
         )
 
     def _fits(self, state: SkipState, query: torch.Tensor, key: torch.Tensor) -> bool:
-        if query.dim() != 4 or key.dim() != 4:
+        if not (is_bshd(query) and is_bshd(key)):
             return False
         batch, heads, seq_q, seq_k = state.capacity
         sizes = (query.shape[0], query.shape[1], key.shape[1])
@@ -236,6 +241,7 @@ class LiteAttention(nn.Module):
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
         """Turn skipping on or off, on the device; while off, everything is computed and the state stays as it is."""
+        check_switch("enable", enable)
         self.skipping_enabled = enable
         if self.state is not None:
             self.state.set_flag(FLAG_DENSE, not enable)

@@ -11,7 +11,7 @@ import torch
 from lite_attention.ops.ranges import must_do_words, must_skip_mask, range_ends
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.state import STATE_BUFFERS, SkipState
-from lite_attention.ops.validate import check_key_lengths, check_key_mask, is_traced
+from lite_attention.ops.validate import check_inputs, check_key_lengths, check_key_mask, is_bshd, is_traced
 
 __all__ = ["attention", "skip_attention"]
 
@@ -27,13 +27,6 @@ def _cached(function: Any, name: str, ranges: Sequence[int], *args: Any) -> Any:
     ends = range_ends(name, ranges)
     with torch.inference_mode(False):
         return function(ends, *args)
-
-
-def _seq_len(name: str, x: torch.Tensor) -> int:
-    if not isinstance(x, torch.Tensor) or x.dim() != 4:
-        got = f"{x.dim()} dimensions" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{name}: expected (batch, seq_len, heads, head_dim), got {got}")
-    return x.shape[1]
 
 
 def _joined_key_mask(
@@ -86,7 +79,9 @@ def attention(
         RuntimeError: a gradient is required, or no kernel runs this dtype and head_dim on the device.
         NotImplementedError: no kernel for this device.
     """
-    allowed = _joined_key_mask(q, _seq_len("k", k), key_mask, key_lengths, None)
+    if not (is_bshd(q) and is_bshd(k) and is_bshd(v)):
+        check_inputs(q, k, v)  # which tells what is wrong
+    allowed = _joined_key_mask(q, k.shape[1], key_mask, key_lengths, None)
     out, lse = ATTENTION(q, k, v, allowed, scale=scale)
     return (out, lse) if return_lse else out
 
@@ -148,7 +143,9 @@ def skip_attention(
         raise ValueError(f"state: expected a SkipState, got {type(state).__name__}")
     if implementation not in tuple(IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected None or 'reference', got {implementation!r}")
-    seq_k = _seq_len("k", k)
+    if not (is_bshd(q) and is_bshd(k) and is_bshd(v)):
+        check_inputs(q, k, v)  # which tells what is wrong
+    seq_k = k.shape[1]
     words = None if must_do is None else _cached(_must_do_words, "must_do", must_do, seq_k, state.tile_n, q.device)
     allowed = _joined_key_mask(q, seq_k, key_mask, key_lengths, must_skip)
     out, lse = IMPLEMENTATIONS[implementation](

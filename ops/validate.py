@@ -27,6 +27,7 @@ __all__ = [
     "check_queries",
     "check_threshold",
     "check_values",
+    "is_bshd",
     "is_traced",
     "split_signature",
     "tensor_signatures",
@@ -36,7 +37,17 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def is_bshd(x: object) -> bool:
+    """Whether it is a tensor of four dimensions."""
+    return isinstance(x, torch.Tensor) and x.dim() == 4
+
+
+def _check_tensor(name: str, x: torch.Tensor | TensorSignature) -> None:
+    require(isinstance(x, (torch.Tensor, TensorSignature)), name, "a tensor", type(x).__name__)
+
+
 def _check_rank(name: str, x: torch.Tensor | TensorSignature) -> None:
+    _check_tensor(name, x)
     require(len(x.shape) == 4, name, "(batch, seq_len, heads, head_dim)", f"{len(x.shape)} dimensions")
 
 
@@ -103,6 +114,7 @@ def check_key_mask(key_mask: torch.Tensor | TensorSignature, q: torch.Tensor | T
     Raises:
         ValueError: naming what was expected and what came.
     """
+    _check_tensor("key_mask", key_mask)
     batch, got = q.shape[0], tuple(key_mask.shape)
     require(len(got) == 2, "key_mask", "2 dimensions", len(got))
     require(key_mask.dtype == torch.bool, "dtype of key_mask", "torch.bool", key_mask.dtype)

@@ -118,8 +118,9 @@ DENSE_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"key_lengths": torch.tensor([3], device="meta")}, "device of key_lengths: expected that of q, cpu, got meta"),
     ({"scale": math.inf}, "scale: expected a number above 0, got inf"),
     ({"scale": math.nan}, "scale: expected a number above 0, got nan"),
-    ({"k": torch.zeros(3)}, r"k: expected \(batch, seq_len, heads, head_dim\), got 1 dimensions"),
-    ({"k": [0.0]}, r"k: expected \(batch, seq_len, heads, head_dim\), got list"),
+    *(({name: torch.zeros(3)}, rf"{name}: expected \(batch, seq_len, heads, head_dim\), got 1 dim") for name in "qkv"),
+    *(({name: x.numpy()}, f"{name}: expected a tensor, got ndarray") for name, x in zip("qkv", (Q, K, V), strict=True)),
+    ({"key_mask": [True]}, "key_mask: expected a tensor, got list"),
 ]
 RANGES = [[0.5, 10.5], [0.0, 10.0], [False, True], "ab", 5, [(0, 10), (20, 30)], torch.tensor([0.0, 1.0])]
 SKIP_CALLS: list[tuple[dict[str, Any], str]] = [
@@ -147,6 +148,31 @@ def test_ranges_may_be_integers_of_any_kind() -> None:
     want = skip_attention(Q, K, V, _state(), must_skip=[8, 16])
     for ranges in (torch.tensor([8, 16]), np.array([8, 16]), (np.int32(8), 16)):
         assert torch.equal(skip_attention(Q, K, V, _state(), must_skip=ranges), want)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_calls_of_a_module(name: str, first: bool) -> None:
+    module = LiteAttention() if first else LiteAttention().allocate(1, 40, 2, 8, kv_seq_len=48)
+    for wrong in (None, [0.0], Q.numpy()):
+        with pytest.raises(ValueError, match=f"{name[0]}: expected a tensor, got {type(wrong).__name__}"):
+            module(**{"query": Q, "key": K, "value": V, name: wrong})
+
+
+MODULES: list[tuple[Callable[[], Any], str]] = [
+    (lambda: LiteAttention(enable_skipping="no"), "enable_skipping: expected True or False, got 'no'"),  # type: ignore
+    (lambda: LiteAttention(implementation="triton"), "implementation: expected None or 'reference', got 'triton'"),
+    (lambda: LiteAttention(initial_mask="x"), "initial_mask: expected a bool tensor, got str"),  # type: ignore
+    (lambda: LiteAttention().enable_skip_optimization("x"), "enable: expected True or False, got 'x'"),  # type: ignore
+    (lambda: LiteAttention().allocate(1, 128, 2, 2.5), "head_dim: expected an integer"),  # type: ignore
+    (lambda: LiteAttention().allocate(1, True, 2, 16), "seq_q: expected an integer"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MODULES)
+def test_options_of_a_module(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize("value", [v for v in NO_COUNTS if v is not True], ids=repr)

@@ -132,6 +132,12 @@ def test_a_state_of_version_0_1_runs() -> None:
     assert torch.equal(_call(state, 2), _call(reference, 2))
 
 
+def test_what_is_not_saved_is_a_tensor() -> None:
+    """accelerate asks each buffer that is not persistent for its device."""
+    state = SkipState(**SIZES)
+    assert state._non_persistent_buffers_set == {name for name, _ in state.named_buffers()}
+
+
 @pytest.mark.parametrize("make", [_state, _module, LiteAttention])
 def test_replicas_of_data_parallel_are_refused(make: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(2, 2), make())
