@@ -38,6 +38,7 @@ from lite_attention.cli.arguments import integer, number
 from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.control import FLAG_DENSE
+from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.tiles import tile_shape
 
 SHAPES = ["1,40,32760,128", "1,40,75600,128", "1,12,32760,128", "1,32,11264,128", "2,24,16384,128", "4,16,4096,64"]
@@ -106,7 +107,7 @@ def quantizing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, quantization: 
         mean = ops.key_mean(k, None)
         ops.quantize_query(q, mean, scale=None)
         ops.quantize_key(k, mean, None, tile_n=tile_n)
-        if quantization == "int8_fp8":
+        if QUANTIZATIONS[quantization].values is not None:
             ops.quantize_value(v, None)
 
     return call, 0.0

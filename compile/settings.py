@@ -11,7 +11,7 @@ import torch
 from lite_attention.compile.torch_internals import holds_unless_unknown
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
 from lite_attention.ops.arguments import check_count
-from lite_attention.ops.quantization import check_quantization, quantization_of
+from lite_attention.ops.quantization import QuantizationName, check_quantization, quantization_of
 from lite_attention.ops.site import Site, SiteThreshold, Threshold
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.validate import check_threshold
@@ -31,7 +31,7 @@ class SkipOptions(TypedDict, total=False):
     tile_shape: tuple[int, int] | None
     initial_mask: Callable[[Site], torch.Tensor | None] | None
     max_steps: int
-    quantization: Literal["none", "int8", "int8_fp8"]
+    quantization: QuantizationName
     use_int8: bool
     use_fp8: bool
     implementation: Literal["reference"] | None

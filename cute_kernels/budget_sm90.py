@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig
+from lite_attention.cute_kernels.config import KernelConfig
 
-__all__ = ["PROMOTED_KEYS", "Budget"]
+__all__ = ["MAX_TILES", "MAX_WORDS", "PROMOTED_KEYS", "Budget"]
 
+MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, lie in shared memory
+MAX_WORDS = MAX_TILES // 32
 PROMOTED_KEYS = 1536  # that products of short sums add up before the sum goes on in float32
 
 _WARPGROUP = 128
@@ -21,6 +23,11 @@ class Budget:
     """Of one configuration: a producer warpgroup, and for each 64 query rows a consumer warpgroup."""
 
     config: KernelConfig
+
+    @property
+    def max_tiles(self) -> int:
+        """K-tiles that a row may have."""
+        return MAX_TILES
 
     def check(self) -> None:
         """Check that it fits.

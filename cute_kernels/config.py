@@ -16,8 +16,6 @@ __all__ = [
     "DTYPES",
     "KEY_BITS_PAD",
     "KEY_CHUNK",
-    "MAX_TILES",
-    "MAX_WORDS",
     "REDUCE_DEPTH",
     "VALUE_BLOCK",
     "Config",
@@ -28,8 +26,6 @@ __all__ = [
     "State",
 ]
 
-MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, lie in shared memory
-MAX_WORDS = MAX_TILES // 32
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
 KEY_CHUNK = 256  # keys that one thread block adds up for their mean, or whose largest values it finds
 REDUCE_DEPTH = 8  # rows that a thread of `ChannelReduce` has on their way

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lite_attention.cute_kernels.cache import Kernel, get_kernel
-from lite_attention.cute_kernels.config import KEY_BITS_PAD, MAX_TILES, KernelConfig, Masks, Scales, State
+from lite_attention.cute_kernels.config import KEY_BITS_PAD, KernelConfig, Masks, Scales, State
 from lite_attention.cute_kernels.launch import check_supported, processors, readable, reads, run
 from lite_attention.cute_kernels.quantize_launcher import mean_of, quantized_key, quantized_query, quantized_value
 from lite_attention.cute_kernels.streams import turn_of
@@ -69,8 +69,9 @@ def _plan(
     target, kind = target_of(q.device), check_quantization(quantization)
     tile_m, tile_n = target.tile_shape(head_dim, quantization)
     config = KernelConfig(DTYPE_NAMES[q.dtype], head_dim, tile_m, tile_n, quantization=kind, target=target, **variant)
-    if ceil_div(k.shape[1], tile_n) > MAX_TILES:
-        raise ValueError(f"seq_len of k: expected at most {MAX_TILES * tile_n}, got {k.shape[1]}")
+    most = config.budget.max_tiles
+    if ceil_div(k.shape[1], tile_n) > most:
+        raise ValueError(f"seq_len of k: expected at most {most * tile_n}, got {k.shape[1]}")
     if batch * heads * ceil_div(seq_q, tile_m) > _MAX_JOBS:
         raise ValueError(f"q: expected at most {_MAX_JOBS} tiles of {tile_m} rows in all, got {tuple(q.shape)}")
     return _Plan(

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
 
-from lite_attention.cute_kernels.config import MAX_TILES, MAX_WORDS, KernelConfig
+from lite_attention.cute_kernels.budget_sm90 import MAX_TILES, MAX_WORDS
+from lite_attention.cute_kernels.config import KernelConfig
 from lite_attention.cute_kernels.jobs_sm90 import Jobs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Tiles
 from lite_attention.cute_kernels.products_sm90 import Products

@@ -40,8 +40,8 @@ class LiteAttention(nn.Module):
         enable_skipping: False computes everything and learns nothing, until `enable_skip_optimization(True)`.
         threshold: log2 units, at most 0; more negative skips less. A number, or a tensor that broadcasts to
             (slots, steps, heads).
-        use_int8: compute scores, and so votes, from INT8 queries and keys. On Hopper bfloat16 and float16, head dims 64
-            and 128; on the CPU, for comparison, all that runs without it.
+        use_int8: compute scores, and so votes, from INT8 queries and keys. On a GPU the head dims that its table in
+            `lite_attention.ops.targets` has; on the CPU, for comparison, all.
         use_fp8: with `use_int8`, multiply weights and values in FP8 (e4m3) too; votes stay the same.
         num_steps: denoising steps of a generation, after which the next call starts fresh. None: call
             `reset_skip_state` between generations.

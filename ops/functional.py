@@ -126,8 +126,8 @@ def skip_attention(
         key_lengths: int (batch,), 0 to seq_k: keys from this index on take no part. Values are checked on the CPU.
         key_mask: bool (batch or 1, seq_k), True = the key takes part.
         quantization: "none", "int8": scores, and so votes, from INT8 queries and keys, or "int8_fp8": weights and
-            values in FP8 besides, see `lite_attention.ops.quantize`. On Hopper bfloat16 and float16, head dims 64 and
-            128; on the CPU, for comparison, all.
+            values in FP8 besides, see `lite_attention.ops.quantize`. On a GPU the head dims that its table in
+            `lite_attention.ops.targets` has; on the CPU, for comparison, all.
         implementation: None = the one for the device; "reference" = the CPU kernel on any device.
 
     Returns:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-__all__ = ["NONE", "QUANTIZATIONS", "Quantization", "check_quantization", "quantization_of"]
+__all__ = ["NONE", "QUANTIZATIONS", "Quantization", "QuantizationName", "check_quantization", "quantization_of"]
+
+QuantizationName = Literal["none", "int8", "int8_fp8"]  # for editors
 
 _SOFTMAX = "lite_attention.cute_kernels"
 

@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         "one library. Set LITE_ATTENTION_KERNELS to the folder where the kernels run: no compiler is needed there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=TARGETS, help="one library is for all")
+    parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=TARGETS, help="what to compile for")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     head_dims = sorted({head_dim for target in TARGETS.values() for head_dim in target.head_dims()})
     dtypes = list(DTYPE_NAMES.values())

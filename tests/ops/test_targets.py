@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import typing
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from lite_attention.ops import targets
-from lite_attention.ops.quantization import QUANTIZATIONS
+from lite_attention.ops.quantization import QUANTIZATIONS, QuantizationName
 from lite_attention.ops.targets import CPU, SM90A, TARGETS, Target, target_of
 from lite_attention.ops.tiles import tile_shape
 
@@ -95,6 +96,10 @@ def test_tables_are_of_whole_products(target: Target, quantization: str) -> None
         _, tile_n = target.tile_shape(head_dim, quantization)
         assert tile_n % QUANTIZATIONS[quantization].key_multiple == 0
         assert head_dim in target.head_dims()
+
+
+def test_editors_know_all_quantizations() -> None:
+    assert typing.get_args(QuantizationName) == tuple(QUANTIZATIONS)
 
 
 def test_records_are_values() -> None:
