@@ -16,13 +16,12 @@ from lite_attention.ops.site import Site, SiteThreshold, Threshold
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.validate import check_threshold
 
-__all__ = ["SkipOptions", "SkipSettings"]
+__all__ = ["OtherOptions", "SkipOptions", "SkipSettings"]
 
 
-class SkipOptions(TypedDict, total=False):
-    """The fields of `SkipSettings`, as keyword arguments of `enable` and all others who take them."""
+class OtherOptions(TypedDict, total=False):
+    """The fields of `SkipSettings` but the threshold, which `enable` takes as a table or a file too."""
 
-    threshold: SiteThreshold
     num_steps: int | None
     slots: int
     refresh: int | None
@@ -37,6 +36,12 @@ class SkipOptions(TypedDict, total=False):
     implementation: Literal["reference"] | None
     dense: Literal["sdpa", "kernel"]
     allow_positive: bool
+
+
+class SkipOptions(OtherOptions, total=False):
+    """The fields of `SkipSettings`, as keyword arguments of all who take them."""
+
+    threshold: SiteThreshold
 
 
 @dataclass(frozen=True)

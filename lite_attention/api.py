@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
 from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
-from lite_attention.masks import Pattern
+from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, sites_of, stores_of
-from lite_attention.ops import Session, default_session
+from lite_attention.ops import DEFAULT_THRESHOLD, Session, default_session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.threads import PerThread
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lite_attention.compile.runner import Check, Runner
-    from lite_attention.compile.settings import SkipOptions, SkipSettings
+    from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
     from lite_attention.ops.site import SiteThreshold
+    from lite_attention.registry import ThresholdTable
 
 __all__ = ["branch", "default_session", "disable", "enable", "reset", "set_threshold"]
 
@@ -65,7 +67,8 @@ def enable(
     dynamic: bool | None = None,
     inner: str | Callable[..., Any] = "inductor",
     token_order: str | Sequence[int] | None = None,
-    **settings: Unpack[SkipOptions],
+    threshold: SiteThreshold | ThresholdTable | str | Path = DEFAULT_THRESHOLD,
+    **settings: Unpack[OtherOptions],
 ) -> _Target:
     """Make a model, or the transformers of a diffusers pipeline, skip attention that does not matter.
 
@@ -84,6 +87,8 @@ def enable(
         token_order: "tile3d" reorders the tokens of Wan and LTX-Video within the model so that a tile is a block of the
             video, see `lite_attention.token_order`; (frames, rows, columns) gives the size of the block. An
             `initial_mask` out of `lite_attention.masks` follows; any other is one of the reordered sequence.
+        threshold: log2 units, at most 0: a number, a tensor that broadcasts to (slots, steps, heads), a callable that
+            returns one of these for a `Site`, or a `ThresholdTable` or the path of its file.
         settings: see `lite_attention.compile.SkipSettings`; here `slots` is 3 unless given.
 
     Returns:
@@ -91,9 +96,13 @@ def enable(
 
     Raises:
         ValueError: nothing in it can be enabled, a setting is out of range, or a model's tokens cannot be reordered.
+            While running: a table, or a pattern, does not fit the model or the video.
+        OSError: the file of a table cannot be read.
     """
     from lite_attention.compile.settings import SkipSettings
+    from lite_attention.registry import threshold_from
 
+    of_sites = threshold_from(threshold, settings.get("num_steps"))
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
     for name, model in parts_of(model_or_pipe).items():
@@ -109,7 +118,7 @@ def enable(
     mask = settings.get("initial_mask")
     if token_order is not None and isinstance(mask, Pattern):
         settings["initial_mask"] = replace(mask, token_order=token_order)
-    known = SkipSettings(**settings)  # wrong ones are told before anything is changed
+    known = SkipSettings(threshold=of_sites, **settings)  # wrong ones are told before anything is changed
     disable(model_or_pipe)
     how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
@@ -150,9 +159,23 @@ def _enable(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> None:
         reordered = order.TokenOrder(model, how.token_order, how.settings.tile_shape, how.settings.quantization)
         wiring.undo.append(lambda _: reordered.detach())
         checks.append(reordered.check)
+    if isinstance(how.settings.initial_mask, Pattern):
+        checks.append(_check_of_grid(model, how.settings.initial_mask))
     run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
     model._compiled_call_impl = uncompiled(wiring.runner(model, wiring.store, run, checks))
     wiring.undo.append(hooks.refuse_compile(model))
+
+
+def _check_of_grid(model: nn.Module, pattern: Pattern) -> Check:
+    """Return a check that each forward is of the video that a pattern is for; it does not keep the model alive."""
+    of = weakref.ref(model)
+
+    def check(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        grid = grid_of_call(of(), args, kwargs)
+        if grid is not None:
+            pattern.check_grid(grid)
+
+    return check
 
 
 def _compiled(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
@@ -244,7 +267,7 @@ def reset(model_or_pipe: Any = None) -> None:
         site.reset()
 
 
-def set_threshold(model_or_pipe: Any, threshold: SiteThreshold) -> None:
+def set_threshold(model_or_pipe: Any, threshold: SiteThreshold | ThresholdTable | str | Path) -> None:
     """Set the thresholds of all attention sites, in place on the device: neither a recompile nor a new CUDA graph.
 
     States that are yet to come, such as those of another video length, begin with it too, until `enable` is called
@@ -254,13 +277,19 @@ def set_threshold(model_or_pipe: Any, threshold: SiteThreshold) -> None:
         model_or_pipe: a model or pipeline given to `enable`, one compiled with our backend that has run once, or one
             that holds `LiteAttention`.
         threshold: log2 units, at most 0: a number, a tensor that broadcasts to (slots, steps, heads), see
-            `lite_attention.schedules`, or a callable that returns one of these for a `Site`, whose name is that which
-            `report` prints.
+            `lite_attention.schedules`, a callable that returns one of these for a `Site`, whose name is that which
+            `report` prints, or a `ThresholdTable` or the path of its file, see `ThresholdTable.apply`.
 
     Raises:
         ValueError: no attention of ours in it; or a threshold above 0, NaN, or of a shape that does not fit a state: a
-            schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`.
+            schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`. A table that does not fit.
+        OSError: the file of a table cannot be read.
     """
+    from lite_attention.registry import ThresholdTable, loaded
+
+    threshold = loaded(threshold)
+    if isinstance(threshold, ThresholdTable):
+        return threshold.apply(model_or_pipe)
     sites, models = sites_of(model_or_pipe), models_of(model_or_pipe)
     stores = [
         (store, model, f"{part}." if part else "") for part, model in models.items() for store in stores_of(model)

@@ -7,6 +7,6 @@ registry.py         `LiteAttentionRegistry`
 """
 
 from lite_attention.registry.registry import LiteAttentionRegistry
-from lite_attention.registry.threshold_table import ThresholdTable, threshold_from
+from lite_attention.registry.threshold_table import ThresholdTable, loaded, threshold_from
 
-__all__ = ["LiteAttentionRegistry", "ThresholdTable", "threshold_from"]
+__all__ = ["LiteAttentionRegistry", "ThresholdTable", "loaded", "threshold_from"]

@@ -17,9 +17,9 @@ from lite_attention.registry.threshold_file import ABOUT, DECIMALS, TUPLES, is_a
 from lite_attention.tables import text_table
 
 if TYPE_CHECKING:
-    from lite_attention.ops.site import Site
+    from lite_attention.ops.site import Site, SiteThreshold
 
-__all__ = ["ThresholdTable", "threshold_from"]
+__all__ = ["ThresholdTable", "loaded", "threshold_from"]
 
 
 @dataclass(eq=False)
@@ -209,7 +209,23 @@ def _plain(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def threshold_from(threshold: Any, num_steps: int | None = None) -> Any:
+def loaded(threshold: SiteThreshold | ThresholdTable | str | Path) -> SiteThreshold | ThresholdTable:
+    """Return the table of a file in place of its path; anything else as it is.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+        OSError: it cannot be read.
+    """
+    if not isinstance(threshold, (str, Path)):
+        return threshold
+    if not Path(threshold).is_file():
+        raise ValueError(f"threshold: expected a number or a tensor, or the path of a file, got {str(threshold)!r}")
+    return ThresholdTable.load(threshold)
+
+
+def threshold_from(
+    threshold: SiteThreshold | ThresholdTable | str | Path, num_steps: int | None = None
+) -> SiteThreshold:
     """Return a threshold as states take it: a table, or the path of its file, becomes a callable of a `Site`.
 
     Args:
@@ -217,11 +233,12 @@ def threshold_from(threshold: Any, num_steps: int | None = None) -> Any:
         num_steps: denoising steps of a generation, where known; a table for another number is refused.
 
     Raises:
-        ValueError: a file that is none. When a state is born: the table does not fit the site.
+        ValueError: a path without a threshold file. When a state is born: the table does not fit the site.
         OSError: the file cannot be read.
     """
-    if isinstance(threshold, (str, Path)):
-        threshold = ThresholdTable.load(threshold)
-    if isinstance(threshold, ThresholdTable):
-        return functools.partial(threshold.threshold_of, num_steps=num_steps)
-    return threshold
+    threshold = loaded(threshold)
+    return (
+        functools.partial(threshold.threshold_of, num_steps=num_steps)
+        if isinstance(threshold, ThresholdTable)
+        else threshold
+    )

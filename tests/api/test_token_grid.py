@@ -188,3 +188,24 @@ def test_frames_are_patched_too() -> None:
         text_embed_dim=16, num_layers=1, patch_size=2, patch_size_t=2, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     assert masks.grid_of_call(model, (torch.zeros(1, 6, 4, 16, 8),), {}) == (3, 8, 4)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("case", [dm.WAN, dm.LTX, dm.COGVIDEOX], ids=lambda case: case.name)
+@torch.no_grad()
+def test_a_video_turned_round_is_refused(case: dm.Case, compile: bool) -> None:
+    """As many tokens, another pattern; and the model goes on with the video that it is for."""
+    _, inputs = MODELS[type(case.build()).__name__]
+    tall, wide = inputs(16, 8), inputs(8, 16)
+    model = case.model()
+    grid = masks.grid_of_call(model, (), tall)
+    assert grid is not None
+    pattern = masks.window(*grid, TEXT.get(type(model).__name__, 0), radius=1, text_first=True)
+    options: dict[str, Any] = {"inner": "eager", "initial_mask": pattern, "num_steps": 3, "tile_shape": (16, 16)}
+    lite_attention.enable(model, compile=compile, threshold=-math.inf, **options)
+    want = dm.run(model, tall)
+    with pytest.raises(
+        ValueError, match=r"initial_mask: expected a video of 3 x 8 x 4 tokens .*, got one of 3 x 4 x 8"
+    ):
+        model(**wide)
+    torch.testing.assert_close(dm.run(model, tall), want)

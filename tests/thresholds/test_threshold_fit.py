@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,3 +191,67 @@ def test_a_pipeline_with_two_transformers() -> None:
         assert torch.equal(state.threshold[:1], found.table[site])
     with pytest.raises(ValueError, match="model class: Toy, Toy in the file, Toy in the model"):
         found.table.apply(pipe.components["transformer"])
+
+
+# ---- where users give it -------------------------------------------------------------------------------------------
+
+GIVEN: dict[str, Callable[[ThresholdTable, Path], Any]] = {
+    "table": lambda table, _: table,
+    "path": lambda table, path: table.save(path) or path,
+    "name": lambda table, path: table.save(path) or str(path),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+@pytest.mark.parametrize("compile", [False, True])
+def test_enable_and_set_threshold_take_a_table_or_its_file(
+    given: Callable[[ThresholdTable, Path], Any], compile: bool, tmp_path: Path
+) -> None:
+    thresholds = {site: -torch.arange(1.0, 1 + 2 * STEPS).view(1, STEPS, 2) - i for i, site in enumerate(SITES)}
+    threshold = given(ThresholdTable(thresholds, num_steps=STEPS, model_class="Toy"), tmp_path / "a.toml")
+    options: dict[str, Any] = {"num_steps": STEPS, "tile_shape": TILE, "compile": compile, "inner": "eager"}
+    enabled = _run(lite_attention.enable(Toy(layers=2), threshold=threshold, **options))
+    late, early = (lite_attention.enable(Toy(layers=2), **options) for _ in range(2))
+    lite_attention.set_threshold(early, threshold)
+    _run(early)
+    lite_attention.set_threshold(_run(late), threshold)
+    for model in (enabled, early, late):
+        for site, state in named_states(model).items():
+            assert torch.equal(state.threshold, thresholds[site].expand_as(state.threshold))
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
+def test_enable_and_set_threshold_refuse_one_that_does_not_fit(
+    given: Callable[[ThresholdTable, Path], Any], tmp_path: Path
+) -> None:
+    threshold = given(_table(num_steps=50), tmp_path / "a.toml")
+    model = _enabled(threshold=threshold)
+    with pytest.raises(ValueError, match=r"steps: 50 in the file, 4 in the model: blocks\.0\.attn1"):
+        _run(model)
+    model = _run(_enabled())
+    with pytest.raises(ValueError, match=r"does not fit the model:\n  steps: 50 in the file, 4 in the model"):
+        lite_attention.set_threshold(model, threshold)
+    assert all((state.threshold == -10).all() for state in named_states(model).values())
+    for file in ("nowhere.toml", tmp_path / "nowhere.toml"):
+        with pytest.raises(ValueError, match=r"threshold: expected .* or the path of a file, got '.*nowhere\.toml'"):
+            _enabled(threshold=file)
+        with pytest.raises(ValueError, match=r"threshold: expected .* or the path of a file, got '.*nowhere\.toml'"):
+            lite_attention.set_threshold(model, file)
+
+
+def test_a_calibration_goes_the_round(tmp_path: Path) -> None:
+    """Found, saved, given to another model by its file: which computes as the first one that is given the result."""
+    options: dict[str, Any] = {"num_steps": STEPS, "tile_shape": TILE}
+
+    def outputs(model: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(tokens(step), context()) for step in range(STEPS)]
+
+    model = Toy(layers=2)
+    found = lite_attention.calibrate(model, lambda _: outputs(model), target_error=0.1, progress=False, **options)
+    found.save(tmp_path / "a.toml")
+    first = lite_attention.enable(Toy(layers=2), compile=False, threshold=found.table, **options)
+    second = lite_attention.enable(Toy(layers=2), compile=False, threshold=tmp_path / "a.toml", **options)
+    for a, b in zip(outputs(first), outputs(second), strict=True):
+        assert torch.equal(a, b)
+    assert min(float(state.sparsity()) for state in named_states(second).values()) > 0.03
