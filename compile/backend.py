@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import operator
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import sympy
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from lite_attention.compile.layers import LayerStates, RuntimeSite, runtime_sites
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.runner import generations_unknown, nothing_swapped
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite, Names, find_sites, log_sites, sites_in_subgraphs
-from lite_attention.compile.store import Resolved, StateStore
+from lite_attention.compile.store import StateStore
 from lite_attention.compile.swap import swap_site
-from lite_attention.compile.torch_internals import is_held_by_module, running_module
+from lite_attention.compile.torch_internals import example_of, is_held_by_module
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
@@ -98,7 +94,7 @@ class LiteAttentionBackend:
         names = Names(self.store.model)
         found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter, names)
         nested = sites_in_subgraphs(gm, names)
-        runtime = _runtime_sites(gm, found, nested)
+        runtime = runtime_sites(gm, found, nested, _is_parameter)
         sites = [site.site for site in runtime]
         self.sites += sites
         log_sites(sites, "torch.compile")
@@ -135,30 +131,13 @@ class LiteAttentionBackend:
         compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 
-    def _wrap(self, compiled: _Compiled, sites: list[_RuntimeSite], first_parameter: int | None) -> _Compiled:
+    def _wrap(self, compiled: _Compiled, sites: list[RuntimeSite], first_parameter: int | None) -> _Compiled:
         """Return a callable that finds the states of the layer that is being run, and hands them to the graph."""
-        graph = object()
-        owner_inputs = sorted({i for site in sites for i in site.owner_inputs})
-        readers = [reader for site in sites for reader in site.sizes]
+        states = LayerStates(self.store, sites)
         layers_run: set[int] = set()
 
-        def resolve(args: Sequence[Any], nth: int) -> Resolved:
-            found = []
-            for site in sites:
-                record = self.store.record(site.owners(args), (*site.key, nth), site.site)
-                state = None
-                if site.site.swapped:
-                    batch, seq_q, seq_k = (size(args) for size in site.sizes)
-                    state = self.store.state(record, (batch, seq_q, seq_k), site.site.device)
-                found.append((record, state, site.site.reason))
-            return found, [buffer for _, state, _ in found if state is not None for buffer in state.present_buffers()]
-
         def run(*args: Any) -> Any:
-            owners = [id(args[i]) for i in owner_inputs] or [id(running_module())]
-            layer_run = (graph, *owners)
-            nth = self.store.nth_run(layer_run)  # a block may run several times in a forward
-            key = (*layer_run, nth, *[read(args) for read in readers])
-            extra = self.store.resolved(key, lambda: resolve(args, nth))
+            extra = states.buffers(args)
             if not self._warned and not self.store.forwards:  # a runner knows when the whole model has run
                 layer = 0 if first_parameter is None else id(args[first_parameter])
                 self._warn_once(whole_model_ran=layer in layers_run)
@@ -178,79 +157,6 @@ class LiteAttentionBackend:
         self._warned = True
 
 
-@dataclass
-class _RuntimeSite:
-    """How to find the state of a site from the arguments of its graph."""
-
-    site: Site
-    owner_inputs: list[int]
-    fixed_owners: list[object]  # parameters that freezing made part of the graph
-    key: tuple[object, ...]  # tells sites of the same owners apart
-    sizes: list[_Size]  # batch, seq_q, seq_k
-
-    @classmethod
-    def of(
-        cls,
-        site: Site,
-        owners: Sequence[fx.Node],
-        inputs: dict[fx.Node, int],
-        key: tuple[object, ...],
-        sizes: list[_Size],
-    ) -> _RuntimeSite:
-        fixed: list[object] = [_attribute(node) for node in owners if node not in inputs]
-        return cls(site, [inputs[node] for node in owners if node in inputs], fixed, key, sizes)
-
-    def owners(self, args: Sequence[Any]) -> list[object]:
-        owners = [*(args[i] for i in self.owner_inputs), *self.fixed_owners]
-        return owners or [module for module in (running_module(),) if module is not None]
-
-
-def _runtime_sites(gm: fx.GraphModule, found: list[GraphSite], nested: list[Site]) -> list[_RuntimeSite]:
-    inputs = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-    ordinals: Counter[tuple[fx.Node, ...]] = Counter()
-    runtime = []
-    for graph_site in found:
-        site, owners = graph_site.site, tuple(graph_site.owners)
-        if not owners and not site.swapped:
-            nested.append(site)
-            continue
-        shape = (*site.q_shape[:2], site.k_shape[1]) if site.swapped else ()
-        readers = [_size_reader(size, inputs) for size in shape]
-        sizes = [reader for reader in readers if reader is not None]
-        if site.swapped and len(sizes) < 3:
-            site.reason = "sizes are not known before the call"
-        runtime.append(_RuntimeSite.of(site, owners, inputs, (ordinals[owners],), sizes))
-        ordinals[owners] += 1
-    # No state, but a row in the report of the model whose parameters the graph has.
-    anyone = tuple(node for node in gm.graph.nodes if _is_parameter(node))[:1]
-    runtime += [_RuntimeSite.of(site, anyone, inputs, (id(gm), i), []) for i, site in enumerate(nested)]
-    return runtime
-
-
-def _size_reader(size: int | torch.SymInt, inputs: dict[fx.Node, int]) -> _Size | None:
-    """Return a function that reads a size from the arguments of the graph; None if they do not tell it."""
-    if isinstance(size, int):
-        return lambda args: size
-    expression = size.node.expr
-    positions = {}
-    for node, position in inputs.items():
-        value = value_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr in expression.free_symbols:
-            positions[value.node.expr] = position
-    if expression.free_symbols - positions.keys():
-        return None
-
-    @functools.lru_cache(maxsize=64)
-    def evaluate(*values: int) -> int:
-        return int(expression.xreplace(dict(zip(positions, map(sympy.Integer, values), strict=True))))
-
-    return lambda args: evaluate(*(int(args[p]) for p in positions.values()))
-
-
-def _attribute(node: fx.Node) -> object:
-    return operator.attrgetter(str(node.target))(node.graph.owning_module)
-
-
 def _first_parameter(gm: fx.GraphModule) -> int | None:
     """Return which argument of the graph is its first parameter: what tells the layers that it runs apart."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -259,13 +165,13 @@ def _first_parameter(gm: fx.GraphModule) -> int | None:
 
 def _is_parameter(node: fx.Node) -> bool:
     if node.op == "get_attr":
-        return isinstance(_attribute(node), torch.nn.Parameter)
+        return isinstance(example_of(node), torch.nn.Parameter)
     return node.op == "placeholder" and isinstance(value_of(node), torch.nn.Parameter)
 
 
 def _is_weight(node: fx.Node) -> bool:
     if node.op == "get_attr":
-        return isinstance(_attribute(node), torch.Tensor)
+        return isinstance(example_of(node), torch.Tensor)
     return _is_parameter(node) or (node.op == "placeholder" and is_held_by_module(node))
 
 

@@ -70,6 +70,16 @@ class Names:
                 return self._modules[module]
         return module_text(node)
 
+    def alike(self, node: fx.Node, path: str) -> list[str]:
+        """Return what modules a node's code may also run for: all, if it is the model that was compiled, else many."""
+        text, class_name = module_text(node)
+        if text == path or not self._modules:
+            return [path]
+        if not text:  # in a frame that a graph break made
+            class_name = next((name for where, name in self._modules.values() if where == path), "")
+        end = f".{text}" if text else ""
+        return [where for where, name in self._modules.values() if name == class_name and f".{where}".endswith(end)]
+
     def of_owner(self, node: fx.Node) -> str:
         """Return the path of a parameter."""
         return self._parameters.get(id(example_of(node))) or input_path(node)
@@ -153,15 +163,21 @@ def is_key_mask(mask: torch.Tensor, site: Site) -> bool:
     return fits and (_same(batch, 1) or _same(batch, site.q_shape[0]))
 
 
-def choice_reason(site: Site, settings: SkipSettings, *, may_guard: bool = True) -> str | None:
+def choice_reason(
+    site: Site, settings: SkipSettings, *, may_guard: bool = True, layers: Sequence[str] = ()
+) -> str | None:
     """Return why a site that could be swapped should not be, None if it should.
 
     Args:
         site: as far as decided.
         settings: what the user wants.
+        layers: names of all layers that it stands for; their reasons may differ, and None is that of one.
         may_guard: whether lengths that are symbols may be told apart by what they are now, as dynamo can.
     """
-    chosen = settings.select(site) if settings.select is not None else None
+    chosen = None
+    if settings.select is not None:
+        answers = {settings.select(replace(site, name=name)) for name in layers or [site.name]}
+        chosen = True if True in answers else None if None in answers else False
     if chosen is not None:
         return None if chosen else "not selected"
     if site.is_self_attention is False:
@@ -224,7 +240,7 @@ def find_sites(
             site.fits_dense_kernel = settings.fits_dense_kernel(site)
             site.is_self_attention = provenance.is_self_attention(call.q, call.k, call.node)
             reason = settings.unsupported_reason(site) or choice_reason(
-                site, settings, may_guard=is_parameter is not None
+                site, settings, may_guard=is_parameter is not None, layers=names.alike(call.node, site.name)
             )
         if reason is None and is_parameter is not None and not owners and running_module() is None:
             reason = "owner unknown: no parameter in this graph, and no module runs it"

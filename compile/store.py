@@ -79,7 +79,7 @@ class Forward:
     """What a thread is at."""
 
     number: int = 0  # of the forward of the model; 0 where none is known
-    runs: Counter[tuple[object, ...]] = field(default_factory=Counter)  # of each graph and its owners
+    calls: Counter[tuple[int, ...]] = field(default_factory=Counter)  # of attention, by the ids of the owners
     skipped: bool = False  # a site that may skip ran
     dense: set[str] = field(default_factory=set)  # why others did not skip
 
@@ -142,13 +142,20 @@ class StateStore:
         """What this thread is at, or was at last."""
         return self._forward()
 
-    def nth_run(self, key: tuple[object, ...]) -> int:
-        """Return how often a graph has run for these owners in this forward; 0 where no forward is known."""
+    def calls_before(self, calls: Counter[tuple[int, ...]]) -> tuple[int, ...]:
+        """Return how many calls these owners have made in this forward, and count more.
+
+        Args:
+            calls: that are about to be made, by owners.
+
+        Returns:
+            A number for each key of `calls`; 0 where no forward is known.
+        """
         forward = self._forward()
-        if not forward.number:
-            return 0
-        forward.runs[key] += 1
-        return forward.runs[key] - 1
+        before = tuple(forward.calls[owners] for owners in calls)
+        if forward.number:
+            forward.calls.update(calls)
+        return before
 
     def note(self, record: SiteRecord, state: SkipState | None, reason: str | None = None) -> None:
         """Note that a site has run, with its state, or dense for a reason; says once of a skip-aware one that it did.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import itertools
 import weakref
 from contextlib import nullcontext
@@ -18,6 +19,8 @@ import lite_attention
 from lite_attention.compile import LiteAttentionBackend
 from lite_attention.ops import Session, default_session
 from tests.support.toys import (
+    THRESHOLD,
+    TILE,
     Attention,
     Block,
     Inner,
@@ -265,6 +268,46 @@ def test_without_parameters_or_modules_nobody_owns_a_site() -> None:
     assert [site.reason for site in backend.sites] == [
         "owner unknown: no parameter in this graph, and no module runs it"
     ]
+
+
+class _Looped(nn.Module):
+    """Runs one module six times a forward."""
+
+    _repeated_blocks = ("Attention",)
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.attention, self.breaks = Attention(), breaks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for scale in (1.0, 1.7, 2.4):
+            x = x + self.attention(scale * x)
+            if self.breaks:
+                torch._dynamo.graph_break()
+            x = x - self.attention(x.flip(1))
+        return x
+
+    def compile_repeated_blocks(self, **options: object) -> None:
+        self.attention.compile(**options)
+
+
+@pytest.mark.parametrize(("how", "breaks"), [(True, False), (True, True), ("blocks", False)])
+def test_calls_of_one_module_in_a_forward_are_told_apart(how: bool | str, breaks: bool) -> None:
+    def run(how: bool | str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = _Looped(breaks)
+        inner = {"inner": "eager"} if how else {}
+        lite_attention.enable(model, compile=how, threshold=THRESHOLD, tile_shape=TILE, num_steps=9, **inner)
+        with torch.no_grad():
+            outs = [model(tokens(step)) for step in range(4)]
+        states = [row.state for row in lite_attention.report(model, file=io.StringIO()).swapped if row.state]
+        assert [state.step(0) for state in states] == [4] * 6
+        return outs, [state.kept_tiles() for state in states]
+
+    (outs, kept), (eager_outs, eager_kept) = run(how), run(False)
+    torch.testing.assert_close(outs, eager_outs)
+    assert all(map(torch.equal, kept, eager_kept))
+    assert any(not tiles[0].all() for tiles in kept)
 
 
 class _Checkpointed(Toy):

@@ -18,7 +18,7 @@ from torch import nn
 
 import lite_attention
 from lite_attention.compile import Site
-from tests.support.toys import TILE, Attention, Toy, tokens
+from tests.support.toys import THRESHOLD, TILE, Attention, Toy, tokens
 
 SELF = ["blocks.0.attn1", "blocks.1.attn1"]
 CROSS = ["blocks.0.attn2", "blocks.1.attn2"]
@@ -256,3 +256,31 @@ def test_a_guess_by_length_is_told(wrapper: str, how: bool | str, caplog: pytest
     assert [name for name, reason in reasons(model).items() if reason is None] == sorted(SELF + CROSS)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert sum("only their equal number says" in message for message in warned) >= 1
+
+
+@HOW
+@pytest.mark.filterwarnings("ignore:lite_attention. no attention was swapped")
+@pytest.mark.parametrize("wrapper", ["plain", "hooks on both", "disabled linears", "all leaves disabled"])
+def test_select_decides_for_each_layer_though_they_share_a_graph(wrapper: str, how: bool | str) -> None:
+    """True, False and None of one callable; layers that are left alone are exact, also where attention skips."""
+    answers = {"blocks.0.attn1": False, "blocks.1.attn1": None, "blocks.0.attn2": True, "blocks.1.attn2": False}
+    asked: list[str] = []
+
+    def threshold(site: Site) -> float:
+        asked.append(site.name)
+        return -math.inf
+
+    model, error = run(
+        wrapper, how, torch.randn(1, 96, 32), select=lambda site: answers[site.name], threshold=threshold
+    )
+    assert reasons(model) == {
+        "blocks.0.attn1": "not selected",
+        "blocks.1.attn1": None,
+        "blocks.0.attn2": None,
+        "blocks.1.attn2": "not selected",
+    }
+    assert sorted(asked) == ["blocks.0.attn2", "blocks.1.attn1"]
+    assert error < 1e-4
+    model, error = run(wrapper, how, torch.randn(1, 96, 32), select=lambda site: False, threshold=THRESHOLD)
+    assert error == 0
+    assert set(reasons(model).values()) == {"not selected"}
