@@ -19,15 +19,12 @@ from tests.support.diffusers_models import TILE, silent_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# Three branches at the defaults: states have two slots.
-SLOTS = {"ltx2": 3}
-
 
 @pytest.mark.parametrize("build", pipelines.BUILDERS, ids=lambda build: build.__name__)
 def test_as_dense_where_nothing_is_skipped(build: Callable[[], Any]) -> None:
     pipe = build()
     dense = pipelines.generate(pipe)
-    lite_attention.enable(pipe, compile=False, threshold=-math.inf, tile_shape=TILE, slots=SLOTS.get(build.__name__, 2))
+    lite_attention.enable(pipe, compile=False, threshold=-math.inf, tile_shape=TILE)
     torch.testing.assert_close(pipelines.generate(pipe), dense, rtol=1e-5, atol=1e-5)
     called = [row for row in silent_report(pipe).swapped if row.state is not None]
     assert called

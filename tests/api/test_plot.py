@@ -93,8 +93,9 @@ def test_skip_maps_of_sites_that_differ_in_heads_and_tiles() -> None:
         ({"sites": ["blocks.9.attn1"]}, r"sites out of \['blocks.0.attn1', .*, got \['blocks.9.attn1'\]"),
         ({"sites": []}, "expected some"),
         ({"heads": []}, "expected some"),
-        ({"heads": [2]}, r"expected below 2 and 2 for blocks.0.attn1, got 0 and \[2\]"),
-        ({"slot": 2}, "expected below 2 and 2 for blocks.0.attn1, got 2"),
+        ({"heads": [2]}, r"expected below 3 and 2 for blocks.0.attn1, got 0 and \[2\]"),
+        ({"slot": 3}, "expected below 3 and 2 for blocks.0.attn1, got 3"),
+        ({"slot": 2}, "slot: expected one that has run, got 2, in which blocks.0.attn1 has not"),
     ],
 )
 def test_skip_maps_refuse_what_is_not_there(model: Any, arguments: dict[str, Any], message: str) -> None:
