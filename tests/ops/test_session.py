@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
 
 from lite_attention.ops import Session, SkipState, skip_attention
 from lite_attention.ops import control as c
+from lite_attention.ops.session import Place
 from tests.support.op_cases import Qkv, clustered_qkv
 
 
@@ -222,3 +224,120 @@ def test_a_told_step_is_written_again_after_counted_calls() -> None:
         state.set_step(4)  # as the op does
     with session.branch("cond", step=3):
         assert state.step() == 3
+
+
+# ---- forwards that a runner places ---------------------------------------------------------------------------------
+
+
+def _forward(session: Session, states: list[SkipState], place: Place, left_out: int | None = None) -> None:
+    """Run the op on all states but one, as a step cache does, at a place."""
+    assert session.enter(place)
+    for i, state in enumerate(states):
+        if i != left_out:
+            skip_attention(*_inputs(place.step), state)
+    session.leave(place)
+
+
+def test_a_counted_step_moves_in_all_states_those_left_out_too() -> None:
+    session = Session()
+    states = _following(session, 2, 2)
+    for step in range(4):
+        for branch in ("cond", "uncond"):
+            _forward(session, states, Place(branch, step, 1, False), left_out=step % 2)
+    for state in states:
+        assert (state.step(0), state.step(1)) == (4, 4)
+
+
+def test_a_told_step_stays() -> None:
+    session = Session()
+    states = _following(session, 2)
+    for step in (3, 4):
+        _forward(session, states, Place("cond", step, 1, True))
+    assert states[0].step(0) == 4
+
+
+def test_another_generation_starts_all_slots_fresh() -> None:
+    session = Session()
+    (state,) = _following(session, 2)
+    for step in range(3):
+        for branch in (0, 1):
+            _forward(session, [state], Place(branch, step, 1, False))
+    assert state.skip_mask[0].any()
+    assert state.skip_mask[1].any()
+    first = _state(1)
+    skip_attention(*_inputs(0), first)
+    _forward(session, [state], Place(0, 0, 2, False))
+    assert torch.equal(state.skip_mask[0], first.skip_mask[0])
+    assert not state.skip_mask[1].any()
+    assert (state.step(0), state.step(1)) == (1, 0)
+
+
+def test_passes_and_names_never_share_a_slot() -> None:
+    session = Session()
+    (state,) = _following(session, 3)
+    slots = []
+    for branch in (0, "cond", 1):
+        _forward(session, [state], Place(branch, 0, 1, False))
+        slots.append(state.slot)
+    assert slots == [0, 1, 2]
+    assert session.branches == {"cond": 1}
+
+
+def test_a_pass_beyond_the_slots_is_refused_and_changes_nothing() -> None:
+    session = Session()
+    (state,) = _following(session, 2)
+    for branch in (0, 1):
+        _forward(session, [state], Place(branch, 0, 1, False))
+    before = state.control.clone()
+    assert not session.enter(Place(2, 0, 1, False))
+    assert torch.equal(state.control, before)
+    with pytest.raises(ValueError, match="slots=3"):
+        session.enter(Place("third", 0, 1, False))
+
+
+def test_slots_that_states_will_have_count_before_they_are_born() -> None:
+    session = Session(slots=1)
+    assert session.enter(Place(0, 0, 1, False))
+    assert not session.enter(Place(1, 0, 1, False))
+
+
+def test_the_op_counts_where_the_host_will_not_see_it_run() -> None:
+    session = Session()
+    (state,) = _following(session, 2)
+    _forward(session, [state], Place("cond", 0, 1, False))
+    session.let_the_op_count()  # a CUDA graph is captured, and replayed twice
+    for _ in range(2):
+        skip_attention(*_inputs(), state)
+    assert state.step(0) == 3
+    _forward(session, [state], Place("cond", 1, 1, False))
+    assert state.step(0) == 2
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+def test_another_thread_is_refused_while_a_branch_is_open() -> None:
+    session = Session()
+    (state,) = _following(session, 2)
+    errors: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with session.branch("uncond"):
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    def run() -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with session.branch("cond"):
+        before = state.control.clone()
+        run()
+        assert torch.equal(state.control, before)
+    assert "one thread at a time" in str(errors[0])
+    run()
+    assert len(errors) == 1
+    assert session.branches == {"cond": 0, "uncond": 1}
