@@ -46,6 +46,7 @@ class Session:
         self.told: list[tuple[str, int | None]] = []  # branches entered, innermost last, with their steps
         self.is_told = False  # somebody says where generations begin
         self._passes: dict[int, int] = {}  # passes of this generation that have no name -> slot
+        self._ran: set[str] = set()  # names that ran in it
         self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
         self._slot = 0
         self._steps: dict[int, int] = {}  # slot -> step on the device, while the host writes it
@@ -71,10 +72,10 @@ class Session:
         self._check_slots(max([self._slot, *self.branches.values()]), [state])
         self._states.add(state)
         state.slot = self._slot
-        for slot, step in (self._told_steps if self._counting else self._steps).items():
-            state.set_step(step, slot)
         if not self._counting:
             state.set_flag(c.FLAG_AUTO_STEP, False)
+            for slot, step in self._steps.items():
+                state.set_step(step, slot)
 
     # ---- branches by hand ------------------------------------------------------------------------------------------
 
@@ -166,6 +167,7 @@ class Session:
         else:
             self._check_slots(slot)
             self.branches[place.branch] = slot
+            self._ran.add(place.branch)
         self._enter(slot)
         if place.is_told:
             self._move(slot, place.step)
@@ -186,11 +188,15 @@ class Session:
     # ---- slots and words -------------------------------------------------------------------------------------------
 
     def _slot_of(self, branch: str | int) -> int:
-        known = self._passes if isinstance(branch, int) else self.branches
-        if branch in known:
-            return known[branch]  # type: ignore[index]
-        taken = {*self._passes.values(), *self.branches.values()}
-        return next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        """Return the slot of a branch, or the first free one; passes may have those of names that have not run."""
+        if isinstance(branch, int):
+            taken = {*self._passes.values(), *(self.branches[name] for name in self._ran)}
+            known = self._passes.get(branch)
+        else:
+            taken = {*self._passes.values(), *self.branches.values()}
+            known = self.branches.get(branch)
+            known = None if known in self._passes.values() else known
+        return next(slot for slot in range(len(taken) + 1) if slot not in taken) if known is None else known
 
     def _room(self, states: Iterable[SkipState], otherwise: int) -> int:
         """Return the slots that all states have; without one, those that they will have, if known."""
@@ -206,6 +212,7 @@ class Session:
 
     def _restart(self) -> None:
         self._passes.clear()
+        self._ran.clear()
         self._steps.clear()
         self._told_steps.clear()
         states = [*self._states]

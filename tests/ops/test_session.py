@@ -283,6 +283,19 @@ def test_passes_and_names_never_share_a_slot() -> None:
     assert session.branches == {"cond": 1}
 
 
+def test_passes_take_slots_of_names_that_this_generation_lacks() -> None:
+    session = Session(slots=2)
+    (state,) = _following(session, 2)
+    for name in ("cond", "uncond"):
+        _forward(session, [state], Place(name, 0, 1, False))
+    for number in (0, 1):
+        _forward(session, [state], Place(number, 0, 2, False))
+        assert state.slot == number
+    for slot, name in ((1, "uncond"), (0, "cond")):
+        _forward(session, [state], Place(name, 0, 3, False))
+        assert state.slot == slot
+
+
 def test_a_pass_beyond_the_slots_is_refused_and_changes_nothing() -> None:
     session = Session()
     (state,) = _following(session, 2)

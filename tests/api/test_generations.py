@@ -1,0 +1,397 @@
+"""Which branch, step and generation the calls of real pipelines belong to, and whose memory they use."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanVideoToVideoPipeline
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
+from torch import nn
+
+import lite_attention
+from lite_attention import schedules
+from lite_attention.api import session_of
+from tests.support import pipelines
+from tests.support.diffusers_models import TILE, silent_report
+from tests.support.toys import Toy, context, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Guiders are currently")
+
+STEPS = 4
+# Skips in the later steps alone, and at each of them otherwise: a step read in another's place gives another video.
+SCHEDULE = schedules.dense_first(torch.tensor([[-4.0], [-4.0], [-2.0], [-0.5]]), 1)
+
+# Passes that each pipeline makes in a step; those of Wan and LTX are named, the others not.
+PASSES = {
+    pipelines.wan: 2,
+    pipelines.wan_of_two: 2,
+    pipelines.wan_image_to_video: 2,
+    pipelines.wan_video_to_video: 2,
+    pipelines.wan_modular: 2,
+    pipelines.ltx: 1,
+    pipelines.ltx2: 3,
+    pipelines.flux: 2,
+    pipelines.flux_image_to_image: 2,
+    pipelines.flux_kontext: 2,
+    pipelines.lumina2: 2,
+    pipelines.hunyuan_image_to_video: 2,
+}
+
+
+def enable(target: Any, compile: bool | str = False, **options: Any) -> Any:
+    if compile:
+        options["inner"] = "eager"
+    return lite_attention.enable(target, compile=compile, **{"threshold": SCHEDULE, "tile_shape": TILE} | options)
+
+
+def transformers(pipe: Any) -> list[Any]:
+    return [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
+
+
+class Told:
+    """Says branch and step of every forward, from their number alone; the transformers of a pipeline share it."""
+
+    def __init__(self, passes: int) -> None:
+        self.passes, self.count = passes, 0
+
+    def wrap(self, model: nn.Module) -> None:
+        run = model._compiled_call_impl
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            step, turn = divmod(self.count, self.passes)
+            self.count += 1
+            with lite_attention.branch(f"pass {turn}", step, model=model):
+                return run(*args, **kwargs)
+
+        model._compiled_call_impl = told
+
+
+def as_told(build: Callable[[], Any], seed: int = 0, **options: Any) -> torch.Tensor:
+    """Generate with each forward told where it is: what the pipeline must make without being told."""
+    pipe = enable(build(), slots=6, **options)  # the pipeline's own names take slots too
+    told = Told(PASSES[build])
+    for model in transformers(pipe):
+        told.wrap(model)
+    return pipelines.generate(pipe, seed, STEPS)
+
+
+def sparsity(pipe: Any) -> list[list[float]]:
+    return [row.sparsity for row in silent_report(pipe).swapped if row.state is not None]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", PASSES, ids=lambda build: build.__name__)
+def test_every_forward_is_placed_as_if_told(build: Callable[[], Any]) -> None:
+    want = as_told(build)
+    pipe = build()
+    dense = pipelines.generate(pipe, steps=STEPS)
+    enable(pipe)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "lite_attention")
+        first = pipelines.generate(pipe, steps=STEPS)
+        close(first, want)
+        assert (first - dense).abs().max() > 3e-4
+        close(pipelines.generate(pipe, steps=STEPS), want)  # and the next generation starts fresh
+        pipelines.generate(pipe, steps=STEPS, seed=5)
+        close(pipelines.generate(pipe, steps=STEPS), want)
+    assert any(max(shares) > 0 for shares in sparsity(pipe))
+
+
+@pytest.mark.parametrize("compile", [True, "blocks"])
+@pytest.mark.parametrize(
+    "build", [pipelines.wan_image_to_video, pipelines.wan_video_to_video], ids=lambda build: build.__name__
+)
+def test_so_it_is_compiled(build: Callable[[], Any], compile: bool | str) -> None:
+    want, pipe = as_told(build), enable(build(), compile)
+    for _ in range(2):
+        close(pipelines.generate(pipe, steps=STEPS), want)
+
+
+def test_guidance_that_ends_midway_restarts_nothing() -> None:
+    model, steps = enable(pipelines.wan().transformer), []
+    for step, timestep in enumerate((900, 700, 500, 300)):
+        for name in ("cond", "uncond")[: 2 if step < 2 else 1]:
+            with model.cache_context(name):
+                model(**wan_inputs(step, timestep))
+        steps.append([silent_report(model).swapped[0].state.step(slot) for slot in (0, 1)])
+    assert steps == [[1, 1], [2, 2], [3, 2], [4, 2]]
+
+
+def wan_inputs(step: int, timestep: int) -> dict[str, Any]:
+    x = pipelines.dm.WAN.inputs(step, 0)
+    return x | {"timestep": torch.tensor([timestep]), "return_dict": False}
+
+
+# ---- more than one pipeline, thread or model ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_second_pipeline_of_the_same_transformer(compile: bool) -> None:
+    pipe = enable(pipelines.wan(), compile)
+    other = WanVideoToVideoPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    want = as_told(pipelines.wan_video_to_video), as_told(pipelines.wan)
+    for _ in range(2):
+        close(pipelines.generate(other, steps=STEPS), want[0])
+        close(pipelines.generate(pipe, steps=STEPS), want[1])
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_pipeline_for_each_thread(compile: bool) -> None:
+    base = enable(pipelines.wan(), compile)
+    want = [pipelines.generate(base, seed, STEPS) for seed in (0, 1)]
+    assert not torch.equal(*want)
+    barrier = threading.Barrier(2)
+    got: list[torch.Tensor | None] = [None, None]
+
+    def request(seed: int) -> None:
+        pipe = WanPipeline.from_pipe(base, scheduler=pipelines.wan().scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        barrier.wait()
+        got[seed] = pipelines.generate(pipe, seed, STEPS)
+
+    threads = [threading.Thread(target=request, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, expected in zip(got, want, strict=True):
+        assert one is not None
+        assert torch.equal(one, expected)
+
+
+def test_states_of_a_thread_go_with_it() -> None:
+    model = enable(Toy(2), num_steps=9)
+    model(tokens(0), context())
+    (site,) = {row.name for row in silent_report(model).swapped if row.name == "blocks.0.attn1"}
+    record = next(r for r in lite_attention.api.store_of(model).records if r.name(model) == site)
+    assert len(record.states) == 1
+    during: list[int] = []
+
+    def run() -> None:
+        model(tokens(1), context())
+        during.append(len(record.states))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    del thread
+    assert during == [2]
+    assert len(record.states) == 1
+
+
+# ---- interruptions, caches, lost passes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_an_interrupted_generation_leaves_nothing_behind(within: bool) -> None:
+    build = pipelines.wan_video_to_video
+    pipe, want = enable(build()), as_told(build)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if within:
+        calls = iter(range(99))
+        block = pipe.transformer.blocks[1]
+        hook = block.register_forward_pre_hook(lambda *_: interrupt() if next(calls) == 3 else None)
+        with pytest.raises(KeyboardInterrupt):
+            pipelines.generate(pipe, steps=STEPS)
+        hook.remove()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            pipelines.generate(pipe, steps=STEPS, callback_on_step_end=interrupt)
+    close(pipelines.generate(pipe, steps=STEPS), want)
+
+
+def test_a_bare_model_that_is_interrupted_begins_anew() -> None:
+    model, whole = enable(Toy(2), num_steps=4), enable(Toy(2), num_steps=4)
+    want = [whole(tokens(step), context()) for step in range(4)]
+    model(tokens(0), context())
+    hook = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens(1), context())
+    hook.remove()
+    got = [model(tokens(step), context()) for step in range(4)]
+    assert all(map(torch.equal, got, want))
+
+
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=0.5),
+    "magnitudes": MagCacheConfig(threshold=0.5, num_inference_steps=8, retention_ratio=0.1, mag_ratios=torch.ones(8)),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_sites_stay_in_step_beside_a_cache(cache: str, cache_first: bool) -> None:
+    pipe = pipelines.wan_image_to_video(boundary=None)
+    if cache_first:
+        pipe.transformer.enable_cache(CACHES[cache])
+    enable(pipe, threshold=-4.0)
+    if not cache_first:
+        pipe.transformer.enable_cache(CACHES[cache])
+    ran: list[int] = []
+    hook = pipe.transformer.blocks[2].attn1.register_forward_pre_hook(lambda *_: ran.append(1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "lite_attention")
+        pipelines.generate(pipe, steps=8)
+    hook.remove()
+    assert len(ran) < 16  # the cache left the block out
+    rows = [row for row in silent_report(pipe).swapped if row.state is not None]
+    assert {(row.state.step(0), row.state.step(1)) for row in rows} == {(8, 8)}
+
+
+def test_attention_that_a_cache_broadcasts_is_not_called_dense() -> None:
+    pipe = pipelines.wan_image_to_video(boundary=None)
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: pipe.current_timestep, spatial_attention_block_identifiers=("blocks.*attn1",),
+    )  # fmt: skip
+    enable(pipe, threshold=-4.0)
+    pipe.transformer.enable_cache(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "lite_attention")
+        pipelines.generate(pipe, steps=STEPS)
+
+
+def test_passes_beyond_the_slots_are_dense_and_said_so() -> None:
+    pipe = enable(pipelines.wan_video_to_video(), slots=1, threshold=-0.5)
+    dense = pipelines.wan_video_to_video()
+    with pytest.warns(UserWarning, match="more than 1 passes: the others are dense"):
+        pipelines.generate(pipe, steps=STEPS)
+    for step, timestep in enumerate((900, 700)):
+        x = wan_inputs(step, timestep)
+        cond, uncond = pipe.transformer(**x)[0], pipe.transformer(**x)[0]
+        close(uncond, dense.transformer(**x)[0])
+    assert (cond - uncond).abs().max() > 1e-3  # the first pass skips
+    assert not silent_report(pipe).swapped[0].state.control[3] & 2
+
+
+def test_a_loop_that_tells_nothing_is_said_to() -> None:
+    class Pipe:
+        def __init__(self) -> None:
+            self.components = {"transformer": Toy(1)}
+
+        def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+            return iterable
+
+    pipe = enable(Pipe(), num_steps=4)
+    pipe.progress_bar(range(4))
+    with pytest.warns(UserWarning, match="tells neither branch nor timestep"):
+        pipe.components["transformer"](tokens(0), context())
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_model_that_nobody_tells_anything_is_said_to(compile: bool) -> None:
+    model = enable(Toy(1), compile, threshold=-4.0)
+    with pytest.warns(UserWarning, match="nobody tells where a generation ends"):
+        model(tokens(0), context())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens(1), context())  # once
+        model = enable(Toy(1), compile, threshold=-4.0)
+        lite_attention.reset(model)
+        model(tokens(0), context())
+        enable(model, compile, num_steps=3, threshold=-4.0)(tokens(0), context())
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_nothing_swapped_is_said(compile: bool) -> None:
+    model = enable(Toy(1), compile, min_tiles=1000, threshold=-4.0)
+    with pytest.warns(UserWarning, match=r"no attention was swapped \(.*min_tiles=1000"):
+        model(tokens(0), context())
+
+
+# ---- branches by hand ---------------------------------------------------------------------------------------------
+
+
+def run_branches(run: Callable[..., Any], step: int, **where: Any) -> None:
+    for name in ("cond", "uncond"):
+        with lite_attention.branch(name, **where):
+            run(tokens(step), context())
+
+
+@pytest.mark.parametrize("where", ["everywhere", "model", "pipeline"])
+def test_a_branch_reaches_an_enabled_model(where: str) -> None:
+    pipe = type("Pipe", (), {})()
+    pipe.components = {"transformer": Toy(1)}
+    model = pipe.components["transformer"]
+    enable(pipe if where == "pipeline" else model, num_steps=9, threshold=-4.0)
+    target = {"everywhere": {}, "model": {"model": model}, "pipeline": {"model": pipe}}[where]
+    for step in range(3):
+        run_branches(model, step, **target)
+    (row,) = silent_report(model).swapped
+    assert (row.state.step(0), row.state.step(1)) == (3, 3)
+    assert session_of(model).branches == {"cond": 0, "uncond": 1}
+
+
+def test_a_branch_for_all_needs_no_slot_in_models_that_do_not_run() -> None:
+    full = enable(Toy(1), num_steps=9, slots=1)
+    with lite_attention.branch("only", model=full):
+        full(tokens(0), context())
+    attention = lite_attention.LiteAttention(num_steps=9)
+    q = torch.randn(1, 128, 2, 16)
+    run_branches(lambda *_: attention(q, q, q), 0)
+    assert session_of(full).branches == {"only": 0}
+    assert (attention.state.step(0), attention.state.step(1)) == (1, 1)
+
+
+def test_a_told_step_ends_with_its_branch() -> None:
+    first, later = (lite_attention.LiteAttention(num_steps=99) for _ in range(2))
+    q = torch.randn(1, 128, 2, 16)
+    with lite_attention.branch("cond", step=5):
+        for _ in range(2):
+            first(q, q, q)
+        assert first.state.step() == 5
+    for attention in (first, later):
+        before = 0 if attention.state is None else attention.state.step()
+        attention(q, q, q)
+        attention(q, q, q)
+        assert attention.state.step() == before + 2
+
+
+def test_a_step_told_again_after_reset_is_written_again() -> None:
+    table = torch.tensor([-1.0, -1.0, -math.inf]).view(1, 3, 1)
+    model = nn.ModuleList([lite_attention.LiteAttention(threshold=table, num_steps=3)])
+    q = torch.randn(1, 128, 2, 16)
+    for _ in range(2):
+        with lite_attention.branch("cond", step=2):
+            model[0](q, q, q)
+            assert model[0].state.step() == 2
+        lite_attention.reset(model)
+
+
+# ---- copies -------------------------------------------------------------------------------------------------------
+
+
+def test_a_deep_copy_of_a_pipeline_is_not_enabled_and_moves_nothing() -> None:
+    pipe = enable(pipelines.wan())
+    want = pipelines.generate(pipe, steps=STEPS)
+    dense = pipelines.generate(pipelines.wan(), steps=STEPS)
+    with pytest.warns(UserWarning, match="the copy of an enabled model is not enabled"):
+        other = copy.deepcopy(pipe)
+    pipelines.generate(pipe, steps=2, seed=3)
+    control = [row.state.control.clone() for row in silent_report(pipe).swapped]
+    assert torch.equal(pipelines.generate(other, steps=STEPS), dense)
+    rows = silent_report(pipe).swapped
+    assert all(torch.equal(row.state.control, before) for row, before in zip(rows, control, strict=True))
+    assert torch.equal(pipelines.generate(pipe, steps=STEPS), want)
+    enable(other)
+    assert torch.equal(pipelines.generate(other, steps=STEPS), want)
+
+
+def test_a_shallow_copy_of_a_pipeline_shares_its_transformer() -> None:
+    pipe = enable(pipelines.wan())
+    want = pipelines.generate(pipe, steps=STEPS)
+    assert torch.equal(pipelines.generate(copy.copy(pipe), steps=STEPS), want)
