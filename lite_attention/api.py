@@ -150,11 +150,9 @@ def _enable(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> None:
     from lite_attention.compile.torch_internals import uncompiled
 
     checks: list[Check] = []
-    wiring.undo += [
-        hooks.take_off_compiled(model),
-        hooks.mark(model),
-        hooks.follow_cache_context(model, wiring.session),
-    ]
+    wiring.undo.append(hooks.take_off_compiled(model))
+    wiring.undo.append(hooks.mark(model))
+    wiring.undo.append(hooks.follow_cache_context(model, wiring.session))
     if how.token_order is not None:
         reordered = order.TokenOrder(model, how.token_order, how.settings.tile_shape, how.settings.quantization)
         wiring.undo.append(lambda _: reordered.detach())
