@@ -116,7 +116,7 @@ class LiteAttention(nn.Module):
             device: device of the query.
 
         Raises:
-            ValueError: a size or an option out of range, or a head dim that the device cannot quantise.
+            ValueError: a size or an option out of range, or a head dim that the device cannot quantize.
         """
         tile_m, tile_n = tile_shape(check_count("head_dim", head_dim), dtype, device, self.quantization)
         self._adopt(

@@ -1,4 +1,14 @@
-"""Op schemas, fake kernels, tile geometry, skip state and the CPU reference. Imports torch alone."""
+"""The ops, their state, and their CPU kernels. Imports torch alone.
+
+The contract: `docs/design.md`, and `oracle` as a program.
+
+* An op: `schema` registers it, with `guards` and `fakes`. `cpu`, `dense` and `quantize` are CPU kernels, `allocate`
+  makes their results; `dequantize` and `units` say what scores are in.
+* A state: `state`, on `memory`; its words in `control`, its bits in `bitmask`. `session` moves many, `clock`
+  and `threads` say where to.
+* A call: `functional` and `ranges`, checked by `validate` and `arguments`.
+* Geometry and formats: `tiles`, `targets`, `quantization`, `site`.
+"""
 
 from __future__ import annotations
 

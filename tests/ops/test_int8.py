@@ -1,6 +1,6 @@
 """`quantization="int8"` and "int8_fp8": how far from exact, what they must not see, and what they must leave as it was.
 
-That they attend with what the quantised values stand for, votes included, is held against the oracle in
+That they attend with what the quantized values stand for, votes included, is held against the oracle in
 `test_against_oracle.py`; how "int8_fp8" rounds weights is held to its rule here.
 """
 

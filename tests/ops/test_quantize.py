@@ -1,4 +1,4 @@
-"""The ops that quantise queries, keys and values against their contract in float64, one group at a time."""
+"""The ops that quantize queries, keys and values against their contract in float64, one group at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _assert_group(
     largest = float(x[counted].abs().max()) if counted.any() else 0.0
     torch.testing.assert_close(float(scale), largest / 127 * factor, rtol=1e-5, atol=0)
     exact = (x * 127 / largest if largest else 0 * x).clamp(-127, 127)
-    # Either neighbour of a tie, which rounding before may decide.
+    # Either neighbor of a tie, which rounding before may decide.
     assert ((values - exact).abs() <= 0.5 + 1e-4).all()
     longest = max(math.hypot(*row) for row in values.tolist())
     torch.testing.assert_close(float(norm), longest * float(scale), rtol=1e-5, atol=0)
