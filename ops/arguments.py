@@ -6,7 +6,7 @@ import operator
 
 import torch
 
-__all__ = ["check_count", "check_step", "check_switch", "require", "threshold_values"]
+__all__ = ["check_count", "check_has_values", "check_step", "check_switch", "require", "threshold_values"]
 
 _LARGEST = 2**31 - 1  # of what the device holds in 32 bits
 
@@ -52,6 +52,18 @@ def check_switch(name: str, value: object) -> None:
     require(isinstance(value, bool), name, "True or False", repr(value))
 
 
+def check_has_values(name: str, value: object) -> None:
+    """Check that an argument is a tensor with values to read.
+
+    Raises:
+        ValueError: no tensor, or one on the meta device.
+    """
+    expected = "a tensor with values"
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+    require(not value.is_meta, name, expected, "one on the meta device")
+
+
 def threshold_values(name: str, threshold: float | torch.Tensor) -> torch.Tensor:
     """Return a threshold as a float32 tensor without a gradient; numbers on the CPU, a tensor where it is.
 
@@ -62,7 +74,7 @@ def threshold_values(name: str, threshold: float | torch.Tensor) -> torch.Tensor
     if isinstance(threshold, torch.Tensor):
         is_real = threshold.dtype != torch.bool and not threshold.is_complex()
         require(is_real, f"dtype of {name}", "a real one", threshold.dtype)
-        require(not threshold.is_meta, name, "a tensor with values", "one on the meta device")
+        check_has_values(name, threshold)
         return threshold.detach().to(torch.float32)
     require(not isinstance(threshold, bool), name, expected, threshold)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lite_attention.ops import control as c
-from lite_attention.ops.arguments import check_count, check_step, check_switch, threshold_values
+from lite_attention.ops.arguments import check_count, check_has_values, check_step, check_switch, threshold_values
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits, unpack_bits
 from lite_attention.ops.memory import Memory
 from lite_attention.ops.tiles import ceil_div, tile_shape
@@ -137,9 +137,7 @@ class SkipState(Memory):
 
     def _pack_initial_mask(self, mask: torch.Tensor, q_tiles: int, k_tiles: int) -> torch.Tensor:
         batch, heads = self.capacity[:2]
-        if not isinstance(mask, torch.Tensor) or mask.is_meta:
-            got = type(mask).__name__ if not isinstance(mask, torch.Tensor) else "one on the meta device"
-            raise ValueError(f"initial_mask: expected a bool tensor with values, got {got}")
+        check_has_values("initial_mask", mask)
         fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
         if mask.dtype != torch.bool or not fits or tuple(mask.shape[2:]) != (q_tiles, k_tiles):
             raise ValueError(
@@ -299,6 +297,7 @@ class SkipState(Memory):
             raise ValueError(f"state_dict: expected {sorted(own)}, got {sorted(state_dict)}")
         for name, tensor in own.items():
             saved = state_dict[name]
+            check_has_values(name, saved)
             if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
                 raise ValueError(
                     f"{name}: expected {tensor.dtype} {tuple(tensor.shape)}, got {saved.dtype} {tuple(saved.shape)}"
@@ -318,12 +317,17 @@ class SkipState(Memory):
         """Return a state of the geometry that was saved, holding what was saved.
 
         Raises:
-            ValueError: a tensor is missing or unknown.
+            ValueError: a tensor is missing, unknown or not one.
         """
         required = {"geometry", "skip_mask", "control", "threshold"}
         if not required <= set(state_dict) <= {*required, "initial_mask"}:
             raise ValueError(f"state_dict: expected {sorted(required)}, got {sorted(state_dict)}")
-        batch, heads, seq_q, seq_k, tile_m, tile_n = state_dict["geometry"].tolist()
+        for name, saved in state_dict.items():
+            check_has_values(name, saved)
+        geometry = state_dict["geometry"]
+        if geometry.shape != (6,):
+            raise ValueError(f"geometry: expected 6 integers, got {tuple(geometry.shape)}")
+        batch, heads, seq_q, seq_k, tile_m, tile_n = geometry.tolist()
         mask, table = state_dict.get("initial_mask"), state_dict["threshold"]
         state = cls(
             batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n,

@@ -349,6 +349,18 @@ def test_state_dicts_that_do_not_fit(other: dict[str, Any], message: str) -> Non
     _assert_equal(state, before)
 
 
+@pytest.mark.parametrize("name", ["skip_mask", "control", "threshold", "geometry"])
+@pytest.mark.parametrize("wrong", [None, 3, "x", torch.zeros(1, device="meta"), torch.zeros(7)], ids=str)
+def test_state_dicts_of_what_is_no_state(name: str, wrong: Any) -> None:
+    state = _used()
+    before, saved = _buffers(state), {**_state().state_dict(), name: wrong}
+    with pytest.raises(ValueError, match=f"{name}.*: expected "):
+        state.load_state_dict(saved)
+    with pytest.raises(ValueError, match=f"{name}.*: expected "):
+        SkipState.from_state_dict(saved)
+    _assert_equal(state, before)
+
+
 def test_state_dicts_with_a_tensor_missing_or_of_another_dtype() -> None:
     state = _used()
     before, saved = _buffers(state), _state().state_dict()
