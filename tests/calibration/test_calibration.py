@@ -296,8 +296,8 @@ def test_sites_weigh_as_much_as_all_their_tiles(unlike: Parts) -> None:
     with Verification(model, table, num_steps=STEPS) as verification:
         sampler()
     assert {site: threshold.shape for site, threshold in table.items()} == {
-        "blocks.0.attn1": (2, STEPS, 4),
-        "blocks.1.attn1": (2, STEPS, 2),
+        "blocks.0.attn1": (3, STEPS, 4),  # slots, steps, heads
+        "blocks.1.attn1": (3, STEPS, 2),
     }
     for report in (calibration.report, verification.report):
         assert {row.site: (row.tiles, len(row.error)) for row in report.rows} == {
