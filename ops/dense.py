@@ -34,11 +34,9 @@ def attention_cpu(
     width = max(head_dim, value_dim)
     q, k, v = (pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (q, k, v))
     # A mask given to the kernel would be added to the scores; leaving the keys out is exact whatever they hold.
-    parts = [(slice(None), k, v)]
-    if key_mask is not None:
-        by_row = [slice(None)] if len(key_mask) == 1 else [slice(b, b + 1) for b in range(batch)]
-        parts = [(rows, k[rows, keys], v[rows, keys]) for rows, keys in zip(by_row, key_mask, strict=True)]
-    for rows, some_k, some_v in parts:
+    by_row = [slice(None)] if key_mask is None or len(key_mask) == 1 else [slice(b, b + 1) for b in range(batch)]
+    for i, rows in enumerate(by_row):
+        some_k, some_v = (x if key_mask is None else x[rows, key_mask[i]] for x in (k, v))
         if some_k.shape[1] == 0:
             out[rows], lse[rows] = 0, -math.inf
             continue

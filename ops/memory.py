@@ -71,7 +71,8 @@ class Memory(nn.Module):
 
     def is_usable_with(self, tensor: torch.Tensor) -> bool:
         """Whether a call may bring this tensor: it is on the same device, and both are real or of one fake mode."""
-        own = next(self.buffers())
+        own = next(iter(self._buffers.values()))  # `buffers()` takes 5 us
+        assert own is not None
         mode, its_mode = _fake_mode(own), _fake_mode(tensor)
         same = mode is its_mode or (mode is None and its_mode is not None and its_mode.allow_non_fake_inputs)
         return same and own.device == tensor.device
