@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,13 +13,17 @@ from lite_attention.calibration.error_report import Curve, ErrorReport, ErrorRow
 from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Place
 from lite_attention.calibration.tile_statistics import METRICS
 
-__all__ = ["Measurement", "check_target", "now"]
+__all__ = ["Measurement", "check_target", "is_number", "now"]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, one of numpy's too; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_target(target_error: Any, metric: Any) -> None:
     """Raise ValueError where an error is not a number of at least 0, or the metric is none of METRICS."""
-    is_number = isinstance(target_error, (int, float)) and not isinstance(target_error, bool)
-    if not is_number or not target_error >= 0:
+    if not is_number(target_error) or not target_error >= 0:
         raise ValueError(f"target_error: expected a number of at least 0, got {target_error!r}")
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
@@ -79,4 +84,4 @@ class Measurement(AttentionProbe):
 
     def _choice(self, place: Place, curve: Curve) -> torch.Tensor:
         """Return the choice of each head, [heads]."""
-        return torch.zeros(curve.errors.shape[1], dtype=torch.int64)
+        return torch.zeros(curve.errors.shape[1], dtype=torch.int64, device="cpu")

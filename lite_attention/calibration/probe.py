@@ -24,6 +24,8 @@ from lite_attention.ops.tiles import ceil_div
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from lite_attention.compile.store import StateStore
+
 __all__ = ["AttentionProbe", "CaughtCall", "Output", "Place", "check_can_be_probed"]
 
 Output = tuple[torch.Tensor, torch.Tensor]  # out, lse
@@ -142,22 +144,23 @@ class AttentionProbe:
     def _attach(self, model: nn.Module, undo: contextlib.ExitStack) -> None:
         from lite_attention.compile.eager import attach
         from lite_attention.compile.store import StateStore
+        from lite_attention.compile.torch_internals import uncompiled
 
         _probed.add(model)
         undo.callback(_probed.discard, model)
         before = {module: module._compiled_call_impl for module in model.modules()}
-        undo.callback(_restore_compiled, before)
+        own = store_of(model)
+        undo.callback(_restore_compiled, before, model, own)
         for module in before:  # code compiled earlier would run around the probe
             module._compiled_call_impl = None
         inner: Any = model._call_impl
-        own = store_of(model)
         if own is not None:
             store = StateStore(replace(own.settings, threshold=-torch.inf), session_of(model), model, own.prefix)
             undo.callback(store.clear)
             run, detach = attach(model, store)
             undo.callback(detach)
             inner = run_by(model, store, run)
-        model._compiled_call_impl = torch.compiler.disable(_Watched(self, inner).run)
+        model._compiled_call_impl = uncompiled(_Watched(self, inner).run)
 
     def start_fresh(self) -> None:
         """Begin a new generation."""
@@ -206,9 +209,11 @@ def _holds_modules(model: nn.Module) -> bool:
     return any(isinstance(module, LiteAttention) for module in model.modules())
 
 
-def _restore_compiled(before: dict[nn.Module, Any]) -> None:
-    for module, compiled in before.items():
-        module._compiled_call_impl = compiled
+def _restore_compiled(before: dict[nn.Module, Any], model: nn.Module, store: StateStore | None) -> None:
+    """Put back what ran the modules of a model, unless it was enabled or disabled meanwhile."""
+    if store_of(model) is store:
+        for module, compiled in before.items():
+            module._compiled_call_impl = compiled
 
 
 class _Watched:

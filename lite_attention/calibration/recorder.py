@@ -42,6 +42,8 @@ APART = 4  # errors are of at least a so many-th of these
 HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
 _SAME = 0.05  # by so much of its length may a repeated output be off
 
+_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+
 _State = tuple[str, int, int]  # site, number of the state among those of that name, slot
 
 
@@ -76,7 +78,7 @@ class Recorder(Measurement):
         of: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        candidates = torch.tensor(thresholds, dtype=torch.float64)
+        candidates = torch.tensor(thresholds, dtype=torch.float64, device="cpu")
         if not 1 <= len(candidates) <= 250 or not bool((candidates.diff() > 0).all()) or not candidates[-1] <= 0:
             raise ValueError(f"thresholds: expected 1 to 250 ascending numbers of at most 0, got {list(thresholds)}")
         if stride is not None and stride < 1:
@@ -227,13 +229,13 @@ class Recorder(Measurement):
         )
 
     def _thresholds(self) -> dict[str, torch.Tensor]:
-        values = torch.tensor([-math.inf, *self.thresholds])
+        values = torch.tensor([-math.inf, *self.thresholds], **_CPU)
         tables: dict[str, torch.Tensor] = {}
         for site in dict.fromkeys(place[0] for place in self.curves):
             choices = {p[1:]: self._choice(p, curve) for p, curve in self.curves.items() if p[0] == site}
             slots = self._slots[site] if any(slot > 0 for slot, _ in choices) else 1
             steps = self.num_steps or 1 + max(step for _, step in choices)
-            tables[site] = torch.full((slots, steps, len(next(iter(choices.values())))), -math.inf)
+            tables[site] = torch.full((slots, steps, len(next(iter(choices.values())))), -math.inf, **_CPU)
             for (slot, step), choice in choices.items():
                 if step:
                     tables[site][slot, step - 1] = values[choice]
@@ -348,7 +350,7 @@ class Calibration(Recorder):
 
         def choose(place: Place, curve: Curve) -> torch.Tensor:
             fits = curve.errors <= self._limits.get(place[:2], HEADROOM * target_error)
-            highest = (fits * torch.arange(len(fits)).unsqueeze(-1)).amax(0)
+            highest = (fits * torch.arange(len(fits), device="cpu").unsqueeze(-1)).amax(0)
             return torch.where(fits[0], highest, 0)
 
         rule = f"error of each head at most {target_error}" + (", with limits" if limits else "")

@@ -16,10 +16,11 @@ import torch
 
 from lite_attention.calibration.autosave import claimed, fingerprint
 from lite_attention.calibration.error_report import Curve, ErrorReport
-from lite_attention.calibration.measurement import check_target, now
+from lite_attention.calibration.measurement import check_target, is_number, now
 from lite_attention.calibration.probe import AttentionProbe, Place
 from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Calibration, Choose, Recorder
 from lite_attention.calibration.verification import Verification
+from lite_attention.ops.arguments import check_count
 from lite_attention.registry import ThresholdTable
 from lite_attention.tables import text_table
 
@@ -120,10 +121,17 @@ def calibrate(
     common = {"metric": metric, "num_steps": num_steps, **settings}
     runs = _Runs(generate)
     of = {
-        "model": fingerprint(model_or_pipe), "prompts": prompts, "target_error": target_error,
-        "target_sparsity": target_sparsity, "budget": budget, "metric": metric, "num_steps": num_steps,
-        "thresholds": list(map(float, thresholds)), "stride": stride, "settings": _plain(settings),
-    }  # fmt: skip
+        "model": fingerprint(model_or_pipe),
+        "prompts": [_plain(prompt) for prompt in prompts],
+        "target_error": target_error,
+        "target_sparsity": target_sparsity,
+        "budget": budget,
+        "metric": metric,
+        "num_steps": num_steps,
+        "thresholds": list(map(float, thresholds)),
+        "stride": stride,
+        "settings": {key: _plain(value) for key, value in sorted(settings.items())},
+    }
     options = {"thresholds": thresholds, "stride": stride, "progress": progress, "of": of, **common}
     found: Recorder
     with contextlib.nullcontext() if autosave is None else claimed(autosave, of) as file:
@@ -148,10 +156,11 @@ def calibrate(
     return CalibrationResult(table, **reports, sample_error=sample_error, cost=cost)
 
 
-def _plain(settings: Mapping[str, Any]) -> str:
-    """Return settings as text that is the same in another process; of functions and tensors only what they are."""
-    plain = (int, float, str, tuple, list, type(None))
-    return repr({key: x if isinstance(x, plain) else type(x).__name__ for key, x in sorted(settings.items())})
+def _plain(value: Any) -> int | float | str | None:
+    """Return a value as a file holds it, the same in another process; of functions and tensors only what they are."""
+    if value is None or isinstance(value, (int, float, str)):
+        return value
+    return repr(value) if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 def _check(
@@ -166,12 +175,11 @@ def _check(
         raise ValueError(
             f"target_error, target_sparsity: expected one of them, got {target_error} and {target_sparsity}"
         )
-    if target_sparsity is not None and not (isinstance(target_sparsity, (int, float)) and 0 <= target_sparsity < 1):
+    if target_sparsity is not None and not (is_number(target_sparsity) and 0 <= target_sparsity < 1):
         raise ValueError(f"target_sparsity: expected a number from 0 to below 1, got {target_sparsity!r}")
     check_target(0 if target_error is None else target_error, metric)
-    for name, number in (("num_steps", num_steps), ("passes", passes)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+    check_count("num_steps", num_steps)
+    check_count("passes", passes)
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
 
@@ -300,10 +308,10 @@ def _price_for(curves: Mapping[Place, Curve], name: str, target: float) -> float
     heads = sum(loss.shape[1] for loss, _ in steps)
 
     def reached(price: float) -> float:
-        total, choice = 0.0, torch.zeros(steps[0][0].shape[1], dtype=torch.int64)
+        total, choice = 0.0, torch.zeros(steps[0][0].shape[1], dtype=torch.int64, device="cpu")
         for loss, left_out in steps:
             costs, lowest = loss - price * left_out, choice[: loss.shape[1]]
-            costs.masked_fill_(torch.arange(len(costs)).unsqueeze(1) < lowest, math.inf)
+            costs.masked_fill_(torch.arange(len(costs), device="cpu").unsqueeze(1) < lowest, math.inf)
             choice = costs.argmin(0)
             total += float((loss if name == "error" else left_out).gather(0, choice.unsqueeze(0)).sum())
         return total / (heads if name == "error" else tiles)

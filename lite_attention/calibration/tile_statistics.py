@@ -192,9 +192,10 @@ def _constants(
     """
     (seq_q, seq_k), (tile_m, tile_n) = lengths, tile
     measured = range(0, ceil_div(seq_q, tile_m), stride)
-    rows = torch.tensor(measured).unsqueeze(1) * tile_m + torch.arange(tile_m)
-    order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in measured])
-    grid = torch.tensor(thresholds, dtype=torch.float64) / LOG2_E
+    with torch.device("cpu"):  # whatever the default is
+        rows = torch.tensor(measured).unsqueeze(1) * tile_m + torch.arange(tile_m)
+        order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in measured])
+        grid = torch.tensor(thresholds, dtype=torch.float64) / LOG2_E
     return rows.to(device), order.to(device), grid.to(device, dtype)
 
 

@@ -153,7 +153,11 @@ def threshold_at(table: ThresholdTable, site: Site, num_steps: int | None, stric
 def _of_site(table: ThresholdTable, site: _Facts, strict: bool) -> torch.Tensor:
     threshold = table.thresholds.get(site.name)
     if not strict:
-        return torch.full((1, 1, 1), -math.inf) if threshold is None else _mapped(threshold, site)
+        return (
+            torch.full((1, 1, 1), -math.inf, dtype=torch.float32, device="cpu")
+            if threshold is None
+            else _mapped(threshold, site)
+        )
     if threshold is None:
         raise ValueError(f"{table.label}: expected thresholds for {site.name}, a site of the model, got none")
     for what, there, here in _differences_at(table, site):
@@ -241,7 +245,7 @@ def _mapped(threshold: torch.Tensor, site: _Facts) -> torch.Tensor:
         threshold = threshold.amin(0, keepdim=True)
     if site.heads not in (None, threshold.shape[2]):
         same = bool((threshold == threshold[..., :1]).all())
-        threshold = threshold[..., :1] if same else torch.full((1, 1, 1), -math.inf)
+        threshold = threshold[..., :1] if same else torch.full((1, 1, 1), -math.inf, dtype=torch.float32, device="cpu")
     if site.num_steps is not None:
         return at_steps(threshold, site.num_steps)
     return threshold if site.rows is None or site.rows >= threshold.shape[1] else threshold.amin(1, keepdim=True)
@@ -251,4 +255,4 @@ def at_steps(threshold: torch.Tensor, num_steps: int) -> torch.Tensor:
     """Return thresholds for another number of steps, each step taking those of the nearest relative position."""
     if threshold.shape[1] in (1, num_steps):
         return threshold
-    return threshold[:, torch.linspace(0, threshold.shape[1] - 1, num_steps).round().long()]
+    return threshold[:, torch.linspace(0, threshold.shape[1] - 1, num_steps, device="cpu").round().long()]

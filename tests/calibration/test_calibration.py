@@ -808,6 +808,55 @@ def test_a_calibration_that_cannot_begin_leaves_the_model_as_it_was(
     assert calibration.table()
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("then", ["disable", "enable"])
+def test_what_is_done_to_a_model_while_it_is_measured_stays_done(compile: bool, then: str) -> None:
+    options: dict[str, Any] = {"compile": compile, "inner": "eager", "num_steps": STEPS, "tile_shape": TILE}
+    model, sampler, _ = swapped()
+    dense = sampler()
+    lite_attention.enable(model, **options)
+    calibration = Calibration(model, target_error=BOUND, num_steps=STEPS)
+    sampler()
+    lite_attention.disable(model)
+    if then == "enable":
+        lite_attention.enable(model, threshold=-2.0, **options)
+    calibration.detach()
+    assert calibration.table()
+    out = sampler()
+    if then == "disable":
+        assert model._compiled_call_impl is None
+        assert torch.equal(out, dense)
+    else:
+        assert (out - dense).abs().max() > 1e-4
+        assert len(silent_report(model).swapped) == 2
+
+
+def test_the_defaults_of_torch_change_nothing() -> None:
+    """Neither the device nor the dtype that new tensors have by default."""
+    model, _, settings = swapped()
+    steps = [tokens(step, seq=88) for step in range(STEPS)]  # a size that nothing is kept of yet
+    text = context()
+
+    def generate(_: int) -> None:
+        for step in steps:
+            model(step, text)
+
+    options = {"num_steps": STEPS, "progress": False, **settings}
+    for target in ({"target_error": BOUND}, {"target_sparsity": 0.3}):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                found = calibrate(model, generate, **target, **options)
+        finally:
+            torch.set_default_dtype(before)
+        want = calibrate(model, generate, **target, **options)
+        for site, table in want.table.items():
+            assert found.table[site].dtype == torch.float32
+            assert torch.equal(found.table[site], table)
+        assert dict(found.verification) == dict(want.verification)
+
+
 def test_pipeline_names_its_transformer_and_one_branch_makes_one_slot() -> None:
     class Pipe:
         def __init__(self, model: nn.Module) -> None:
@@ -858,6 +907,12 @@ def test_mistakes_of_a_whole_calibration_are_told() -> None:
         ({}, "target_error, target_sparsity: expected one of them, got None and None"),
         ({"target_sparsity": 1.0}, "target_sparsity: expected a number from 0 to below 1, got 1.0"),
         ({"target_error": -1.0}, "target_error: expected"),
+        ({"target_error": True}, "target_error: expected a number of at least 0, got True"),
+        ({"target_sparsity": "half"}, "target_sparsity: expected a number from 0 to below 1, got 'half'"),
+        ({"target_error": 0.1, "num_steps": 0}, "num_steps: expected at least 1, got 0"),
+        ({"target_error": 0.1, "num_steps": 2.5}, "num_steps: expected .* got 2.5"),
+        ({"target_error": 0.1, "passes": None}, "passes: expected .* got None"),
+        ({"target_error": 0.1, "metric": "l1"}, "metric: expected one of"),
         ({"target_error": 0.1, "prompts": ()}, "prompts: expected at least one, got none"),
         ({"target_sparsity": 0.1, "passes": 0}, "passes: expected at least 1, got 0"),
         (
