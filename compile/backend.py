@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from lite_attention.compile.layers import LayerStates, RuntimeSite, runtime_sites
+from lite_attention.compile.other_attention import sites_of_ops
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.runner import generations_unknown, nothing_swapped
 from lite_attention.compile.settings import SkipSettings
@@ -93,7 +94,7 @@ class LiteAttentionBackend:
         """Compile a graph of dynamo; called by torch.compile."""
         names = Names(self.store.model)
         found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter, names)
-        nested = sites_in_subgraphs(gm, names)
+        nested = sites_in_subgraphs(gm, names) + sites_of_ops(gm.graph, names)
         runtime = runtime_sites(gm, found, nested, _is_parameter)
         sites = [site.site for site in runtime]
         self.sites += sites

@@ -20,11 +20,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lite_attention.compile.attention_calls import ATTENTION_OPS
+from lite_attention.compile.other_attention import (
+    attention_modules,
+    on_other_backends,
+    reason_of_op,
+    site_of_op,
+)
 from lite_attention.compile.runner import NOT_PICKLED
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
-from lite_attention.compile.torch_internals import storage_key
+from lite_attention.compile.torch_internals import is_op, op_name, storage_key, without_modes
 from lite_attention.ops import attention, skip_attention
 from lite_attention.ops.site import Site
 from lite_attention.ops.threads import PerThread
@@ -43,7 +49,10 @@ class _Origins:
 
     @staticmethod
     def _storages(values: object) -> Iterable[int]:
-        return (storage_key(t) for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+        for tensor in tree_leaves(values):
+            key = storage_key(tensor) if isinstance(tensor, torch.Tensor) else None
+            if key is not None:
+                yield key
 
     def of(self, values: object) -> int:
         found = 0
@@ -76,6 +85,8 @@ class _Run:
 
     running: list[nn.Module] = field(default_factory=list)  # modules, innermost last; none outside of the model
     calls: Counter[nn.Module] = field(default_factory=Counter)  # of attention, by module
+    ops: Counter[nn.Module] = field(default_factory=Counter)  # that hold attention, likewise
+    apart: dict[nn.Module, Any] = field(default_factory=dict)  # modules that run without this mode
     origins: _Origins | None = None  # kept while sites are to be decided
 
 
@@ -87,6 +98,7 @@ class _EagerSwap(TorchFunctionMode):
         self.store = store
         self.settings: SkipSettings = store.settings
         self._model = model
+        self._attention = attention_modules(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._runs = PerThread(lambda: [_Run()])  # the innermost last: a model may run within itself
         self._records: dict[tuple[int, int], SiteRecord] = {}
@@ -101,7 +113,7 @@ class _EagerSwap(TorchFunctionMode):
 
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its hooks, this mode active; no exception leaves it behind."""
-        run = _Run([self._model])
+        run = _Run([self._model], apart=dict.fromkeys(module for _, module, _ in on_other_backends(self._attention)))
         if not self._complete:
             run.origins = _Origins()
             run.origins.add_new((args, kwargs))
@@ -113,13 +125,20 @@ class _EagerSwap(TorchFunctionMode):
         finally:
             self._runs().pop()
 
-    def enter_module(self, module: nn.Module) -> None:
+    def enter_module(self, module: nn.Module, _: object) -> None:
         if self._run.running:
             self._run.running.append(module)
+            if module in self._run.apart:  # FlexAttention compiles itself, and would compile this mode too
+                self._run.apart[module] = without_modes()
+                self._run.apart[module].__enter__()
 
-    def leave_module(self, module: nn.Module) -> None:
+    def leave_module(self, module: nn.Module, _: object, output: object) -> None:
         if self._run.running and self._run.running[-1] is module:
             self._run.running.pop()
+            if module in self._run.apart:
+                self._run.apart[module].__exit__(None, None, None)
+                if self._run.origins is not None:
+                    self._run.origins.add_new(output)
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -128,6 +147,9 @@ class _EagerSwap(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         is_sdpa = func is scaled_dot_product_attention
+        reason = reason_of_op(op_name(func) if is_op(func) else getattr(func, "__name__", ""))
+        if reason is not None:
+            self._note_op(reason, args, kwargs)
         result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)
         origins = self._run.origins
         if origins is None:
@@ -140,6 +162,16 @@ class _EagerSwap(TorchFunctionMode):
             writes_first = writes_first or name.startswith("__i")
             origins.track((args, kwargs), result, writes_first)
         return result
+
+    def _note_op(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note attention within an op, which runs as it is."""
+        module = self._run.running[-1]
+        ordinal = self._run.ops[module]
+        self._run.ops[module] += 1
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        caller = self._names.get(id(module), ""), type(module).__name__
+        site = site_of_op(caller, ordinal, tensors, reason)
+        self.store.note(self.store.record([module], ("op", ordinal), site), None, reason)
 
     def _attend(
         self,
@@ -267,11 +299,11 @@ def _dtype_of(tensor: torch.Tensor) -> torch.dtype:
 class _Hook:
     """Tells the mode that a module begins or ends. A copy of the module is not enabled, and tells nobody."""
 
-    def __init__(self, tell: Callable[[nn.Module], None]) -> None:
+    def __init__(self, tell: Callable[..., None]) -> None:
         self._tell = tell
 
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        self._tell(module)
+    def __call__(self, module: nn.Module, *seen: Any) -> None:
+        self._tell(module, *seen)
 
     def __deepcopy__(self, memo: object) -> Callable[..., None]:
         return _tell_nobody

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS, is_skip_attention
+from lite_attention.compile.other_attention import sites_of_ops
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
@@ -86,6 +87,7 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
     weights = {spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT}
     found = find_sites(program.graph, options, lambda node: node.op == "placeholder" and node.name in weights)
     program.sites = [item.site for item in found] + sites_in_subgraphs(program.graph_module)
+    program.sites += sites_of_ops(program.graph)
     log_sites(program.sites, "torch.export")
     if not any(site.swapped for site in program.sites):
         reasons = "; ".join(sorted({str(site.reason) for site in program.sites})) or "there is none in the program"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lite_attention.compile.other_attention import attention_modules, note_other_backends
 from lite_attention.compile.store import StateStore
 from lite_attention.compile.torch_internals import is_fake
 from lite_attention.ops import Session
@@ -54,6 +55,7 @@ class Runner:
     ) -> None:
         self.store, self.clock = store, clock
         self._model, self._run, self._checks = model, run, checks
+        self._attention = attention_modules(model)
         names = [*inspect.signature(type(model).forward).parameters][1:]
         self._timestep = next((name for name in _TIMESTEPS if name in names), None)
         self._position = names.index(self._timestep) if self._timestep else -1
@@ -107,6 +109,7 @@ class Runner:
 
     def _look_back(self) -> None:
         """Say, once for each cause, what a forward did that the user may not expect."""
+        note_other_backends(self._attention, self.store)
         sites = [record.site for record in self.store.records]
         if not any(site.swapped for site in sites):
             self.store.say(nothing_swapped(sites))

@@ -36,6 +36,7 @@ __all__ = [
     "storage_key",
     "uncompiled",
     "upper_bound",
+    "without_modes",
     "written_arguments",
 ]
 
@@ -45,9 +46,15 @@ AUTO_FUNCTIONALIZED: Any = torch.ops.higher_order.auto_functionalized_v2
 # ---- tensors and ops -----------------------------------------------------------------------------------------------
 
 
-def storage_key(tensor: torch.Tensor) -> int:
-    """Return what tells the storage of a tensor from all others alive. Fake tensors have no data_ptr to go by."""
-    return int(tensor.untyped_storage()._cdata)
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """Return what tells the storage of a tensor from all others alive. Fake tensors have no data_ptr to go by.
+
+    None if it has no storage of its own, as within torch.func.vmap.
+    """
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:
+        return None
 
 
 def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
@@ -167,6 +174,11 @@ def is_held_by_module(node: fx.Node) -> bool:
 
 
 # ---- running modules -----------------------------------------------------------------------------------------------
+
+
+def without_modes() -> Any:
+    """Return a context in which no TorchFunctionMode is called, nor traced by a torch.compile inside."""
+    return torch._C.DisableTorchFunction()
 
 
 def running_module() -> nn.Module | None:
