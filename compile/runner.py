@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -74,11 +74,12 @@ class Runner:
     def _placed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Tell the states where the forward is; one that fails leaves no step half done."""
         session, clock = self.store.session, self.clock()
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            session.let_the_op_count()  # a replay runs nothing of this
-            yield
-            return
         name, step = session.told[-1] if session.told else (None, None)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            session.let_the_op_count()  # a replay runs nothing of this but the branch that is captured
+            with session.branch(name, step) if name is not None else nullcontext():
+                yield
+            return
         generation = clock.generation
         place = clock.place(name, step, self._timestep_of(args, kwargs))
         if place.generation != generation:

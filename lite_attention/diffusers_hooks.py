@@ -115,7 +115,7 @@ def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> _U
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-        with inner(name, **kwargs), session().branch(name, kwargs.get("step_index")):
+        with inner(name, **kwargs), session().telling(name, kwargs.get("step_index")):
             yield
 
     return _override(model, "cache_context", cache_context)

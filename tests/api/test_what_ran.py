@@ -1,0 +1,213 @@
+"""What runs is what is reported: calls that end up dense say so once, with the cause, and so does the report."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lite_attention
+from tests.support import diffusers_models as dm
+from tests.support.diffusers_models import TILE, run, silent_report
+from tests.support.toys import Attention, Toy, context, tokens
+
+SMALL = dm.WAN_OF_ONE_LAYER
+
+
+def enable(target: Any, compile: bool | str = True, **options: Any) -> Any:
+    if compile:
+        options["inner"] = "eager"
+    return lite_attention.enable(target, compile=compile, **{"threshold": -4.0, "tile_shape": TILE} | options)
+
+
+def lines(target: Any) -> dict[str, str]:
+    """Return what the report says of each site's attention, and the shares skipped, by name."""
+    return {row.name: " ".join(row.cells()[4:]).strip() for row in silent_report(target).rows}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_dynamo() -> Iterator[None]:
+    torch._logging.set_logs(dynamo=50, recompiles=False)
+    yield
+    torch._logging.set_logs()
+
+
+# ---- compiled code that does not run -------------------------------------------------------------------------------
+
+
+def test_beyond_the_limit_of_recompiles() -> None:
+    model, dense = enable(Toy(1), num_steps=9, dynamic=False), Toy(1)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for step in range(2):
+                model(tokens(step), context())
+        assert lines(model)["blocks.0.attn1"].startswith("skip-aware ")
+        with pytest.warns(UserWarning, match=r"ran without skipping.*recompile_limit"):
+            model(tokens(0, seq=128), context())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # once
+            out = model(tokens(1, seq=128), context())
+    assert torch.equal(out, dense(tokens(1, seq=128), context()))
+    assert lines(model)["blocks.0.attn1"] == "skip-aware, but it did not run in the last forward"
+    assert "1 of these did not skip in the last forward" in str(silent_report(model))
+    model(tokens(2), context())
+    assert lines(model)["blocks.0.attn1"].startswith("skip-aware ")
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_call_of_another_kind(compile: bool) -> None:
+    """A site that skips gets a mask that differs per query."""
+    model = enable(Attention(), compile, num_steps=9)
+    for step in range(2):
+        model(tokens(step))
+    mask = torch.ones(96, 96, dtype=torch.bool).tril()
+    with pytest.warns(UserWarning, match=r"ran dense: bool mask that differs per query.*see lite_attention.report"):
+        model(tokens(0), attn_mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        model(tokens(1), attn_mask=mask)
+    (line,) = lines(model).values()
+    assert line == "skip-aware, but dense in its last call: bool mask that differs per query, shape (96, 96)"
+    model(tokens(2))
+    (line,) = lines(model).values()
+    assert line.startswith("skip-aware ")
+    assert "but" not in line
+
+
+# ---- compiling what is enabled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", [True, "blocks", False])
+def test_compile_in_place_is_refused(compile: bool | str) -> None:
+    model = enable(SMALL.model(), compile, num_steps=4)
+    want = run(model, SMALL.inputs(0, 0))
+    for method in ("compile", "compile_repeated_blocks"):
+        with pytest.raises(ValueError, match=r"model: expected one that is not enabled.*disable\(\) first"):
+            getattr(model, method)()
+    lite_attention.reset(model)
+    assert torch.equal(run(model, SMALL.inputs(0, 0)), want)
+    lite_attention.disable(model)
+    model.compile(backend="eager")
+    assert model._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("compile", [True, "blocks", False])
+def test_torch_compile_around_an_enabled_model_keeps_the_swap(compile: bool | str) -> None:
+    model, alone = (enable(SMALL.model(), compile, num_steps=9) for _ in range(2))
+    around = torch.compile(model, backend="eager")
+    for step in range(3):
+        got, want = run(around, SMALL.inputs(step, 0)), run(alone, SMALL.inputs(step, 0))
+        assert torch.equal(got, want)
+    assert silent_report(around).swapped[0].sparsity[0] > 0
+
+
+# ---- copies and pickles -------------------------------------------------------------------------------------------
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "pickle": pickle.dumps,
+    "torch.save": lambda model: torch.save(model, io.BytesIO()),
+    "a part": lambda model: pickle.dumps(next(iter(model.children()))),
+}
+
+
+@pytest.mark.parametrize("compile", [True, "blocks", False])
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_an_enabled_model_is_not_pickled(way: str, compile: bool | str) -> None:
+    model = enable(SMALL.model(), compile, num_steps=4)
+    run(model, SMALL.inputs(0, 0))
+    with pytest.raises(ValueError, match=r"lite_attention.disable\(model\) first"):
+        WAYS[way](model)
+    assert run(model, SMALL.inputs(1, 0)) is not None
+    lite_attention.disable(model)
+    WAYS[way](model)
+
+
+def test_a_part_of_an_eager_model_is_not_pickled_either() -> None:
+    model = enable(Toy(1), False)
+    with pytest.raises(ValueError, match=r"lite_attention.disable\(model\) first"):
+        WAYS["a part"](model)
+
+
+@pytest.mark.parametrize("compile", [True, "blocks", False])
+def test_a_deep_copy_is_dense_says_so_and_can_be_enabled(compile: bool | str) -> None:
+    model, plain = enable(SMALL.model(), compile, num_steps=9), SMALL.model()
+    for step in range(2):
+        run(model, SMALL.inputs(step, 0))
+    state = silent_report(model).swapped[0].state
+    control = state.control.clone()
+    with pytest.warns(UserWarning, match=r"the copy .* is not enabled"):
+        twin = copy.deepcopy(model)
+    with twin.cache_context("other", step_index=7):
+        assert torch.equal(run(twin, SMALL.inputs(2, 0)), run(plain, SMALL.inputs(2, 0)))
+    assert torch.equal(state.control, control)
+    enable(twin, compile, num_steps=9)
+    run(twin, SMALL.inputs(0, 0))
+    assert silent_report(twin).swapped[0].state is not state
+    lite_attention.disable(twin)
+    assert torch.equal(run(twin, SMALL.inputs(2, 0)), run(plain, SMALL.inputs(2, 0)))
+
+
+def test_a_shallow_copy_moves_nothing() -> None:
+    model, plain = enable(SMALL.model(), False, num_steps=9), SMALL.model()
+    run(model, SMALL.inputs(0, 0))
+    control = silent_report(model).swapped[0].state.control.clone()
+    twin = copy.copy(model)
+    with twin.cache_context("other", step_index=7):
+        assert torch.equal(run(twin, SMALL.inputs(2, 0)), run(plain, SMALL.inputs(2, 0)))
+    assert torch.equal(silent_report(model).swapped[0].state.control, control)
+
+
+# ---- adapters -----------------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """What an adapter puts in the place of a layer: the layer as a child, and something added."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) * 1.25
+
+
+def adapt(model: nn.Module, name: str) -> None:
+    setattr(model, name, Adapted(getattr(model, name)))
+
+
+def unload(model: nn.Module, name: str) -> None:
+    setattr(model, name, getattr(model, name).base_layer)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("layer", ["proj_out", "patch_embedding"])
+def test_a_token_order_survives_adapters(layer: str, compile: bool) -> None:
+    """Nothing is skipped, so the output is that of the model as it is now, whatever was there before."""
+    x, plain, adapted = SMALL.inputs(0, 0), SMALL.model(), SMALL.model()
+    adapt(adapted, layer)
+    want = run(plain, x), run(adapted, x)
+    assert (want[0] - want[1]).abs().max() > 1e-3
+    model = enable(SMALL.model(), compile, threshold=-torch.inf, token_order=(2, 2, 2), num_steps=99)
+    for change, expected in ((adapt, want[1]), (unload, want[0]), (adapt, want[1]), (unload, want[0])):
+        run(model, x)
+        change(model, layer)
+        torch.testing.assert_close(run(model, x), expected, rtol=1e-4, atol=1e-4)
+    lite_attention.disable(model)
+    assert not [
+        hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks
+    ]
+
+
+def test_a_token_order_is_refused_with_context_parallelism() -> None:
+    model = enable(SMALL.model(), False, token_order=(2, 2, 2), num_steps=9)
+    model._parallel_config = object()
+    with pytest.raises(ValueError, match="token_order: expected None with context parallelism"):
+        run(model, SMALL.inputs(0, 0))
