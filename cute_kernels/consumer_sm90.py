@@ -9,7 +9,7 @@ from cutlass import Boolean, Float32, Int32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig, Masks, Scales, State
 from lite_attention.cute_kernels.epilogue import Epilogue
-from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Shared, mask_rows
+from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Outputs, Shared, mask_rows
 from lite_attention.cute_kernels.mainloop_sm90 import Accumulators, Job, Mainloop, Operands, Pipes, Tiles
 from lite_attention.cute_kernels.products_sm90 import Products
 from lite_attention.cute_kernels.ptx import uniform_float
@@ -42,15 +42,16 @@ class Consumer:
 
     @cute.jit
     def consume(
-        self, qk_mma, pv_mma, shared: Shared, pipes: Pipes, gout, lse, state: State, masks: Masks, scales: Scales,
+        self, products, shared: Shared, pipes: Pipes, outputs: Outputs, state: State, masks: Masks, scales: Scales,
         jobs: Jobs, tiles: Tiles, scale: Float32, sizes,
     ):  # fmt: skip
-        """All jobs of this CTA; sizes: queries and keys."""
+        """All jobs of this CTA; products: of queries and keys, and with values; sizes: queries and keys."""
         seq_q, seq_k = sizes
+        gout, lse = outputs
         thread, _, _ = cute.arch.thread_idx()
         worker = thread - 128
         group = cute.arch.make_warp_uniform(worker // 128)
-        operands, acc, rows = self.registers(qk_mma, pv_mma, shared, worker, group)
+        operands, acc, rows = self.registers(*products, shared, worker, group)
         if group == self.groups - 1:  # the first turn is the first warpgroup's
             self.mainloop.pass_turn(group)
         consumer = pipeline.PipelineUserType.Consumer

@@ -16,7 +16,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from lite_attention.cute_kernels.config import KernelConfig, Masks, Scales, State
 from lite_attention.cute_kernels.consumer_sm90 import Consumer
-from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Load, Loads, Shared
+from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Load, Loads, Outputs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Pipes
 from lite_attention.cute_kernels.producer_sm90 import Producer
 from lite_attention.cute_kernels.products_sm90 import Products
@@ -96,20 +96,9 @@ class SkipAttentionForward:
         else:
             cute.arch.setmaxregister_increase(self.budget.consumer_registers)
             self.consumer.consume(
-                qk_mma,
-                pv_mma,
-                shared,
-                pipes,
-                gout,
-                lse,
-                state,
-                masks,
-                scales,
-                jobs,
-                tiles,
-                scale,
+                (qk_mma, pv_mma), shared, pipes, Outputs(gout, lse), state, masks, scales, jobs, tiles, scale,
                 (loads.q.tensor.shape[0], loads.k.tensor.shape[0]),
-            )
+            )  # fmt: skip
 
     @cute.jit
     def begin_call(self, control, jobs: Jobs, thread, gq: cute.Tensor, gk: cute.Tensor):

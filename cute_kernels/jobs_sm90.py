@@ -26,6 +26,13 @@ class Loads(NamedTuple):
     v: Load
 
 
+class Outputs(NamedTuple):
+    """In global memory."""
+
+    out: Any
+    lse: Any
+
+
 class Jobs(NamedTuple):
     """Of the jobs in flight, in shared memory."""
 

@@ -56,28 +56,8 @@ class Producer:
         while job < job_count:
             q_tile, head, batch = job % q_tiles, job // q_tiles % heads, job // q_tiles // heads
             kv_head = head // (heads // gk.shape[2])
-            # Which tiles the job visits.
-            slot, fresh, dense, flags = Int32(0), Boolean(True), Boolean(False), None
-            if const_expr(self.config.skip):
-                slot, fresh, dense = jobs.call[SLOT], jobs.call[FRESH] != 0, jobs.call[DENSE] != 0
-            if const_expr(masks.tile_flags is not None):
-                flags = masks.tile_flags[batch, None, None]
-            row, initial_row = mask_rows(state, slot, batch, head, q_tile)
-            bits = jobs.visited[ring, None]
-            count = self.tiles.find_visited(
-                row, initial_row, state.must_do, flags, bits, jobs.partial, lane, k_tiles, fresh, dense
-            )
-            # Announce it: consumers read this when Q is there.
-            if lane == 0:
-                jobs.words[ring, Q_TILE] = q_tile
-                jobs.words[ring, HEAD] = head
-                jobs.words[ring, BATCH] = batch
-                jobs.words[ring, COUNT] = count
-                if const_expr(self.config.skip):
-                    jobs.score_threshold[ring] = self.scheduler.score_threshold(
-                        state.threshold, state.control, slot, head, scale
-                    )
-            cute.arch.sync_warp()
+            # Which tiles it visits; consumers read this when Q is there.
+            count = self.announce(state, masks, jobs, ring, (q_tile, head, batch), k_tiles, scale)
             # Q.
             q_pipe.producer_acquire(q_place)
             q_tiled = cute.local_tile(gq[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
@@ -89,6 +69,7 @@ class Producer:
             v_tiled = cute.local_tile(gv[None, None, kv_head, batch], self.products.v_tile, self.products.v_tiles)
             k_dst, k_src = self.partition(loads.k.atom, shared.k, k_tiled)
             v_dst, v_src = self.partition(loads.v.atom, shared.v, v_tiled)
+            bits = jobs.visited[ring, None]
             diagonal = self.tiles.diagonal(q_tile, seq_q, seq_k, k_tiles)
             left, after = count, job
             if left <= CLAIM_AHEAD:
@@ -130,6 +111,33 @@ class Producer:
         if lane == 0:
             cute.arch.mbarrier_arrive(q_pipe.producer_get_barrier(q_place))
         v_pipe.producer_tail(place)
+
+    @cute.jit
+    def announce(self, state: State, masks: Masks, jobs: Jobs, ring: Int32, place, k_tiles: Int32, scale: Float32):
+        """List the tiles of a job at its (q-tile, head, batch element), and return their number."""
+        q_tile, head, batch = place
+        lane = cute.arch.lane_idx()
+        slot, fresh, dense, flags = Int32(0), Boolean(True), Boolean(False), None
+        if const_expr(self.config.skip):
+            slot, fresh, dense = jobs.call[SLOT], jobs.call[FRESH] != 0, jobs.call[DENSE] != 0
+        if const_expr(masks.tile_flags is not None):
+            flags = masks.tile_flags[batch, None, None]
+        row, initial_row = mask_rows(state, slot, batch, head, q_tile)
+        bits = jobs.visited[ring, None]
+        count = self.tiles.find_visited(
+            row, initial_row, state.must_do, flags, bits, jobs.partial, lane, k_tiles, fresh, dense
+        )
+        if lane == 0:
+            jobs.words[ring, Q_TILE] = q_tile
+            jobs.words[ring, HEAD] = head
+            jobs.words[ring, BATCH] = batch
+            jobs.words[ring, COUNT] = count
+            if const_expr(self.config.skip):
+                jobs.score_threshold[ring] = self.scheduler.score_threshold(
+                    state.threshold, state.control, slot, head, scale
+                )
+        cute.arch.sync_warp()
+        return count
 
     def partition(self, atom, shared, tiles):
         """Source and destination of a TMA copy, by tile and by stage."""

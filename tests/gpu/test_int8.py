@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lite_attention.ops import quantize
 from lite_attention.ops.tiles import visit_order
 from tests.support.gpu_cases import (
+    DENSE,
     HERE,
     KERNEL,
     KEY_MEAN,
@@ -84,6 +85,28 @@ def test_quantizers_match_the_cpu(data: st.DataObject) -> None:
     assert values.is_contiguous()
     assert torch.equal(values.float(), want_values.float())
     torch.testing.assert_close(scales, want_scales, atol=0, rtol=1e-6)
+
+
+def test_more_batch_elements_than_a_grid_has_in_y() -> None:
+    """65,535; each element alone is what it is among 70,000."""
+    q, k, v = (torch.randn(70_000, 2, 1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    mean = KEY_MEAN(k, None)
+    torch.testing.assert_close(mean, k.float().mean(1), atol=1e-5, rtol=1e-5)
+    _, tile_n = HERE.tile_shape(64, "int8")
+    results = (
+        *QUANTIZE_QUERY(q, mean, scale=None),
+        *QUANTIZE_KEY(k, mean, None, tile_n=tile_n),
+        *QUANTIZE_VALUE(v, None),
+    )
+    for part in (slice(0, 1), slice(65_534, 65_536), slice(69_999, None)):
+        of_part = [*QUANTIZE_QUERY(q[part], mean[part], scale=None), *QUANTIZE_VALUE(v[part], None)]
+        of_part += QUANTIZE_KEY(k[part], mean[part], None, tile_n=tile_n)
+        for whole, alone in zip(results, of_part, strict=True):
+            assert torch.equal(whole[part].float(), alone.float())
+    out, _ = DENSE(q, k, v, None, scale=None)
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=0)
 
 
 def test_quantizers_opcheck() -> None:

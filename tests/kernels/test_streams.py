@@ -143,10 +143,19 @@ def test_states_that_are_gone_are_forgotten(cuda: Streams) -> None:
     assert len(streams._turns) == 100
     del kept[:90], control
     gc.collect()
-    another = torch.zeros(24)  # perhaps where one of those was, on another stream
-    assert call(cuda, another, "b") == []
+    call(cuda, torch.zeros(24), "b")
     assert len(streams._turns) == 11
-    assert call(cuda, another, "c") == [("c", "b")]
+
+
+def test_a_state_where_another_was_is_another(cuda: Streams) -> None:
+    memory = bytearray(96)
+    control = torch.frombuffer(memory, dtype=torch.int32)
+    call(cuda, control, "a")
+    del control
+    control = torch.frombuffer(memory, dtype=torch.int32)
+    assert call(cuda, control, "b") == []
+    call(cuda, torch.zeros(24), "a")
+    assert call(cuda, control, "c") == [("c", "b")]
 
 
 def test_an_error_in_a_launch_frees_the_turn(cuda: Streams) -> None:
