@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     where = about()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
-    print(f"{'':44}{'compile, s':>11}{'load, ms':>10}{'in memory, us':>15}")
+    print(f"{'':56}{'compile, s':>11}{'load, ms':>10}{'in memory, us':>15}")
     rows: list[dict[str, Any]] = []
     for config in kernel_configs(args.head_dims, args.dtypes):
         with tempfile.TemporaryDirectory() as cache:
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"  ({config.name}: left out, {error})", flush=True)
                 continue
         times = f"{cold['first']:11.2f}{1e3 * warm['first']:10.1f}{1e6 * warm['again']:15.2f}"
-        print(f"{config.name:44}{times}", flush=True)
+        print(f"{config.name:56}{times}", flush=True)
         rows.append({"name": config.name, "cold": cold, "warm": warm})
     if rows:
         imports = [statistics.median(row[kind]["import"] for row in rows) for kind in ("cold", "warm")]

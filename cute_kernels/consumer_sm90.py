@@ -9,12 +9,12 @@ from cutlass import Boolean, Float32, Int32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig, Masks, Scales, State
 from lite_attention.cute_kernels.epilogue import Epilogue
-from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Outputs, Shared, mask_rows
+from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Outputs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Accumulators, Job, Mainloop, Operands, Pipes, Tiles
 from lite_attention.cute_kernels.products_sm90 import Products
 from lite_attention.cute_kernels.ptx import uniform_float
 from lite_attention.cute_kernels.softmax import Keys, Rows, Votes
-from lite_attention.cute_kernels.tile_iterator import TileIterator
+from lite_attention.cute_kernels.tile_iterator import TileIterator, mask_rows
 from lite_attention.cute_kernels.tile_scheduler import (
     BATCH,
     COUNT,

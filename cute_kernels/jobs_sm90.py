@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from cutlass import Int32, const_expr
-
-from lite_attention.cute_kernels.config import State
-
 SLOT, FRESH, DENSE = range(3)  # of `Jobs.call`
 
 
@@ -51,14 +47,3 @@ class Shared(NamedTuple):
     k: Any
     v: Any
     sums: Any
-
-
-def mask_rows(state: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int32):
-    """The rows of a job in the skip mask and in the initial mask."""
-    row, initial_row = None, None
-    if const_expr(state.skip_mask is not None):
-        row = state.skip_mask[slot, batch, head, q_tile, None]
-        if const_expr(state.initial_mask is not None):
-            batches, heads = state.initial_mask.shape[0], state.initial_mask.shape[1]
-            initial_row = state.initial_mask[batch % batches, head % heads, q_tile, None]
-    return row, initial_row

@@ -24,6 +24,8 @@ def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device
         dtype: of all three.
         device: a CUDA device; its capability is read.
     """
+    if torch.version.hip is not None:  # which calls its devices cuda, and has capabilities of its own
+        return f"there are kernels for GPUs of NVIDIA, got ROCm {torch.version.hip}"
     target = target_of(device)
     reason = target.unsupported_reason(head_dim, value_dim, dtype)
     if reason is not None:

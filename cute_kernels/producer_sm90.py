@@ -9,10 +9,10 @@ from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from lite_attention.cute_kernels.config import KernelConfig, Masks, Scales, State
-from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Loads, Shared, mask_rows
+from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Loads, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Pipes, Tiles
 from lite_attention.cute_kernels.products_sm90 import Products
-from lite_attention.cute_kernels.tile_iterator import TileIterator
+from lite_attention.cute_kernels.tile_iterator import TileIterator, mask_rows
 from lite_attention.cute_kernels.tile_scheduler import (
     BATCH,
     CLAIM_AHEAD,

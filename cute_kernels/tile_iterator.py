@@ -6,12 +6,23 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import KernelConfig, State
 from lite_attention.cute_kernels.ptx import has_bit
 
 PARTIAL = 1 << 15  # of an entry: some key of the tile is excluded
 TILE_BITS = PARTIAL - 1
 _SPECIAL = 3  # the tiles visited first: on the diagonal, the first, the last
+
+
+def mask_rows(state: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int32):
+    """The rows of a job in the skip mask and in the initial mask."""
+    row, initial_row = None, None
+    if const_expr(state.skip_mask is not None):
+        row = state.skip_mask[slot, batch, head, q_tile, None]
+        if const_expr(state.initial_mask is not None):
+            batches, heads = state.initial_mask.shape[0], state.initial_mask.shape[1]
+            initial_row = state.initial_mask[batch % batches, head % heads, q_tile, None]
+    return row, initial_row
 
 
 class TileIterator:

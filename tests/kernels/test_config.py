@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
+from lite_attention.cute_kernels import launch
 from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import KernelConfig, QuantizeConfig
 from lite_attention.ops.quantization import QUANTIZATIONS
@@ -68,3 +70,52 @@ def test_what_does_not_fit_is_refused(sizes: tuple[int, int, int], quantization:
 def test_what_threads_cannot_share_out_is_refused(op: str, head_dim: int, rows: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantizeConfig(op, "bf16", head_dim, rows)
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "capability", "hip", "compiler", "reason"),
+    [
+        ((128, 128), torch.bfloat16, (9, 0), None, True, None),
+        ((256, 256), torch.float16, (9, 0), None, True, None),
+        (
+            (128, 128),
+            torch.float32,
+            (9, 0),
+            None,
+            True,
+            "the Hopper kernel computes in bfloat16 and float16",
+        ),
+        ((80, 80), torch.bfloat16, (9, 0), None, True, f"the Hopper kernel has head dims {SM90A.head_dims()}, values"),
+        ((128, 64), torch.bfloat16, (9, 0), None, True, "the Hopper kernel has head dims"),
+        (
+            (128, 128),
+            torch.bfloat16,
+            (8, 0),
+            None,
+            True,
+            "there are kernels for compute capability 9.0 (Hopper), got",
+        ),
+        ((128, 128), torch.bfloat16, (9, 0), "6.4", True, "there are kernels for GPUs of NVIDIA, got ROCm 6.4"),
+        (
+            (128, 128),
+            torch.bfloat16,
+            (9, 0),
+            None,
+            False,
+            "the CuTe DSL is not installed: pip install",
+        ),
+    ],
+)
+def test_why_no_kernel_runs_a_call(
+    dims: tuple[int, int], dtype: torch.dtype, capability: tuple[int, int], hip: str | None, compiler: bool,
+    reason: str | None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(launch, "has_compiler", lambda: compiler)
+    monkeypatch.setattr(launch, "library", lambda: None)
+    launch.unsupported_reason.cache_clear()
+    got = launch.unsupported_reason(*dims, dtype, torch.device("cuda", 0))
+    launch.unsupported_reason.cache_clear()
+    assert (got is None) == (reason is None)
+    assert reason is None or (got is not None and got.startswith(reason))
