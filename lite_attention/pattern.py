@@ -132,7 +132,7 @@ class Pattern:
         return torch.nn.functional.pad(reach, (0, 1, 0, 1), value=ALL)
 
     def _runs(self, tile: int, tile_m: int) -> _Runs:
-        """Cut the sequence into runs of neighbours in a line that lie in one tile of so many tokens."""
+        """Cut the sequence into runs of neighbors in a line that lie in one tile of so many tokens."""
         line, place = self._lines_and_places()
         if self.token_order is not None:
             order = tile3d_order(*self.grid, block_of(self.token_order, tile_m))

@@ -4,13 +4,15 @@ probe.py            catches the op's calls while a model runs eagerly
 tile_statistics.py  one pass over a call: what every candidate threshold leaves out, and the error that it makes
 error_report.py     curves of error over tiles left out, and their report
 measurement.py      curves of the calls of a model
-recorder.py         `Calibration` on the dense trajectory
+recorder.py         curves on the dense trajectory, and thresholds out of them
+bounded.py          `Calibration`, whose thresholds keep under a bound
 verification.py     `Verification` on the sparse one
 autosave.py         the file that an interrupted calibration goes on from
 search.py           `calibrate`: from a target to thresholds, for each head or for the whole
 """
 
-from lite_attention.calibration.recorder import THRESHOLDS, Calibration
+from lite_attention.calibration.bounded import Calibration
+from lite_attention.calibration.recorder import THRESHOLDS
 from lite_attention.calibration.search import CalibrationResult, calibrate
 from lite_attention.calibration.verification import Verification
 

@@ -1,4 +1,4 @@
-"""Finding thresholds: how bold each site, branch, step and head may be, from what leaving tiles out really costs.
+"""Finding thresholds for each site, branch, step and head, from what leaving tiles out really costs.
 
 Calibrating runs generations in which every attention call returns its dense output, and measures at each call what
 error it would have at each candidate threshold of the step before: votes take effect one step later, on other queries
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lite_attention._version import __version__
 from lite_attention.calibration import autosave as saved
 from lite_attention.calibration.error_report import Curve
-from lite_attention.calibration.measurement import Measurement, check_target, now
+from lite_attention.calibration.measurement import Measurement, now
 from lite_attention.calibration.probe import CaughtCall, Output, Place
 from lite_attention.calibration.tile_statistics import error_of, loss_of, measure_tiles
 from lite_attention.ops.bitmask import pack_bits
@@ -28,7 +28,7 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.registry import ThresholdTable
 from lite_attention.registry.threshold_fit import branches_of, class_name, dtype_name, model_name
 
-__all__ = ["QUERIES", "THRESHOLDS", "Calibration", "Choose", "Recorder"]
+__all__ = ["QUERIES", "THRESHOLDS", "Choose", "Recorder"]
 
 # Candidates, log2 units: finer where the error moves fast.
 THRESHOLDS = (
@@ -39,7 +39,6 @@ THRESHOLDS = (
 Choose = Callable[[Place, Curve], torch.Tensor]  # returns the choice of each head, [heads]
 QUERIES = 2000  # of a head, at least, whose rows of tiles are measured at a call, unless a stride is given
 APART = 4  # errors are of at least a so many-th of these
-HEADROOM = 0.9  # of the bound: the rest is for what changes while tiles stay out
 _SAME = 0.05  # by so much of its length may a repeated output be off
 
 _CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
@@ -195,7 +194,7 @@ class Recorder(Measurement):
 
     def _choice(self, place: Place, curve: Curve) -> torch.Tensor:
         choice = self._choose(place, curve)
-        # No bolder than it takes: where nothing was voted out, any candidate does the same.
+        # No higher than it takes: where nothing was voted out, any candidate does the same.
         return (curve.left_out >= curve.left_out.gather(0, choice.unsqueeze(0))).int().argmax(0)
 
     def _show(self, state: _State, step: int) -> None:
@@ -299,72 +298,3 @@ class Recorder(Measurement):
 
 def _kind_of(call: CaughtCall) -> list[Any]:
     return [call.kwargs["tile_m"], call.kwargs["tile_n"], call.kwargs.get("quantization", "none")]
-
-
-class Calibration(Recorder):
-    """Finds the most aggressive thresholds whose error stays under a bound, while the model generates densely.
-
-    From now until `detach` the model runs eagerly, and each call of its skip-aware attention returns the dense output.
-    At each step a head gets the highest candidate for which the error of the site's output at the next step is at most
-    its limit, with everything left out that was voted out until then; where that is too much by itself, it gets -inf.
-    What was voted out stays out while the attention moves on, so the limit lies below the bound: by default by a share
-    for the drift that is to be expected, see `limits_after`. The criterion is that of arXiv 2511.11062, for every head
-    and against the dense output. Over several generations the worst one counts.
-
-        with Calibration(model, target_error=0.05, num_steps=50) as calibration:
-            generate()
-        thresholds = calibration.table()
-
-    Args:
-        model_or_pipe: an nn.Module, or a diffusers pipeline; given to `enable`, holding `LiteAttention`, or neither.
-        target_error: the bound.
-        limits: for each (site, slot), [heads]; None = `HEADROOM` of the bound.
-        metric: of the output of a head: "L1" = sum|sparse - dense| / sum|dense|, "RMSE" = that of Euclidean lengths,
-            "Cossim" = 1 - cosine similarity.
-        num_steps: denoising steps of a generation; None = as many as come.
-        thresholds: candidates, ascending, in log2 units.
-        stride: measure only every so many rows of tiles, evenly spread, which costs so much less, and errors of only
-            every so many of their queries, at most `APART`; None = by `queries`.
-        queries: measure the rows of tiles of at least so many, and errors of at least a quarter as many.
-        autosave: file that is written after each forward, for `resume`.
-        progress: show a bar with the time left; needs num_steps.
-        settings: as for `enable`, of a model that is not enabled yet.
-
-    Raises:
-        ValueError: an argument out of range.
-        FloatingPointError: while generating: attention gives NaN or infinity; names site, slot and step.
-    """
-
-    def __init__(
-        self,
-        model_or_pipe: Any,
-        *,
-        target_error: float,
-        limits: Mapping[tuple[str, int], torch.Tensor] | None = None,
-        metric: str = "L1",
-        num_steps: int | None = None,
-        **options: Any,
-    ) -> None:
-        check_target(target_error, metric)
-        self._limits = dict(limits or {})
-
-        def choose(place: Place, curve: Curve) -> torch.Tensor:
-            fits = curve.errors <= self._limits.get(place[:2], HEADROOM * target_error)
-            highest = (fits * torch.arange(len(fits), device="cpu").unsqueeze(-1)).amax(0)
-            return torch.where(fits[0], highest, 0)
-
-        rule = f"error of each head at most {target_error}" + (", with limits" if limits else "")
-        super().__init__(model_or_pipe, choose, rule, target_error, metric=metric, num_steps=num_steps, **options)
-
-    def limits_after(self) -> dict[tuple[str, int], torch.Tensor]:
-        """Return limits for a second calibration: they bring the largest error of a head to `HEADROOM` of the bound."""
-        peaks: dict[tuple[str, int], torch.Tensor] = {}
-        for row in self.report.rows:
-            place = row.site, row.slot
-            peaks[place] = torch.maximum(peaks.get(place, row.error), row.error)
-        bound = self.bound or 0.0
-        aim = HEADROOM * bound
-        return {
-            place: (self._limits.get(place, aim) * aim / peak.clamp(min=1e-12)).clamp(max=bound)
-            for place, peak in peaks.items()
-        }

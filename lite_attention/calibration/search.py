@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 
 from lite_attention.calibration.autosave import claimed, fingerprint
+from lite_attention.calibration.bounded import Calibration
 from lite_attention.calibration.error_report import Curve, ErrorReport
 from lite_attention.calibration.measurement import check_target, is_number, now
 from lite_attention.calibration.probe import AttentionProbe, Place
-from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Calibration, Choose, Recorder
+from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Choose, Recorder
 from lite_attention.calibration.verification import Verification
 from lite_attention.ops.arguments import check_count
 from lite_attention.registry import ThresholdTable

@@ -15,9 +15,10 @@ from torch import nn
 
 import lite_attention
 from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, search, tile_statistics
+from lite_attention.calibration.bounded import HEADROOM
 from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.probe import AttentionProbe
-from lite_attention.calibration.recorder import HEADROOM, Recorder
+from lite_attention.calibration.recorder import Recorder
 from lite_attention.calibration.search import calibrate
 from lite_attention.calibration.tile_statistics import METRICS, error_of, loss_of, measure_tiles
 from lite_attention.ops import SkipState
@@ -318,7 +319,7 @@ def dense_outputs(parts: Parts) -> list[torch.Tensor]:
     return sampler.outputs
 
 
-def test_chooses_the_boldest_threshold_that_the_op_bears_out(parts: Parts) -> None:
+def test_chooses_the_most_aggressive_threshold_that_the_op_bears_out(parts: Parts) -> None:
     """The table, found again by trying each candidate with the op on the inputs of the dense trajectory."""
     model, sampler, settings = parts
     want = dense_outputs(parts)
@@ -341,7 +342,7 @@ def test_chooses_the_boldest_threshold_that_the_op_bears_out(parts: Parts) -> No
     assert table.keys() == names == {site for site, _ in calls}
     assert len(calls) == 2 * len(names)
 
-    bold = 0
+    aggressive = 0
     for (site, slot), of_state in calls.items():
         inputs = [qkv for qkv, _ in of_state]
         tile = of_state[0][1]
@@ -370,18 +371,18 @@ def test_chooses_the_boldest_threshold_that_the_op_bears_out(parts: Parts) -> No
                 voted = after(step - 1, mask, threshold)[1]
                 error = plain_error("L1", after(step, voted, -math.inf)[0], dense)
                 more = unpack_bits(voted, 64).sum((0, 1, 3, 4)) > dropped
-                better = (error <= limit) & fits_at_all & more  # no bolder than it takes
+                better = (error <= limit) & fits_at_all & more  # no higher than it takes
                 best, best_error = torch.where(better, threshold, best), torch.where(better, error, best_error)
                 dropped = torch.where(better, unpack_bits(voted, 64).sum((0, 1, 3, 4)), dropped)
             assert torch.equal(table[site][slot, step - 1], best), (site, slot, step)
             torch.testing.assert_close(rows[site, slot, step].error.float(), best_error, rtol=1e-3, atol=1e-5)
-            bold += int((best > -6).sum())
+            aggressive += int((best > -6).sum())
             mask = after(step - 1, mask, best.view(1, 1, -1))[1]
             state.skip_mask.copy_(mask)
             sparsity = (~state.kept_tiles()[0]).float().mean((0, 2, 3)).double()
             torch.testing.assert_close(rows[site, slot, step].sparsity, sparsity)
         assert bool((table[site][slot, -1] == -math.inf).all())
-    assert bold > 4  # the bound is no empty one
+    assert aggressive > 4  # the bound is no empty one
 
 
 @pytest.mark.parametrize("how", ["enabled by calibration", "enabled before"])
@@ -496,8 +497,8 @@ def test_the_worst_prompt_decides() -> None:
                 sampler(prompt)
         tables.append(calibration.table())
     for site, both in tables[2].items():
-        bolder = torch.maximum(tables[0][site], tables[1][site])
-        assert bool((both[:, 0] <= bolder[:, 0]).all())  # later steps start from another mask
+        higher = torch.maximum(tables[0][site], tables[1][site])
+        assert bool((both[:, 0] <= higher[:, 0]).all())  # later steps start from another mask
     assert any(not torch.equal(tables[0][site], tables[2][site]) for site in tables[2])
 
 

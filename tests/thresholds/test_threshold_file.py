@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import lite_attention
 from lite_attention import ThresholdTable
-from lite_attention.cli import main
 
 NEVER = -math.inf
 
@@ -161,7 +159,7 @@ threshold = -3
         (b"version = 1\nsites = {a = 3}", "sites: expected a table for each site"),
         (b"version = 1\nabout = 3\nsites = {a = {threshold = -1}}", "about: expected a table, got 3"),
         (b"version = 1\nabout = {reached = 1}\nsites = {a = {threshold = -1}}", "reached: expected a dict, got 1"),
-        (b"version = 1\nabout = {colour = 'red'}\nsites = {a = {threshold = -1}}", "got colour"),
+        (b"version = 1\nabout = {color = 'red'}\nsites = {a = {threshold = -1}}", "got color"),
         (b"version = 1\nabout = {num_steps = '50'}\nsites = {a = {threshold = -1}}", "num_steps: expected int or None"),
         (b"version = 1\nabout = {branches = 'a'}\nsites = {a = {threshold = -1}}", "branches: expected a tuple of str"),
         (b"version = 1\nsites = {a = {}}", "a: expected threshold, or threshold_of_slot_0"),
@@ -257,45 +255,3 @@ def test_refuses_tables_that_no_file_could_hold() -> None:
         _table([[[-1.0]]], tokens=1.5)
     with pytest.raises(ValueError, match="expected strings, numbers, lists and dicts of them, got NoneType"):
         _table([[[-1.0]]], reached={"error": None}).to_toml()
-
-
-# ---- the command line ----------------------------------------------------------------------------------------------
-
-
-def test_inspect_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, picture = tmp_path / "thresholds.toml", tmp_path / "thresholds.png"
-    table = ThresholdTable(
-        {"blocks.0.attn1": torch.tensor([[[-4.0, -2.0], [-3.0, -9.0]]]), "b": torch.tensor([[[NEVER]]])},
-        tile_shapes={"blocks.0.attn1": (192, 80)},
-        **ABOUT,
-    )
-    table.save(file)
-    assert main(["inspect", str(file)]) == 0
-    printed = capsys.readouterr().out
-    assert "model_class: WanTransformer3DModel\n" in printed
-    assert "resolution: 81, 480, 832\n" in printed
-    assert "calibration: 0.0093\n" in printed
-    rows = [line.split() for line in printed.splitlines()]
-    assert ["blocks.0.attn1", "192x80", "all", "2", "2", "-9.000", "-4.000", "-2.000"] in rows
-    assert ["b", "all", "all", "all", "-inf", "-inf", "-inf"] in rows
-
-    pytest.importorskip("matplotlib")
-    assert main(["inspect", str(file), "--plot", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_inspect_tells_errors_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = tmp_path / "wrong.toml"
-    for content in (None, "version = 7"):
-        if content:
-            wrong.write_text(content)
-        assert main(["inspect", str(wrong)]) == 1
-        err = capsys.readouterr().err
-        assert err.startswith("lite-attention: ")
-        assert str(wrong) in err
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"lite-attention {lite_attention.__version__}\n"
