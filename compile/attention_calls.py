@@ -13,6 +13,7 @@ from lite_attention.compile.provenance import name_of, value_of, written_between
 
 __all__ = [
     "ATTENTION_OPS",
+    "SDPA",
     "SKIP_ATTENTION_OPS",
     "AttentionCall",
     "find_attention_calls",
@@ -21,8 +22,9 @@ __all__ = [
     "is_skip_attention",
 ]
 
-_SDPA_TARGETS = (
+SDPA: tuple[Any, ...] = (
     torch.nn.functional.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -50,6 +52,7 @@ class AttentionCall:
     mask: fx.Node | None = None
     dropout_p: Any = 0.0
     is_causal: Any = False
+    enable_gqa: Any = True
     q_permutation: tuple[int, ...] = _BHSD_TO_BSHD
     k_permutation: tuple[int, ...] = _BHSD_TO_BSHD
     v_permutation: tuple[int, ...] = _BHSD_TO_BSHD
@@ -59,7 +62,7 @@ class AttentionCall:
 
 def is_sdpa(node: fx.Node) -> bool:
     """Return whether a node calls PyTorch's scaled_dot_product_attention."""
-    return node.op == "call_function" and node.target in _SDPA_TARGETS
+    return node.op == "call_function" and node.target in SDPA
 
 
 def is_skip_attention(node: fx.Node) -> bool:
@@ -87,6 +90,7 @@ def _read_sdpa(node: fx.Node) -> AttentionCall:
     return AttentionCall(
         node, given["query"], given["key"], given["value"], scale=given.get("scale"), mask=given.get("attn_mask"),
         dropout_p=given.get("dropout_p", 0.0), is_causal=given.get("is_causal", False),
+        enable_gqa=given.get("enable_gqa", False),
     )  # fmt: skip
 
 

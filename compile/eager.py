@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lite_attention.compile.attention_calls import ATTENTION_OPS
+from lite_attention.compile.attention_calls import ATTENTION_OPS, SDPA
 from lite_attention.compile.other_attention import (
     attention_modules,
     on_other_backends,
@@ -146,8 +146,9 @@ class _EagerSwap(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        is_sdpa = func is scaled_dot_product_attention
-        reason = reason_of_op(op_name(func) if is_op(func) else getattr(func, "__name__", ""))
+        is_sdpa = func in SDPA
+        name = op_name(func) if is_op(func) else getattr(func, "__name__", "")
+        reason = None if is_sdpa else reason_of_op(name)
         if reason is not None:
             self._note_op(reason, args, kwargs)
         result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)
@@ -185,7 +186,7 @@ class _EagerSwap(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         tensors = (query, key, value)
-        call = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        call = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         run = self._run
         module = run.running[-1]
         ordinal = run.calls[module]

@@ -40,7 +40,9 @@ def reason_of_op(name: str) -> str | None:
     Args:
         name: of the function, or "namespace::name" of the op.
     """
-    space, _, op = name.rpartition("::")
+    space, _, op = name.removeprefix("aten::").rpartition("::")
+    if op.startswith("_scaled_dot_product_"):
+        return f"another attention backend: torch's {op}"
     if space in ("lite_attention", "higher_order") or not (space or op in _REASONS):
         return None
     is_attention = any(word in op for word in ("attention", "attn"))

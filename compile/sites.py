@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from lite_attention.compile.torch_internals import (
     holds_for_all_sizes,
     holds_unless_unknown,
     input_path,
+    is_wrapper,
     module_ids,
     module_text,
     running_module,
@@ -118,6 +120,7 @@ def unsupported_call(
     dropout_p: object,
     is_causal: object,
     scale: object,
+    enable_gqa: object,
 ) -> str | None:
     """Return what the op cannot compute about a call, None if it can.
 
@@ -128,9 +131,15 @@ def unsupported_call(
         dropout_p: as given to scaled_dot_product_attention, as are the others.
         is_causal: likewise.
         scale: likewise.
+        enable_gqa: likewise.
     """
     if any(t is None or t.dim() != 4 for t in tensors):
         return "q, k and v are not all of rank 4"
+    for t in (*tensors, mask):
+        if t is not None and (is_wrapper(t) or t.layout != torch.strided):
+            return f"a {type(t).__name__} with layout {t.layout}, which the op does not know"
+    if any(_same(size, 0) for shape in (site.q_shape, site.k_shape) for size in shape):
+        return "no queries or keys"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return "needs gradients: run it under torch.no_grad()"
     if site.dtype not in _DTYPES:
@@ -139,13 +148,15 @@ def unsupported_call(
         return "causal"
     if dropout_p != 0:
         return "dropout"
-    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
+    if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         return f"scale is not a number above 0: {scale}"
     (batch, _, heads, head_dim), k_shape, v_shape = site.q_shape, site.k_shape, site.v_shape
     if not (_same(batch, k_shape[0]) and _same(batch, v_shape[0]) and _same(k_shape[2], v_shape[2])):
         return "batch or heads are broadcast"
     if not all(isinstance(size, int) for size in (heads, k_shape[2], head_dim, v_shape[3])):
         return "number of heads or head_dim is dynamic"
+    if heads != k_shape[2] != 1 and enable_gqa is not True:
+        return f"{heads} query heads and {k_shape[2]} key heads without enable_gqa"
     if heads % k_shape[2]:
         return f"{heads} query heads are no multiple of {k_shape[2]} key heads"
     if mask is not None and not is_key_mask(mask, site):
@@ -234,7 +245,13 @@ def find_sites(
         out = _tensor(call.node)
         with torch.set_grad_enabled(out is not None and out.requires_grad):  # the mode that the call itself runs in
             reason = unsupported_call(
-                site, tensors, mask, dropout_p=call.dropout_p, is_causal=call.is_causal, scale=call.scale
+                site,
+                tensors,
+                mask,
+                dropout_p=call.dropout_p,
+                is_causal=call.is_causal,
+                scale=call.scale,
+                enable_gqa=call.enable_gqa,
             )
         if reason is None:
             site.fits_dense_kernel = settings.fits_dense_kernel(site)

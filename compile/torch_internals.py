@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "AUTO_FUNCTIONALIZED",
@@ -29,6 +30,7 @@ __all__ = [
     "is_fake",
     "is_held_by_module",
     "is_op",
+    "is_wrapper",
     "module_ids",
     "module_text",
     "op_name",
@@ -65,6 +67,11 @@ def fake_mode_of(values: Sequence[object]) -> FakeTensorMode | None:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Return whether a tensor has no values to read: on the meta device, or of a fake mode."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor stands for others, as DTensor and nested tensors do, so that each op needs a rule."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def is_op(target: object) -> bool:
