@@ -170,7 +170,7 @@ class Masks(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What quantising gives besides values: scales and norms of queries and keys, LSE shift, scales of FP8 values."""
+    """What quantizing gives besides values: scales and norms of queries and keys, LSE shift, scales of FP8 values."""
 
     q: Any = None
     q_norms: Any = None

@@ -1,7 +1,7 @@
 """Kernels that make queries and keys ready for INT8, and values for FP8; `ops/quantize.py` says what they compute.
 
 All are bound by memory. A thread holds 16 bytes of a row, and has several rows on their way. Thread blocks side by side
-have neighbouring heads, whose rows are neighbours in [B, S, H, D]. A row past the end is the last one once more: what
+have neighboring heads, whose rows are neighbors in [B, S, H, D]. A row past the end is the last one once more: what
 is computed and written for it is what is written anyway.
 """
 

@@ -286,7 +286,7 @@ def test_each_quantization_has_tiles_of_its_own(
 @QUANTIZED
 def test_each_quantization_has_head_dims_of_its_own_on_hopper(switches: dict[str, bool], quantization: str) -> None:
     module = LiteAttention(**switches)
-    with pytest.raises(ValueError, match=f"quantization: expected head dims 64 and 128 for '{quantization}', got 96"):
+    with pytest.raises(ValueError, match=f"quantization: expected head dims .* for '{quantization}', got 96"):
         module.allocate(1, SEQ, HEADS, 96, dtype=torch.bfloat16, device="cuda")
     assert module.state is None
 

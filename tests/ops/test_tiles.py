@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lite_attention.ops import SkipState, tile_shape
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.ops.quantization import QUANTIZATIONS
+from lite_attention.ops.targets import SM90A
 from lite_attention.ops.tiles import ceil_div, diagonal_tile, visit_order
 
 
@@ -48,11 +49,11 @@ def test_tiles_of_other_devices_are_those_of_the_cpu_kernel(quantization: str) -
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", SM90A.head_dims("int8_fp8"))
 def test_tiles_on_hopper_are_whole_products_of_the_tensor_cores(head_dim: int, quantization: str) -> None:
     tile_m, tile_n = tile_shape(head_dim, torch.bfloat16, "cuda:1", quantization)
     assert tile_m % 64 == 0  # rows of one warpgroup
-    assert tile_n % (32 if quantization == "int8_fp8" else 16) == 0  # keys of one product
+    assert tile_n % QUANTIZATIONS[quantization].key_multiple == 0  # keys of one product
     assert tile_n <= 256
     for dtype, device in itertools.product((torch.float16, torch.bfloat16), ("cuda", "cuda:0")):
         assert tile_shape(head_dim, dtype, device, quantization) == (tile_m, tile_n)
@@ -61,7 +62,8 @@ def test_tiles_on_hopper_are_whole_products_of_the_tensor_cores(head_dim: int, q
 @pytest.mark.parametrize("quantization", ["int8", "int8_fp8"])
 @pytest.mark.parametrize("head_dim", [16, 96, 192, 256])
 def test_no_other_head_dims_are_quantized_on_hopper(head_dim: int, quantization: str) -> None:
-    message = f"quantization: expected head dims 64 and 128 for '{quantization}', got {head_dim}"
+    head_dims = " and ".join(map(str, SM90A.head_dims(quantization)))
+    message = f"quantization: expected head dims {head_dims} for '{quantization}', got {head_dim}"
     with pytest.raises(ValueError, match=message):
         tile_shape(head_dim, torch.bfloat16, "cuda", quantization)
 

@@ -66,7 +66,7 @@ class Case:
         )  # fmt: skip
 
     def dequantized(self) -> tuple[Case, torch.Tensor]:
-        """Return the case that the kernel computes from what is quantised, exact in float64, and what its LSE lacks."""
+        """Return the case that the kernel computes from what is quantized, exact in float64, and what its LSE lacks."""
         mean = KEY_MEAN(self.k, self.key_mask)
         q, q_scales, _, lse_shift = QUANTIZE_QUERY(self.q, mean, scale=self.scale)
         k, k_scales, _ = QUANTIZE_KEY(self.k, mean, self.key_mask, tile_n=self.state.tile_n)
@@ -75,7 +75,7 @@ class Case:
         return dataclasses.replace(self, q=q, k=k, v=v, scale=math.log(2), quantization="none"), lse_shift
 
     def reference(self, state: SkipState, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the CPU kernel; where inputs are quantised, on what the CUDA ops make of them, weights unrounded."""
+        """Run the CPU kernel; where inputs are quantized, on what the CUDA ops make of them, weights unrounded."""
         if self.quantization == "none":
             return self.call(REFERENCE, state, dtype)
         case, lse_shift = self.dequantized()
