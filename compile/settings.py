@@ -11,7 +11,7 @@ import torch
 from lite_attention.compile.torch_internals import holds_unless_unknown
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
 from lite_attention.ops.arguments import check_count
-from lite_attention.ops.quantization import QuantizationName, check_quantization, quantization_of
+from lite_attention.ops.quantization import QuantizationName, quantization_of
 from lite_attention.ops.site import Site, SiteThreshold, Threshold
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.validate import check_threshold
@@ -96,7 +96,8 @@ class SkipSettings:
     def __post_init__(self) -> None:
         if not callable(self.threshold):
             check_threshold(self.threshold, allow_positive=self.allow_positive)
-        object.__setattr__(self, "quantization", self._named_quantization())
+        quantization = quantization_of(self.use_int8, self.use_fp8, self.quantization)
+        object.__setattr__(self, "quantization", quantization)
         for name, choices in (("implementation", (None, "reference")), ("dense", ("sdpa", "kernel"))):
             if getattr(self, name) not in choices:
                 expected = " or ".join(map(repr, choices))
@@ -115,17 +116,6 @@ class SkipSettings:
                 raise ValueError(f"tile_shape: expected (tile_m, tile_n), got {sizes!r}")
             for size in sizes:
                 check_count("tile_shape", size)
-
-    def _named_quantization(self) -> str:
-        """Return the quantization that the name or the switches stand for."""
-        by_switches = quantization_of(self.use_int8, self.use_fp8)
-        check_quantization(self.quantization)
-        if "none" not in (by_switches, self.quantization) and by_switches != self.quantization:
-            raise ValueError(
-                f"quantization: expected {by_switches!r} beside use_int8={self.use_int8} and use_fp8={self.use_fp8}, "
-                f"got {self.quantization!r}"
-            )
-        return self.quantization if by_switches == "none" else by_switches
 
     def check_schedule(self, threshold: Threshold) -> None:
         """Check the values and the number of steps of a threshold for states that are to come.

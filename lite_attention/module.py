@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from lite_attention.ops import (
 )
 from lite_attention.ops.arguments import check_count, check_switch, require
 from lite_attention.ops.control import FLAG_DENSE
+from lite_attention.ops.options import StateOptions, check_options
 from lite_attention.ops.quantization import quantization_of
 from lite_attention.ops.site import Site
 from lite_attention.ops.validate import check_inputs, check_threshold, is_bshd
@@ -43,6 +44,7 @@ class LiteAttention(nn.Module):
         use_int8: compute scores, and so votes, from INT8 queries and keys. On a GPU the head dims that its table in
             `lite_attention.ops.targets` has; on the CPU, for comparison, all.
         use_fp8: with `use_int8`, multiply weights and values in FP8 (e4m3) too; votes stay the same.
+        quantization: the same by name: "int8", or "int8_fp8".
         num_steps: denoising steps of a generation, after which the next call starts fresh. None: call
             `reset_skip_state` between generations.
         slots: branches (cond, uncond, ...) that have a memory of their own; see `lite_attention.branch`.
@@ -64,6 +66,7 @@ class LiteAttention(nn.Module):
         num_steps: int | None = None,
         *,
         use_fp8: bool = False,
+        quantization: Literal["none", "int8", "int8_fp8"] = "none",
         slots: int = DEFAULT_SLOTS,
         refresh: int | None = None,
         auto_step: bool = True,
@@ -73,25 +76,19 @@ class LiteAttention(nn.Module):
         implementation: str | None = None,
     ) -> None:
         super().__init__()
-        self.skipping_enabled = enable_skipping
-        self.quantization = quantization_of(use_int8, use_fp8)
-        self.implementation = implementation
-        self._options: dict[str, Any] = {
-            "threshold": _own(threshold), "num_steps": num_steps, "slots": slots, "refresh": refresh,
-            "auto_step": auto_step, "initial_mask": initial_mask, "persistent": persistent_state,
-            "allow_positive": allow_positive,
+        options: StateOptions = {
+            "threshold": threshold, "num_steps": num_steps, "slots": slots, "refresh": refresh, "auto_step": auto_step,
+            "initial_mask": initial_mask, "persistent": persistent_state, "allow_positive": allow_positive,
         }  # fmt: skip
-        self.register_module("state", None)
-        # Wrong options are told here and not at the first call.
+        check_options(**options)
         check_switch("enable_skipping", enable_skipping)
         require(implementation in (None, "reference"), "implementation", "None or 'reference'", repr(implementation))
-        is_mask = initial_mask is None or isinstance(initial_mask, torch.Tensor)
-        require(is_mask, "initial_mask", "a bool tensor", type(initial_mask).__name__)
-        check_threshold(threshold, allow_positive=allow_positive)
-        SkipState(
-            batch=1, heads=1, seq_q=1, seq_k=1, tile_m=1, tile_n=1, device="cpu",
-            **{**self._options, "threshold": -1.0, "initial_mask": None},
-        )  # fmt: skip
+        self._options: StateOptions = {**options, "threshold": _own(threshold)}
+        self.skipping_enabled = enable_skipping
+        self.quantization = quantization_of(use_int8, use_fp8, quantization)
+        self.implementation = implementation
+        self._is_told = False  # somebody says where generations begin
+        self.register_module("state", None)
 
     def allocate(
         self,
@@ -211,6 +208,8 @@ class LiteAttention(nn.Module):
                 "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",
                 tuple(query.shape), query.dtype, query.device, self.state,
             )  # fmt: skip
+        elif self._options["num_steps"] is None and self._options["auto_step"] and not self._is_told:
+            default_session.say_unknown()
         batch, seq_len, heads, head_dim = query.shape
         self.allocate(batch, seq_len, heads, head_dim, kv_seq_len=key.shape[1], dtype=query.dtype, device=query.device)
         assert self.state is not None
@@ -218,6 +217,7 @@ class LiteAttention(nn.Module):
 
     def reset_skip_state(self) -> None:
         """Forget everything: the next call begins a new generation."""
+        self._is_told = True
         if self.state is not None:
             self.state.reset()
 
@@ -258,8 +258,7 @@ class LiteAttention(nn.Module):
     @property
     def num_steps(self) -> int | None:
         """Denoising steps of a generation, as given."""
-        num_steps: int | None = self._options["num_steps"]
-        return num_steps
+        return self._options["num_steps"]
 
     def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
         """Return the share of tiles that the next call skips, see `SkipState.sparsity`; 0 before the first call."""
@@ -272,8 +271,12 @@ class LiteAttention(nn.Module):
             saved = {key.removeprefix(prefix + "state."): state_dict.pop(key) for key in names}
             device = None if self.state is None else self.state.control.device
             allow_positive = self._options["allow_positive"] or bool((saved["threshold"] > 0).any())
-            options = {"persistent": True, "allow_positive": allow_positive, "auto_step": self._options["auto_step"]}
-            self._adopt(SkipState.from_state_dict(saved, device=device, **options))
+            self._adopt(
+                SkipState.from_state_dict(
+                    saved, device=device, persistent=True, allow_positive=allow_positive,
+                    auto_step=self._options["auto_step"],
+                )
+            )  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LiteAttention:

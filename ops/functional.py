@@ -148,8 +148,14 @@ def skip_attention(
     seq_k = k.shape[1]
     words = None if must_do is None else _cached(_must_do_words, "must_do", must_do, seq_k, state.tile_n, q.device)
     allowed = _joined_key_mask(q, seq_k, key_mask, key_lengths, must_skip)
-    out, lse = IMPLEMENTATIONS[implementation](
-        q, k, v, *_state_tensors(state), words, allowed, scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,
-        quantization=quantization,
-    )  # fmt: skip
+    compiling = torch.compiler.is_compiling()
+    outer = None if compiling else state.claim()
+    try:
+        out, lse = IMPLEMENTATIONS[implementation](
+            q, k, v, *_state_tensors(state), words, allowed, scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,
+            quantization=quantization,
+        )  # fmt: skip
+    finally:
+        if not compiling:
+            state.release(outer)
     return (out, lse) if return_lse else out

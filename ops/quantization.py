@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from lite_attention.ops.arguments import check_switch
+
 __all__ = ["NONE", "QUANTIZATIONS", "Quantization", "QuantizationName", "check_quantization", "quantization_of"]
 
 QuantizationName = Literal["none", "int8", "int8_fp8"]  # for editors
@@ -70,15 +72,19 @@ def check_quantization(quantization: str) -> Quantization:
     return QUANTIZATIONS[quantization]
 
 
-def quantization_of(use_int8: bool, use_fp8: bool) -> str:
-    """Return the name of the quantization that users' switches stand for.
+def quantization_of(use_int8: bool, use_fp8: bool, name: str = "none") -> str:
+    """Return the name of the quantization that users' switches stand for, or that they give by name.
 
     Raises:
-        ValueError: neither True nor False, or `use_fp8` alone.
+        ValueError: a switch that is neither True nor False, `use_fp8` alone, no such name, or one that the switches do
+            not stand for.
     """
-    for name, switch in (("use_int8", use_int8), ("use_fp8", use_fp8)):
-        if not isinstance(switch, bool):
-            raise ValueError(f"{name}: expected True or False, got {switch!r}")
+    for switch_name, switch in (("use_int8", use_int8), ("use_fp8", use_fp8)):
+        check_switch(switch_name, switch)
     if use_fp8 and not use_int8:
         raise ValueError("use_fp8: expected use_int8=True beside it, got use_int8=False")
-    return "int8_fp8" if use_fp8 else "int8" if use_int8 else "none"
+    check_quantization(name)
+    by_switches = "int8_fp8" if use_fp8 else "int8" if use_int8 else "none"
+    if "none" not in (by_switches, name) and by_switches != name:
+        raise ValueError(f"quantization: expected {by_switches!r}, which use_int8 and use_fp8 ask for, got {name!r}")
+    return name if by_switches == "none" else by_switches

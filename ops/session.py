@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class Session:
         self.branches: dict[str, int] = {}  # name -> slot
         self.told: list[tuple[str, int | None]] = []  # branches entered, innermost last, with their steps
         self.is_told = False  # somebody says where generations begin
+        self._said = False  # that nobody does
         self._passes: dict[int, int] = {}  # passes of this generation that have no name -> slot
         self._ran: set[str] = set()  # names that ran in it
         self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
@@ -134,6 +136,17 @@ class Session:
             yield
         finally:
             self._thread = outer
+
+    def say_unknown(self) -> None:
+        """Warn, once, that nobody says where generations begin, unless somebody does."""
+        if not self.is_told and not self._said:
+            self._said = True
+            warnings.warn(
+                "lite_attention: nobody tells where a generation ends, so what one generation learned is used in the "
+                "next: give LiteAttention num_steps=, or call lite_attention.reset() before each generation, or "
+                "lite_attention.branch(name, step) around its steps",
+                stacklevel=5,
+            )
 
     def reset(self) -> None:
         """Begin a new generation: all states forget their votes and their step; branches keep their slots."""

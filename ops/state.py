@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lite_attention.ops import control as c
-from lite_attention.ops.arguments import check_count, check_has_values, check_step, check_switch, threshold_values
+from lite_attention.ops.arguments import check_count, check_has_values, check_step, threshold_values
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits, unpack_bits
 from lite_attention.ops.memory import Memory
+from lite_attention.ops.options import StateOptions, check_options
 from lite_attention.ops.tiles import ceil_div, tile_shape
 from lite_attention.ops.validate import check_threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["DEFAULT_SLOTS", "DEFAULT_THRESHOLD", "STATE_BUFFERS", "SkipState"]
 
@@ -62,6 +67,7 @@ class SkipState(Memory):
     control: torch.Tensor
     threshold: torch.Tensor
     initial_mask: torch.Tensor | None
+    _thread: int | None = None  # that calls the op
 
     def __init__(
         self,
@@ -85,11 +91,11 @@ class SkipState(Memory):
         super().__init__()
         sizes = {"batch": batch, "heads": heads, "seq_q": seq_q, "seq_k": seq_k, "tile_m": tile_m, "tile_n": tile_n}
         batch, heads, seq_q, seq_k, tile_m, tile_n = (check_count(name, size) for name, size in sizes.items())
-        slots, num_steps = check_count("slots", slots), _count_or_zero("num_steps", num_steps)
-        refresh = _count_or_zero("refresh", refresh)
-        switches = {"auto_step": auto_step, "persistent": persistent, "allow_positive": allow_positive}
-        for name, switch in switches.items():
-            check_switch(name, switch)
+        check_options(
+            slots=slots, num_steps=num_steps, refresh=refresh, auto_step=auto_step, persistent=persistent,
+            allow_positive=allow_positive,
+        )  # fmt: skip
+        slots, num_steps, refresh = int(slots), int(num_steps or 0), int(refresh or 0)
         self.tile_m, self.tile_n = tile_m, tile_n
         self.persistent = persistent
         self.allow_positive = allow_positive
@@ -118,10 +124,12 @@ class SkipState(Memory):
         self.set_threshold(threshold)
 
     @classmethod
-    def for_inputs(cls, q: torch.Tensor, k: torch.Tensor, *, quantization: str = "none", **options: Any) -> SkipState:
+    def for_inputs(
+        cls, q: torch.Tensor, k: torch.Tensor, *, quantization: str = "none", **options: Unpack[StateOptions]
+    ) -> SkipState:
         """Return a state sized for q [B, Sq, Hq, D] and k [B, Sk, Hkv, D], with the tile sizes of the table."""
         tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device, quantization)
-        sizes = {"batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
+        sizes: dict[str, Any] = {"batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
         return cls(**{**sizes, "tile_m": tile_m, "tile_n": tile_n, "device": q.device, **options})
 
     @classmethod
@@ -216,7 +224,27 @@ class SkipState(Memory):
 
     def set_num_steps(self, num_steps: int | None) -> None:
         """Write the number of steps after which auto-step begins again at 0; None = never."""
-        self.control[c.NUM_STEPS : c.NUM_STEPS + 1].fill_(_count_or_zero("num_steps", num_steps))
+        check_options(num_steps=num_steps)
+        self.control[c.NUM_STEPS : c.NUM_STEPS + 1].fill_(num_steps or 0)
+
+    def claim(self) -> int | None:
+        """Let this thread alone call the op with this state until `release`, which is given what is returned.
+
+        Raises:
+            RuntimeError: another thread is at it.
+        """
+        outer, thread = self._thread, threading.get_ident()
+        if outer is not None and outer != thread:
+            raise RuntimeError(
+                "state: expected calls from one thread at a time, got two at once; lite_attention.enable() keeps the "
+                "memories of threads apart, modules by hand are one for each thread"
+            )
+        self.__dict__["_thread"] = thread  # an attribute of a Module costs 2 us
+        return outer
+
+    def release(self, outer: int | None) -> None:
+        """Let other threads call the op again."""
+        self.__dict__["_thread"] = outer
 
     def set_flag(self, flag: int, on: bool) -> None:
         """Set or clear `FLAG_AUTO_STEP` or `FLAG_DENSE` of the control tensor, on the device."""
@@ -351,7 +379,3 @@ class SkipState(Memory):
         batch, heads, seq_q, seq_k = self.capacity
         tiles = f"{ceil_div(seq_q, self.tile_m)}x{ceil_div(seq_k, self.tile_n)} tiles of {self.tile_m}x{self.tile_n}"
         return f"slots={self.slots}, batch={batch}, heads={heads}, {tiles}, {self.nbytes / (1 << 20):.2f} MiB"
-
-
-def _count_or_zero(name: str, count: int | None) -> int:
-    return 0 if count is None else check_count(name, count)

@@ -6,13 +6,14 @@ import copy
 import io
 import math
 import re
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lite_attention.ops import SkipState, skip_attention
+from lite_attention.ops import SkipState, functional, skip_attention
 from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
@@ -447,3 +448,39 @@ def test_a_state_born_in_inference_mode_lives_outside_of_it() -> None:
         _assert_equal(state, _buffers(outside))
         assert any(not torch.equal(buffer, before[name]) for name, buffer in state.named_buffers())
         before = _buffers(outside)
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_is_called_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call comes while the first is at it, and is refused before it computes anything."""
+    q, k, v = clustered_qkv(1, seq_q=40)
+    state, alone = (SkipState.for_inputs(q, k, threshold=-3.0) for _ in range(2))
+    want = skip_attention(q, k, v, alone)
+    errors: list[RuntimeError] = []
+
+    def other() -> None:
+        try:
+            skip_attention(q, k, v, state)
+        except RuntimeError as error:
+            errors.append(error)
+
+    op = functional.IMPLEMENTATIONS[None]
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if not errors:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        return op(*args, **kwargs)
+
+    monkeypatch.setitem(functional.IMPLEMENTATIONS, None, interrupted)
+    assert torch.equal(skip_attention(q, k, v, state), want)
+    assert "one thread at a time" in str(errors[0])
+    assert torch.equal(state.control, alone.control)
+    thread = threading.Thread(target=other)  # afterwards another thread may go on
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    assert state.step() == 2

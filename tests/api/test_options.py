@@ -1,0 +1,104 @@
+"""Options are declared once and mean the same wherever they are given; wrong ones are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import lite_attention
+from lite_attention import LiteAttention, LiteAttentionBackend
+from lite_attention.compile.settings import SkipOptions, SkipSettings
+from lite_attention.ops.options import StateOptions
+from lite_attention.ops.state import SkipState
+from tests.support.toys import TILE, Toy, context, tokens
+
+
+def test_the_keyword_arguments_of_the_swap_are_the_fields_of_its_settings() -> None:
+    fields = [field.name for field in dataclasses.fields(SkipSettings)]
+    assert ["threshold", *SkipOptions.__annotations__] == fields  # `enable` takes more for a threshold
+
+
+def test_those_of_a_state_are_its_options_and_sizes() -> None:
+    sizes = {"batch", "heads", "seq_q", "seq_k", "tile_m", "tile_n", "device"}
+    assert {*inspect.signature(SkipState).parameters} - sizes == {*StateOptions.__annotations__}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "one tile size": ({"tile_shape": (16,)}, r"tile_shape: expected \(tile_m, tile_n\), got \(16,\)"),
+    "tile sizes as text": ({"tile_shape": "ab"}, r"tile_shape: expected \(tile_m, tile_n\), got 'ab'"),
+    "a tile size of 0": ({"tile_shape": (16, 0)}, "tile_shape: expected at least 1, got 0"),
+    "a fraction of a tile": ({"tile_shape": (16.0, 16)}, "tile_shape: expected an integer, .* got 16.0"),
+    "select by name": ({"select": "attn1"}, "select: expected a callable that is given a Site, got str"),
+    "a mask as it is": ({"initial_mask": torch.ones(1, 1, 6, 6).bool()}, "initial_mask: expected .* got Tensor"),
+    "a fraction of a step": ({"num_steps": 2.5}, "num_steps: expected an integer, .* got 2.5"),
+    "no slots": ({"slots": None}, "slots: expected an integer, .* got None"),
+    "True slots": ({"slots": True}, "slots: expected an integer, .* got True"),
+    "negative steps": ({"max_steps": -1}, "max_steps: expected at least 1, got -1"),
+    "no such format": ({"quantization": "int4"}, "quantization: expected .*, got 'int4'"),
+    "two formats": ({"quantization": "int8_fp8", "use_int8": True}, "quantization: expected 'int8', .* got 'int8_fp8'"),
+    "FP8 alone": ({"use_fp8": True}, "use_fp8: expected use_int8=True"),
+    "no such dense": ({"dense": "flash"}, "dense: expected 'sdpa' or 'kernel', got 'flash'"),
+    "a threshold as text": ({"threshold": "low"}, "threshold"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG, ids=str)
+def test_a_wrong_option_is_refused_by_name_and_nothing_is_changed(case: str) -> None:
+    options, message = WRONG[case]
+    model = Toy(1)
+    want = model(tokens(0), context())
+    with pytest.raises((ValueError, OSError), match=message):
+        lite_attention.enable(model, **{"tile_shape": TILE} | options)
+    assert torch.equal(model(tokens(0), context()), want)
+    assert lite_attention.api.store_of(model) is None
+    if "threshold" not in options:
+        with pytest.raises(ValueError, match=message):
+            LiteAttentionBackend(**options)
+
+
+def test_an_unknown_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="treshold"):
+        lite_attention.enable(Toy(1), treshold=-4.0)
+
+
+@pytest.mark.parametrize(
+    ("by_name", "by_switches"),
+    [("int8", {"use_int8": True}), ("int8_fp8", {"use_int8": True, "use_fp8": True}), ("none", {})],
+)
+def test_a_quantization_by_name_is_that_by_switches(by_name: Any, by_switches: dict[str, bool]) -> None:
+    assert SkipSettings(quantization=by_name).quantization == SkipSettings(**by_switches).quantization == by_name
+    assert SkipSettings(quantization=by_name, **by_switches).quantization == by_name
+    assert LiteAttention(quantization=by_name).quantization == LiteAttention(**by_switches).quantization == by_name
+    assert dataclasses.replace(SkipSettings(**by_switches), num_steps=3).quantization == by_name
+
+
+def test_a_module_that_nobody_tells_anything_says_so_once() -> None:
+    q = torch.randn(1, 128, 2, 16)
+    with pytest.warns(UserWarning, match="nobody tells where a generation ends"):
+        LiteAttention()(q, q, q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LiteAttention()(q, q, q)
+
+
+@pytest.mark.parametrize("how", ["num_steps", "reset", "reset of the module", "a told branch", "no auto-step"])
+def test_a_module_that_is_told_says_nothing(how: str) -> None:
+    q = torch.randn(1, 128, 2, 16)
+    options = {"num_steps": {"num_steps": 3}, "no auto-step": {"auto_step": False}}.get(how, {})
+    module = LiteAttention(**options)
+    if how == "reset":
+        lite_attention.reset()
+    if how == "reset of the module":
+        module.reset_skip_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if how == "a told branch":
+            with lite_attention.branch("cond", step=0):
+                module(q, q, q)
+        else:
+            module(q, q, q)
