@@ -77,7 +77,7 @@ class Setup:
 
     @property
     def tile_shapes(self) -> dict[str, tuple[int, int]]:
-        """Tiles by site, where nothing is quantised."""
+        """Tiles by site, where nothing is quantized."""
         weight, dims = self.model.to_patch.weight, self.model.config.head_dim_of_blocks
         shapes = [self.tile or tile_shape(dim, weight.dtype, weight.device) for dim in dims]
         return dict(zip(self.sites, shapes, strict=True))

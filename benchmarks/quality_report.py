@@ -48,7 +48,7 @@ FIDELITY = (
     Metric("path_to_dense", "path to dense (sides)", 4, -1),
 )
 TRUTH = (
-    *(Metric(name, name, 2, 1, change=True) for name in ("shape", "colour", "motion", "speed")),
+    *(Metric(name, name, 2, 1, change=True) for name in ("shape", "color", "motion", "speed")),
     Metric("certainty", "certainty", 3, 1, change=True),
     Metric("jitter", "jitter (sides)", 4, -1, change=True),
     Metric("flicker", "flicker", 4, -1, change=True),
@@ -314,7 +314,7 @@ def draw(
                 ]
                 axes.errorbar(
                     [x for x, _ in known], means, yerr=reach, marker="o", markersize=3, capsize=2, linewidth=1,
-                    label=family, color=f"C{number}", linestyle="-" if number < 10 else "--",  # ten colours
+                    label=family, color=f"C{number}", linestyle="-" if number < 10 else "--",  # ten colors
                 )  # fmt: skip
         if metric.change:
             axes.axhline(0, color="black", linewidth=0.8, linestyle="dotted")

@@ -37,7 +37,7 @@ __all__ = [
 
 _KEPT, _SKIPPED = "#2a6f97", "#e9ecef"
 _LINES = ("#e07a5f", "#3d85c6", "#6aa84f", "#8e7cc3", "#b08d57", "#4c9a9a")
-_DPI, _COLOUR_MAP, _SMALL, _TEXT = 130, "viridis", 8, 10
+_DPI, _COLOR_MAP, _SMALL, _TEXT = 130, "viridis", 8, 10
 _SHOWN = 4  # sites, heads or frames where nobody says which
 
 
@@ -101,7 +101,7 @@ def skip_maps(
         raise ValueError(f"sites, heads: expected some, sites out of {list(states)}, got {list(sites)}, {list(heads)}")
     kept = [_kept(site, states[site], heads, slot) for site in sites]
     figure = new_figure(
-        2.2 * len(heads) + 1, 2.2 * len(sites) + 1, f"Tiles of slot {slot}: blue = computed, grey = skipped"
+        2.2 * len(heads) + 1, 2.2 * len(sites) + 1, f"Tiles of slot {slot}: blue = computed, gray = skipped"
     )
     draw_skip_maps(figure, kept, list(sites), [f"head {head}" for head in heads])
     return _saved(figure, path)
@@ -127,7 +127,7 @@ def sparsity(log: SparsityLog, *, path: str | Path | None = None) -> Figure:
 def thresholds(table: ThresholdTable, *, path: str | Path | None = None) -> Figure:
     """Draw thresholds as a heat map, sites downwards and steps to the right: the median over heads and slots.
 
-    A step whose median is -inf is left grey: most of its heads vote nothing out.
+    A step whose median is -inf is left gray: most of its heads vote nothing out.
 
     Args:
         table: what was loaded or calibrated.
@@ -136,7 +136,7 @@ def thresholds(table: ThresholdTable, *, path: str | Path | None = None) -> Figu
     steps = max(threshold.shape[1] for threshold in table.thresholds.values())
     rows = [t.expand(-1, steps, -1).movedim(1, 0).flatten(1).median(1).values for t in table.thresholds.values()]
     names = list(table.thresholds)
-    title = f"Thresholds{f' of {table.model_class}' if table.model_class else ''}: median over heads, grey = -inf"
+    title = f"Thresholds{f' of {table.model_class}' if table.model_class else ''}: median over heads, gray = -inf"
     figure = new_figure(*_heat_map_size(names, steps), title)
     _heat_map(figure, torch.stack(rows), names, "threshold (log2 units)")
     return _saved(figure, path)
@@ -241,11 +241,11 @@ def draw_skip_maps(
     """
     from matplotlib.colors import ListedColormap
 
-    colours = ListedColormap([_SKIPPED, _KEPT])
+    colors = ListedColormap([_SKIPPED, _KEPT])
     for row, axes_of_row in enumerate(figure.subplots(len(row_labels), len(column_labels), squeeze=False)):
         for column, axes in enumerate(axes_of_row):
             image = kept[row][column].cpu().numpy()
-            axes.imshow(image, cmap=colours, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+            axes.imshow(image, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(f"{1 - image.mean():.0%} skipped", fontsize=_SMALL, labelpad=2)
             if row == 0:
@@ -281,15 +281,15 @@ def draw_sparsity(axes: Axes, sparsity: torch.Tensor, labels: Sequence[str]) -> 
 def _heat_map(
     figure: Figure, values: torch.Tensor, rows: Sequence[str], label: str, limits: tuple[float, float] | None = None
 ) -> None:
-    """Draw (rows, steps); what is not finite stays grey."""
+    """Draw (rows, steps); what is not finite stays gray."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
-    colours = matplotlib.colormaps[_COLOUR_MAP].with_extremes(bad=_SKIPPED)
+    colors = matplotlib.colormaps[_COLOR_MAP].with_extremes(bad=_SKIPPED)
     shown = values.masked_fill(~values.isfinite(), torch.nan).numpy()
     low, high = limits or (None, None)
-    image = axes.imshow(shown, cmap=colours, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+    image = axes.imshow(shown, cmap=colors, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
     axes.set_yticks(range(len(rows)), rows, fontsize=_SMALL)
     axes.set(xlabel="denoising step", ylabel="attention site")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,6 +1,6 @@
 """The demo: a short video from the trained model, dense and skip-aware, from the same noise and prompt. On the CPU.
 
-python -m examples.moving_shapes.demo [--prompt shape=star colour=red] [--threshold -3] [--tile 24] [--steps 12]
+python -m examples.moving_shapes.demo [--prompt shape=star color=red] [--threshold -3] [--tile 24] [--steps 12]
     [--size 10 48 48] [--seed 0] [--output demo.png]
 
 Prints and draws both videos, which attention tiles were skipped, where and when, what that changed, and what the judge
@@ -51,7 +51,7 @@ class Options:
         seed: of the noise.
     """
 
-    prompt: tuple[str, ...] = ("shape=star", "colour=red", "motion=right", "speed=fast", "count=1", "pan=left")
+    prompt: tuple[str, ...] = ("shape=star", "color=red", "motion=right", "speed=fast", "count=1", "pan=left")
     size: Size = (10, 48, 48)
     steps: int = 12
     threshold: float = -3.0
@@ -67,7 +67,7 @@ class Generated:
     seconds: float
     seen: dict[str, str]  # by field of a prompt; the judge does not look at the pan
     certainty: float  # that there is one main shape, 0 to 1
-    path: torch.Tensor  # [F, 2] of the main shape's centre, in sides of the frame
+    path: torch.Tensor  # [F, 2] of the main shape's center, in sides of the frame
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def draw(result: Result) -> Figure:
     shown = sorted({min(1, steps - 1), steps // 2, steps - 1})  # step 0 skips nothing
     left.suptitle(
         f"Layer {layers // 2}, with the prompt: tiles of {options.tile} queries x {options.tile} keys; "
-        "blue = computed, grey = skipped",
+        "blue = computed, gray = skipped",
         fontsize=10,
     )
     heads = [f"head {head}" for head in range(result.kept.shape[1])]

@@ -37,7 +37,7 @@ JUDGE = Path(__file__).with_name("judge.pt")  # the trained one
 
 _SIDE = 64  # frames are brought to this size, to one sprite size whatever their resolution
 _GRID = _SIDE // 4
-_OF_FRAME, _OF_PATH = ("shape", "colour", "count"), ("motion", "speed")
+_OF_FRAME, _OF_PATH = ("shape", "color", "count"), ("motion", "speed")
 _SIZES = ((10, 48, 48), (16, 64, 64), (28, 96, 96))
 HOLD_OUT = 2**40  # seeds from here on are those of scenes that nothing is trained on
 
@@ -47,8 +47,8 @@ class Verdict:
     """What a judge says of B videos."""
 
     logits: dict[str, torch.Tensor]  # field of `FIELDS` (all but the pan) -> [B, values]
-    path: torch.Tensor  # [B, F, 2] centre (x, y) of the main sprite, sides
-    certainty: torch.Tensor  # [B, F] how much of the heat map lies within 2 cells of the centre
+    path: torch.Tensor  # [B, F, 2] center (x, y) of the main sprite, sides
+    certainty: torch.Tensor  # [B, F] how much of the heat map lies within 2 cells of the center
 
 
 class Judge(nn.Module):
@@ -75,8 +75,8 @@ class Judge(nn.Module):
         images = F.interpolate(video.transpose(1, 2).flatten(0, 1), (_SIDE, _SIDE), mode="bilinear", antialias=True)
         seen = self.see(images)
         heat = self.heat(seen).flatten(1).softmax(1)  # [B F, cells]
-        centres = (torch.arange(_GRID, device=video.device) + 0.5) / _GRID
-        places = torch.cartesian_prod(centres, centres).flip(1)  # [cells, 2], x before y
+        centers = (torch.arange(_GRID, device=video.device) + 0.5) / _GRID
+        places = torch.cartesian_prod(centers, centers).flip(1)  # [cells, 2], x before y
         path = heat @ places
         near = (torch.cdist(path.unsqueeze(1), places.unsqueeze(0)).squeeze(1) < 2.5 / _GRID).float()
 
@@ -149,7 +149,8 @@ def train_judge(minutes: float, out: Path, device: str = "cpu", frames: int = 51
 def load_judge(path: Path = JUDGE) -> Judge:
     """Return the judge of a file that `train_judge` wrote; without one, the trained judge."""
     judge = Judge()
-    judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    judge.load_state_dict({name.replace("colour", "color"): x for name, x in weights.items()})  # of older files
     return judge.eval().requires_grad_(False)
 
 

@@ -67,7 +67,7 @@ class Config:
 
 
 class SelfAttention(nn.Module):
-    """Attention of all tokens of the video to each other, with normalised queries and keys."""
+    """Attention of all tokens of the video to each other, with normalized queries and keys."""
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         """Take and return tokens [B, N, width]; see `rotary` for the rotation."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, -1))
-        # In float32: with normalised queries and keys, what rounding there is goes straight into the scores.
+        # In float32: with normalized queries and keys, what rounding there is goes straight into the scores.
         q, k = (
             rotate(F.rms_norm(t.float(), (self.head_dim,), weight.float(), 1e-6), rotation).to(v.dtype)
             for t, weight in ((q, self.norm_q), (k, self.norm_k))
@@ -151,10 +151,10 @@ class VideoDiT(nn.Module):
         self.norm_out = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
         self.modulate_out = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.to_patch = nn.Linear(width, _CHANNELS)
-        self._initialise()
+        self._initialize()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Begin with blocks that change nothing and a velocity of zero, from where large learning rates are safe."""
         for module in self.modules():
             if isinstance(module, nn.Linear):

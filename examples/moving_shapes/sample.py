@@ -1,7 +1,7 @@
 """Make videos from prompts, dense and skip-aware, and measure how true they are.
 
 python -m examples.moving_shapes.sample --out DIR [--threshold -6] [--count 8] [--size 10 48 48] [--steps 30]
-    [--guidance 3] [--prompt shape=star colour=red] [--device cuda] [--weights WEIGHTS] [--judge JUDGE]
+    [--guidance 3] [--prompt shape=star color=red] [--device cuda] [--weights WEIGHTS] [--judge JUDGE]
 
 Writes DIR/dense.png, a row of frames for each video, and DIR/dense.gif; the same for "skip" with a threshold.
 """
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--prompt",
         type=prompt_field,
         nargs="*",
-        help="such as shape=star colour=red; without it, one drawn for each video",
+        help="such as shape=star color=red; without it, one drawn for each video",
     )
     add_device(parser)
     args = parser.parse_args(arguments)

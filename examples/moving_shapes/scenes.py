@@ -5,7 +5,7 @@ down, the origin is the top left corner of the frame. Time is in frames. The cam
 paths are those on the screen.
 
 Sprite 0 is the main one, which prompts describe: the largest, in front of all. Sprite i hides what it covers of
-sprite i + 1. No two sprites of a video have the same colour.
+sprite i + 1. No two sprites of a video have the same color.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 Size = tuple[int, int, int]  # of a video: frames, height, width; in pixels
 
 SHAPES = ("circle", "square", "triangle", "star")
-COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
+COLORS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 # The direction at frame 0 of a straight path, which bounces off the frame's edges; or the sense of a circular one.
 _DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")
 MOTIONS = (*_DIRECTIONS, "clockwise", "counterclockwise")
@@ -44,7 +44,7 @@ COUNTS = ("1", "2", "3")
 PANS = ("none", "right", "down", "left", "up")
 
 # What a prompt consists of: one token a field, its value an index into these, or one past them for "not said".
-FIELDS = {"shape": SHAPES, "colour": COLOURS, "motion": MOTIONS, "speed": SPEEDS, "count": COUNTS, "pan": PANS}
+FIELDS = {"shape": SHAPES, "color": COLORS, "motion": MOTIONS, "speed": SPEEDS, "count": COUNTS, "pan": PANS}
 NULL_PROMPT = tuple(len(values) for values in FIELDS.values())
 
 MAX_SPRITES = len(COUNTS)
@@ -71,28 +71,28 @@ class Scenes:
     """
 
     shape: torch.Tensor  # [B, S]
-    colour: torch.Tensor  # [B, S]
+    color: torch.Tensor  # [B, S]
     size: torch.Tensor  # [B, S] radius of a disc of about the same area, sides
     motion: torch.Tensor  # [B, S]
     fast: torch.Tensor  # [B, S] index into SPEEDS
     speed: torch.Tensor  # [B, S] sides a frame, along the path
     angle: torch.Tensor  # [B, S] direction at frame 0, or where on its circle a sprite starts; radians, clockwise
     turn: torch.Tensor  # [B, S] radius of a circular path, sides
-    place: torch.Tensor  # [B, S, 2] start, or centre of the circle, in [0, 1] of where it may be
+    place: torch.Tensor  # [B, S, 2] start, or center of the circle, in [0, 1] of where it may be
     count: torch.Tensor  # [B] sprites less one
     pan: torch.Tensor  # [B]
     pan_speed: torch.Tensor  # [B] sides a frame
-    tones: torch.Tensor  # [B, 2, 3] colours between which the background changes
+    tones: torch.Tensor  # [B, 2, 3] colors between which the background changes
     slope: torch.Tensor  # [B] direction of that change, radians
     checker: torch.Tensor  # [B, 4] cell size and offset x, y in sides; contrast
 
     def prompt(self) -> torch.Tensor:
         """Return the prompts [B, fields] that describe the scenes."""
-        main = (self.shape, self.colour, self.motion, self.fast)
+        main = (self.shape, self.color, self.motion, self.fast)
         return torch.stack([*(label[:, 0] for label in main), self.count, self.pan], 1)
 
     def path(self, size: Size) -> torch.Tensor:
-        """Return the centres (x, y) of all sprites, [B, S, F, 2] in sides, for videos of a size."""
+        """Return the centers (x, y) of all sprites, [B, S, F, 2] in sides, for videos of a size."""
         frames, height, width = size
         time = torch.arange(frames, device=self.angle.device).view(-1, 1)
         extent = constant((width / min(height, width), height / min(height, width)), self.angle.device)
@@ -106,8 +106,8 @@ class Scenes:
 
         turn = self.turn[..., None, None]
         sense = torch.where(self.motion == _STRAIGHT, 1.0, -1.0)[..., None, None]
-        centre = margin + turn + place * (room - 2 * turn).clamp_min(0)
-        circle = centre + turn * _unit(angle + sense * speed / turn * time)
+        center = margin + turn + place * (room - 2 * turn).clamp_min(0)
+        circle = center + turn * _unit(angle + sense * speed / turn * time)
         return torch.where((self.motion < _STRAIGHT)[..., None, None], straight, circle)
 
     def render(self, size: Size) -> torch.Tensor:
@@ -120,11 +120,11 @@ class Scenes:
         video = self._background(x, y, torch.arange(frames, device=device).view(-1, 1, 1), side)
         paths = self.path(size)
         for sprite in reversed(range(MAX_SPRITES)):
-            centre = paths[:, sprite, :, None, None]
-            distance = self._distance(sprite, x - centre[..., 0], y - centre[..., 1])
+            center = paths[:, sprite, :, None, None]
+            distance = self._distance(sprite, x - center[..., 0], y - center[..., 1])
             cover = (0.5 - side * distance).clamp(0, 1) * (sprite <= self.count).view(-1, 1, 1, 1)
-            colour = constant(PALETTE, device)[self.colour[:, sprite]].view(-1, 3, 1, 1, 1)
-            video = torch.lerp(video, colour, cover.unsqueeze(1))
+            color = constant(PALETTE, device)[self.color[:, sprite]].view(-1, 3, 1, 1, 1)
+            video = torch.lerp(video, color, cover.unsqueeze(1))
         return video
 
     def _background(self, x: torch.Tensor, y: torch.Tensor, time: torch.Tensor, side: int) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Scenes:
         return smooth + (contrast * squares[0] * squares[1]).unsqueeze(1)
 
     def _distance(self, sprite: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the signed distance to a sprite's outline, negative inside; x and y are relative to its centre.
+        """Return the signed distance to a sprite's outline, negative inside; x and y are relative to its center.
 
         A star with n corners is folded into one of its 2n congruent wedges, in which its outline is one segment.
         """
@@ -192,7 +192,7 @@ def draw_scenes(batch: int, generator: torch.Generator) -> Scenes:
     ahead = 0.2 * (motion < _STRAIGHT).unsqueeze(-1) * _unit(angle.unsqueeze(-1))
     return Scenes(
         shape=index(SHAPES, *sprites),
-        colour=uniform(0, 1, batch, len(COLOURS)).argsort(1)[:, :MAX_SPRITES],
+        color=uniform(0, 1, batch, len(COLORS)).argsort(1)[:, :MAX_SPRITES],
         size=torch.where(main, uniform(0.15, 0.19, *sprites), uniform(0.08, 0.11, *sprites)),
         motion=motion,
         fast=fast,
@@ -216,7 +216,7 @@ def make_videos(batch: int, size: Size, generator: torch.Generator) -> tuple[tor
 
 
 def prompt_ids(**values: str) -> torch.Tensor:
-    """Return a prompt [1, fields], as `prompt_ids(shape="star", colour="red")`; fields left out are not said.
+    """Return a prompt [1, fields], as `prompt_ids(shape="star", color="red")`; fields left out are not said.
 
     Raises:
         ValueError: no such field, or no such value of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.support.toys import TILE, Toy, context, tokens
 
 pytest.importorskip("matplotlib")
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -132,11 +134,11 @@ def test_sparsity_log_and_its_heat_map(tmp_path: Path) -> None:
     assert table[0, 3] > table[0, 1] > 0
 
     figure = plot.sparsity(log, path=tmp_path / "sparsity.png")
-    axes, colours = figure.axes
+    axes, colors = figure.axes
     np.testing.assert_allclose(_image(axes), 100 * table.numpy())
     assert [label.get_text() for label in axes.get_yticklabels()] == log.sites
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("denoising step", "attention site")
-    assert "(%)" in colours.get_ylabel()
+    assert "(%)" in colors.get_ylabel()
     assert axes.images[0].get_clim() == (0, 100)
     assert _saved(tmp_path / "sparsity.png")
     with pytest.raises(ValueError, match="log: expected a record"):
@@ -153,11 +155,11 @@ def test_thresholds_heat_map(tmp_path: Path) -> None:
         model_class="WanTransformer3DModel",
     )
     figure = plot.thresholds(table, path=tmp_path / "thresholds.png")
-    axes, colours = figure.axes
+    axes, colors = figure.axes
     np.testing.assert_array_equal(_image(axes), [[-2, np.nan], [-5, -5], [-4, -4]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
-    assert "log2 units" in colours.get_ylabel()
-    assert figure.get_suptitle() == "Thresholds of WanTransformer3DModel: median over heads, grey = -inf"
+    assert "log2 units" in colors.get_ylabel()
+    assert figure.get_suptitle() == "Thresholds of WanTransformer3DModel: median over heads, gray = -inf"
     assert _saved(tmp_path / "thresholds.png")
     plot.thresholds(ThresholdTable({"a": torch.full((1, 1, 1), NEVER)}), path=tmp_path / "dense.png")
 
@@ -206,8 +208,7 @@ def test_frames_refuse(videos: dict[str, torch.Tensor], shown: list[int] | None,
         plot.frames(videos, shown=shown)
 
 
-def test_figures_are_drawn_without_pyplot(model: Any) -> None:
-    import sys
-
+def test_figures_are_drawn_without_pyplot(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import fails
+    monkeypatch.delattr(matplotlib, "pyplot", raising=False)
     assert isinstance(plot.skip_maps(model), Figure)
-    assert "matplotlib.pyplot" not in sys.modules

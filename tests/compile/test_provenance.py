@@ -67,7 +67,7 @@ def test_entangled_streams_stay_two(how: str) -> None:
 
 
 class WithNumbers(nn.Module):
-    """Queries and keys are normalised with an epsilon each, as in diffusers."""
+    """Queries and keys are normalized with an epsilon each, as in diffusers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ NEVER = -math.inf
 
 
 def options(threshold: float) -> demo.Options:
-    return demo.Options(prompt=("shape=star", "colour=red"), size=SIZE, steps=4, threshold=threshold, tile=16)
+    return demo.Options(prompt=("shape=star", "color=red"), size=SIZE, steps=4, threshold=threshold, tile=16)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +39,16 @@ def result() -> demo.Result:
 
 def test_the_judge_knows_rendered_scenes() -> None:
     measured = measure_truth(load_judge(), 8, (10, 48, 48))
-    assert min(measured[name] for name in ("shape", "colour", "motion", "speed", "count")) >= 0.85
+    assert min(measured[name] for name in ("shape", "color", "motion", "speed", "count")) >= 0.85
     assert measured["path_error"] < 0.005
 
 
 def test_the_model_paints_what_is_asked_for() -> None:
-    asked = [
-        prompt_ids(shape=shape, colour=colour, count="1") for shape, colour in (("star", "red"), ("circle", "cyan"))
-    ]
+    asked = [prompt_ids(shape=shape, color=color, count="1") for shape, color in (("star", "red"), ("circle", "cyan"))]
     prompt = torch.cat(asked)
     video = generate(load_weights().eval(), prompt, SIZE, steps=8)
     measured = measure(load_judge(), video, prompt)
-    assert measured["colour"] == 1
+    assert measured["color"] == 1
     assert measured["shape"] == 1
     assert measured["certainty"] > 0.9
 
@@ -69,8 +67,8 @@ def test_skips_more_and_more_and_changes_little(result: demo.Result) -> None:
     assert not (result.kept[1:] & ~result.kept[:-1]).any()  # what was dropped stays out
     assert 20 < result.psnr < 80
     assert 0 < result.path_distance < 0.05
-    assert result.dense.seen.keys() == {"shape", "colour", "motion", "speed", "count"}
-    assert result.dense.seen["colour"] == result.skip_aware.seen["colour"] == "red"
+    assert result.dense.seen.keys() == {"shape", "color", "motion", "speed", "count"}
+    assert result.dense.seen["color"] == result.skip_aware.seen["color"] == "red"
 
 
 def test_both_begin_with_the_same_noise() -> None:
@@ -91,7 +89,7 @@ def test_prints_and_draws(
 ) -> None:
     """The command makes the videos that `run` makes of the same options."""
     picture = tmp_path / "demo.png"
-    command = "demo --steps 4 --threshold -3 --tile 16 --size 6 32 32 --prompt shape=star colour=red --output"
+    command = "demo --steps 4 --threshold -3 --tile 16 --size 6 32 32 --prompt shape=star color=red --output"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(picture)])
     demo.main()
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -106,8 +104,8 @@ def test_prints_and_draws(
 
 
 def test_what_is_wrong_with_a_prompt_is_told() -> None:
-    with pytest.raises(ValueError, match="colour: expected one of red"):
-        read_prompt(["colour=pink"])
+    with pytest.raises(ValueError, match="color: expected one of red"):
+        read_prompt(["color=pink"])
     with pytest.raises(ValueError, match="fields of shape"):
         read_prompt(["nonsense"])
 

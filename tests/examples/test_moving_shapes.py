@@ -61,7 +61,7 @@ def test_the_seed_decides_everything() -> None:
 
 
 @pytest.mark.parametrize("size", [(12, 64, 64), (12, 48, 80), (12, 80, 48)])
-def test_sprites_have_their_colour_at_their_centre(size: tuple[int, int, int]) -> None:
+def test_sprites_have_their_color_at_their_center(size: tuple[int, int, int]) -> None:
     drawn = scenes(32)
     video, paths = drawn.render(size), drawn.path(size)
     side = min(size[1:])
@@ -71,7 +71,7 @@ def test_sprites_have_their_colour_at_their_centre(size: tuple[int, int, int]) -
     batch, frame = torch.arange(32).unsqueeze(1), torch.arange(size[0])
     seen = video[batch, :, frame, row, column]  # [B, F, 3]
     torch.testing.assert_close(
-        seen, torch.tensor(PALETTE)[drawn.colour[:, 0]].unsqueeze(1).expand_as(seen), atol=0.02, rtol=0
+        seen, torch.tensor(PALETTE)[drawn.color[:, 0]].unsqueeze(1).expand_as(seen), atol=0.02, rtol=0
     )
 
 
@@ -81,8 +81,8 @@ def test_the_main_sprite_covers_what_is_behind_it() -> None:
     alone = copy.copy(drawn)
     alone.count = torch.zeros(8, dtype=torch.long)
     together, single = drawn.render((8, 64, 64)), alone.render((8, 64, 64))
-    colour = torch.tensor(PALETTE)[drawn.colour[:, 0]].view(8, 3, 1, 1, 1)
-    main = (single - colour).abs().amax(1) < 0.01  # [B, F, H, W]
+    color = torch.tensor(PALETTE)[drawn.color[:, 0]].view(8, 3, 1, 1, 1)
+    main = (single - color).abs().amax(1) < 0.01  # [B, F, H, W]
     assert main.any()
     torch.testing.assert_close(together.movedim(1, -1)[main], single.movedim(1, -1)[main], atol=0.01, rtol=0)
     assert not torch.equal(together, single)
@@ -94,8 +94,8 @@ def test_the_middle_of_the_pixels_follows_the_path(shape: str) -> None:
     drawn.shape[:, 0] = FIELDS["shape"].index(shape)
     drawn.count.zero_()
     size = (8, 96, 96)
-    colour = torch.tensor(PALETTE)[drawn.colour[:, 0]].view(-1, 3, 1, 1, 1)
-    cover = (drawn.render(size) - colour).norm(dim=1) < 0.05  # [B, F, H, W]
+    color = torch.tensor(PALETTE)[drawn.color[:, 0]].view(-1, 3, 1, 1, 1)
+    cover = (drawn.render(size) - color).norm(dim=1) < 0.05  # [B, F, H, W]
     places = (torch.arange(96) + 0.5) / 96
     area = cover.sum((2, 3))
     middle = torch.stack([(cover.sum(axis) * places).sum(-1) / area for axis in (2, 3)], -1)
@@ -146,10 +146,10 @@ def test_a_scene_looks_the_same_at_each_resolution() -> None:
 
 
 def test_prompts_in_words() -> None:
-    prompt = prompt_ids(shape="star", colour="red")
+    prompt = prompt_ids(shape="star", color="red")
     assert prompt.tolist() == [[FIELDS["shape"].index("star"), 0, *NULL_PROMPT[2:]]]
-    with pytest.raises(ValueError, match=r"colour: expected one of red, .* got mauve"):
-        prompt_ids(colour="mauve")
+    with pytest.raises(ValueError, match=r"color: expected one of red, .* got mauve"):
+        prompt_ids(color="mauve")
     with pytest.raises(ValueError, match=r"prompt: expected fields of shape, .* got size"):
         prompt_ids(size="large")
 
@@ -353,6 +353,6 @@ def test_the_judge_learns_to_find_the_sprite() -> None:
         optimizer.step()
     after = judging.measure(judge, video, prompt, path)
     assert after["path_error"] < 0.5 * before["path_error"]
-    assert after["colour"] >= 0.75
+    assert after["color"] >= 0.75
     assert judging.path_distance(judge, video, video) == 0
-    assert "shape" not in judging.measure(judge, video, prompt_ids(colour="red").expand(4, -1))
+    assert "shape" not in judging.measure(judge, video, prompt_ids(color="red").expand(4, -1))

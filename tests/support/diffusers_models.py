@@ -74,10 +74,10 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tokens(count: int, dim: int, step: int = 0, seed: int = 0, clusters: int = 6) -> torch.Tensor:
-    """Tokens (1, count, dim) that flock to a few centres along the sequence and drift a little with the step."""
-    centres = noise(clusters, dim, seed=seed).repeat_interleave(-(-count // clusters), 0)[:count]
+    """Tokens (1, count, dim) that flock to a few centers along the sequence and drift a little with the step."""
+    centers = noise(clusters, dim, seed=seed).repeat_interleave(-(-count // clusters), 0)[:count]
     drift = 0.02 * step * noise(1, count, dim, seed=seed + 2)
-    return 2 * centres + 0.2 * noise(1, count, dim, seed=seed + 1) + drift
+    return 2 * centers + 0.2 * noise(1, count, dim, seed=seed + 1) + drift
 
 
 def latents(frames: int, height: int, width: int, step: int = 0, seed: int = 0, channels: int = 4) -> torch.Tensor:

@@ -35,16 +35,16 @@ def clustered_qkv(
     dtype: torch.dtype = torch.float32,
     step: int = 0,
 ) -> Qkv:
-    """Return q, k, v whose tokens flock to a few centres along the sequence, so that many tiles matter little.
+    """Return q, k, v whose tokens flock to a few centers along the sequence, so that many tiles matter little.
 
-    The centres depend on the seed alone, the noise also on the step: as in a denoising loop, patterns last.
+    The centers depend on the seed alone, the noise also on the step: as in a denoising loop, patterns last.
     """
     kv_heads = kv_heads or heads
-    centres = gain * torch.randn(kv_heads, clusters, head_dim, generator=torch.Generator().manual_seed(seed))
+    centers = gain * torch.randn(kv_heads, clusters, head_dim, generator=torch.Generator().manual_seed(seed))
     noise = torch.Generator().manual_seed(1000 * seed + step)
 
     def tokens(seq: int, n_heads: int) -> torch.Tensor:
-        of_head = centres.repeat_interleave(n_heads // kv_heads, 0)
+        of_head = centers.repeat_interleave(n_heads // kv_heads, 0)
         placed = of_head[:, torch.arange(seq) * clusters // seq].transpose(0, 1)
         return (placed + torch.randn(batch, seq, n_heads, head_dim, generator=noise)).to(dtype)
 
@@ -66,7 +66,7 @@ def assert_step(
 ) -> tuple[torch.Tensor, OracleResult]:
     """Run the op from the state as it is; hold all that it returns and leaves behind against the oracle.
 
-    The oracle attends with what the quantised tensors stand for, and does not round the weights of "int8_fp8".
+    The oracle attends with what the quantized tensors stand for, and does not round the weights of "int8_fp8".
     """
     others = (state.skip_mask, state.control, state.threshold, state.initial_mask, must_do, key_mask)
     tiles = {"tile_m": state.tile_m, "tile_n": state.tile_n}
@@ -104,7 +104,7 @@ def assert_step(
 def dequantized(
     q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, scale: float | None, tile_n: int
 ) -> Qkv:
-    """Return q and k in float64 as the quantising ops leave them, their product in log2 units, and lse_shift."""
+    """Return q and k in float64 as the quantizing ops leave them, their product in log2 units, and lse_shift."""
     ops = torch.ops.lite_attention
     mean = ops.key_mean(k, key_mask)
     q_values, q_scales, _, lse_shift = ops.quantize_query(q, mean, scale=scale)
@@ -117,7 +117,7 @@ def dequantized(
 
 
 def dequantized_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return v in float64 as the quantising op leaves it, its keys put back in order one by one."""
+    """Return v in float64 as the quantizing op leaves it, its keys put back in order one by one."""
     values, scales = torch.ops.lite_attention.quantize_value(v, key_mask)
     places = [16 * (key // 16) + 4 * (key % 8 // 2) + 2 * (key % 16 // 8) + key % 2 for key in range(v.shape[1])]
     return (values.double()[..., places] * scales.double().unsqueeze(-1)).permute(0, 3, 1, 2)
