@@ -95,6 +95,9 @@ class ErrorReport(Mapping[str, float]):
         """Return the part of one site."""
         return ErrorReport([row for row in self.rows if row.site == site], self.metric, self.bound)
 
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows; numbers by the thousand help nobody
+
     def __str__(self) -> str:
         """Return a table of the sites, and the whole."""
         parts = {site or "<root>": self.of_site(site) for site in dict.fromkeys(row.site for row in self.rows)}

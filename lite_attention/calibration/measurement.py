@@ -44,7 +44,8 @@ class Measurement(AttentionProbe):
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
-        self.metric, self.bound, self.num_steps = metric, bound, num_steps
+        self.metric, self.bound = metric, None if bound is None else float(bound)
+        self.num_steps = None if num_steps is None else int(num_steps)
         self.curves: dict[Place, Curve] = {}
         super().__init__(model_or_pipe, num_steps, **settings)
 

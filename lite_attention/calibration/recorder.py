@@ -11,6 +11,7 @@ import datetime
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.registry import ThresholdTable
 from lite_attention.registry.threshold_fit import branches_of, class_name, dtype_name, model_name
 
-__all__ = ["QUERIES", "THRESHOLDS", "Choose", "Recorder"]
+__all__ = ["QUERIES", "THRESHOLDS", "Choose", "Recorder", "check_candidates"]
 
 # Candidates, log2 units: finer where the error moves fast.
 THRESHOLDS = (
@@ -44,6 +45,18 @@ _SAME = 0.05  # by so much of its length may a repeated output be off
 _CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 
 _State = tuple[str, int, int]  # site, number of the state among those of that name, slot
+
+
+def check_candidates(thresholds: Sequence[float]) -> list[float]:
+    """Return candidates as a list; raise ValueError where they are not 1 to 250 ascending numbers of at most 0."""
+    try:
+        found = [float(threshold) for threshold in thresholds]
+    except (TypeError, ValueError):
+        found = []
+    ascending = all(low < high for low, high in pairwise(found))
+    if not 1 <= len(found) <= 250 or not ascending or not found[-1] <= 0:
+        raise ValueError(f"thresholds: expected 1 to 250 ascending numbers of at most 0, got {thresholds!r}")
+    return found
 
 
 class Recorder(Measurement):
@@ -77,17 +90,14 @@ class Recorder(Measurement):
         of: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        candidates = torch.tensor(thresholds, dtype=torch.float64, device="cpu")
-        if not 1 <= len(candidates) <= 250 or not bool((candidates.diff() > 0).all()) or not candidates[-1] <= 0:
-            raise ValueError(f"thresholds: expected 1 to 250 ascending numbers of at most 0, got {list(thresholds)}")
         if stride is not None and stride < 1:
             raise ValueError(f"stride: expected at least 1, got {stride}")
         if queries < 1:
             raise ValueError(f"queries: expected at least 1, got {queries}")
-        self.thresholds, self.stride, self.queries = tuple(map(float, thresholds)), stride, queries
+        self.thresholds, self.stride, self.queries = tuple(check_candidates(thresholds)), stride, queries
         self._choose, self._lasting = choose, lasting
         self._options: dict[str, Any] = {
-            "rule": rule, "metric": metric, "num_steps": num_steps, "stride": stride, "queries": (queries, APART),
+            "rule": rule, "metric": metric, "stride": stride, "queries": (queries, APART),
             "lasting": lasting, "thresholds": list(self.thresholds), "curves": list(Curve._fields),
         }  # fmt: skip
         self._autosave = None if autosave is None else Path(autosave)
@@ -270,7 +280,7 @@ class Recorder(Measurement):
     def _all_options(self) -> dict[str, Any]:
         if self._of is None:
             self._of = {"model": saved.fingerprint(self._target)}
-        return {**self._of, **self._options}
+        return {**self._of, **self._options, "num_steps": self.num_steps}
 
     def resume(self, path: str | Path) -> None:
         """Go on from what was saved: repeat the same generations from the first; what was measured costs nothing again.

@@ -19,7 +19,7 @@ from lite_attention.calibration.bounded import Calibration
 from lite_attention.calibration.error_report import Curve, ErrorReport
 from lite_attention.calibration.measurement import check_target, is_number, now
 from lite_attention.calibration.probe import AttentionProbe, Place
-from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Choose, Recorder
+from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Choose, Recorder, check_candidates
 from lite_attention.calibration.verification import Verification
 from lite_attention.ops.arguments import check_count
 from lite_attention.registry import ThresholdTable
@@ -53,6 +53,9 @@ class CalibrationResult:
     def save(self, path: str | Path) -> None:
         """Write the thresholds, what they were found on and what they reach; see `ThresholdTable.save`."""
         self.table.save(path)
+
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows; numbers by the thousand help nobody
 
     def __str__(self) -> str:
         """Return the figures of the whole."""
@@ -115,10 +118,14 @@ def calibrate(
     Raises:
         ValueError: an argument out of range; no attention was measured; or the autosave file is none, or another
             process does the same with it, or `generate` does not repeat what was saved.
+        OSError: the autosave file cannot be read or written.
         FloatingPointError: attention gives NaN or infinity; names site, slot and step.
     """
-    prompts, held_out = list(prompts), list(held_out)
+    prompts, held_out = (_listed(name, of) for name, of in (("prompts", prompts), ("held_out", held_out)))
+    if not callable(generate):
+        raise ValueError(f"generate: expected a function of a prompt's number, got {type(generate).__name__}")
     _check(target_error, target_sparsity, metric, num_steps, passes, prompts)
+    num_steps, target_error, target_sparsity = int(num_steps), _float(target_error), _float(target_sparsity)
     common = {"metric": metric, "num_steps": num_steps, **settings}
     runs = _Runs(generate)
     of = {
@@ -129,7 +136,7 @@ def calibrate(
         "budget": budget,
         "metric": metric,
         "num_steps": num_steps,
-        "thresholds": list(map(float, thresholds)),
+        "thresholds": check_candidates(thresholds),
         "stride": stride,
         "settings": {key: _plain(value) for key, value in sorted(settings.items())},
     }
@@ -155,6 +162,16 @@ def calibrate(
     cost = {name: runs.seconds[name] / len(prompts) / dense for name in ("calibration", "verification")}
     sample_error = _sample_error(runs.samples["verification"], calibrated)
     return CalibrationResult(table, **reports, sample_error=sample_error, cost=cost)
+
+
+def _listed(name: str, numbers: Iterable[int]) -> list[int]:
+    if not isinstance(numbers, Iterable):
+        raise ValueError(f"{name}: expected the numbers of prompts, such as range(2), got {numbers!r}")
+    return list(numbers)
+
+
+def _float(number: float | None) -> float | None:
+    return None if number is None else float(number)  # numpy's are no numbers to a file
 
 
 def _plain(value: Any) -> int | float | str | None:

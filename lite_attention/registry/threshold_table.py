@@ -191,6 +191,9 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
         """The path of its file, for messages."""
         return "the table" if self.path is None else str(self.path)
 
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows; numbers by the thousand help nobody
+
     def __str__(self) -> str:
         """Return what is known, and a row for each site: how many slots, steps and heads it tells apart, and values."""
         lines = [f"{name}: {_plain(value)}" for name, value in {**self.about(), **self.reached}.items()]

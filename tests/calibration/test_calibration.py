@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import lite_attention
+from lite_attention import ThresholdTable
 from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, search, tile_statistics
 from lite_attention.calibration.bounded import HEADROOM
 from lite_attention.calibration.error_report import Curve
@@ -832,6 +834,24 @@ def test_what_is_done_to_a_model_while_it_is_measured_stays_done(compile: bool, 
         assert len(silent_report(model).swapped) == 2
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    model, sampler, settings = swapped()
+    steps, bound = np.int64(STEPS), np.float32(BOUND)
+    options: dict[str, Any] = {"num_steps": steps, "progress": False, "autosave": tmp_path / "a.pt", **settings}
+    for _ in range(2):  # from the start, and from the file
+        found = calibrate(model, sampler, target_error=bound, passes=np.int32(1), **options)
+    assert repr(found) == str(found)
+    assert repr(found.table) == str(found.table)
+    found.save(tmp_path / "a.toml")
+    assert ThresholdTable.load(tmp_path / "a.toml").num_steps == STEPS
+    file = tmp_path / "b.pt"
+    with Calibration(model, target_error=bound, num_steps=steps, autosave=file, **settings) as calibration:
+        sampler()
+    with Calibration(model, target_error=bound, num_steps=STEPS, **settings) as resumed:
+        resumed.resume(file)
+    assert calibration.table().target_error == pytest.approx(BOUND)
+
+
 def test_the_defaults_of_torch_change_nothing() -> None:
     """Neither the device nor the dtype that new tensors have by default."""
     model, _, settings = swapped()
@@ -885,7 +905,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({"target_error": -1.0}, "target_error: expected a number of at least 0, got -1.0"),
         ({"metric": "l1"}, r"metric: expected one of \('L1', 'Cossim', 'RMSE'\), got 'l1'"),
-        ({"thresholds": (-1.0, -2.0)}, r"thresholds: expected 1 to 250 ascending numbers of at most 0, got \[-1.0"),
+        ({"thresholds": (-1.0, -2.0)}, r"thresholds: expected 1 to 250 ascending numbers of at most 0, got \(-1.0"),
         ({"thresholds": (-1.0, 1.0)}, "thresholds: expected 1 to 250 ascending"),
         ({"stride": 0}, "stride: expected at least 1, got 0"),
         ({"queries": 0}, "queries: expected at least 1, got 0"),
@@ -914,6 +934,11 @@ def test_mistakes_of_a_whole_calibration_are_told() -> None:
         ({"target_error": 0.1, "num_steps": 2.5}, "num_steps: expected .* got 2.5"),
         ({"target_error": 0.1, "passes": None}, "passes: expected .* got None"),
         ({"target_error": 0.1, "metric": "l1"}, "metric: expected one of"),
+        ({"target_error": 0.1, "prompts": 3}, "prompts: expected the numbers of prompts, .* got 3"),
+        ({"target_error": 0.1, "held_out": 3}, "held_out: expected the numbers of prompts, .* got 3"),
+        ({"target_error": 0.1, "generate": "x"}, "generate: expected a function of a prompt's number, got str"),
+        ({"target_error": 0.1, "thresholds": "ab"}, "thresholds: expected 1 to 250 ascending numbers .* got 'ab'"),
+        ({"target_error": 0.1, "thresholds": (-1.0, float("nan"))}, "thresholds: expected 1 to 250 ascending numbers"),
         ({"target_error": 0.1, "prompts": ()}, "prompts: expected at least one, got none"),
         ({"target_sparsity": 0.1, "passes": 0}, "passes: expected at least 1, got 0"),
         (
