@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses import FakeTensor, FakeTensorMode
 
 from lite_attention.compile.layers import LayerStates, RuntimeSite, runtime_sites
 from lite_attention.compile.other_attention import sites_of_ops
@@ -20,7 +17,15 @@ from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite, Names, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.store import StateStore
 from lite_attention.compile.swap import swap_site
-from lite_attention.compile.torch_internals import example_of, is_held_by_module
+from lite_attention.compile.torch_internals import (
+    FakeModes,
+    backend_named,
+    compile_with_inductor,
+    copy_of_graph,
+    example_of,
+    is_held_by_module,
+    mark_static_input,
+)
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
@@ -103,8 +108,8 @@ class LiteAttentionBackend:
         extra: list[torch.Tensor] = []
         found = [site for site in found if site.site.swapped or site.site.dense_kernel]
         if found:
-            gm, copies = _clone(gm)
-            modes = _FakeModes.of(gm, example_inputs)
+            gm, copies = copy_of_graph(gm)
+            modes = FakeModes.of([value_of(node) for node in gm.graph.nodes], example_inputs)
             for original in found:
                 site, nodes = original.remap(copies), None
                 if site.site.swapped:
@@ -122,15 +127,10 @@ class LiteAttentionBackend:
         if self._inner != "inductor":
             if mode not in (None, "default") or options:
                 raise ValueError(f"mode, options: expected none with inner={self._inner!r}, got {mode!r}, {options!r}")
-            inner = torch._dynamo.lookup_backend(self._inner) if isinstance(self._inner, str) else self._inner
+            inner = backend_named(self._inner) if isinstance(self._inner, str) else self._inner
             result: _Compiled = inner(gm, inputs)
             return result
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-        compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
-        return compiled  # type: ignore[no-any-return]
+        return compile_with_inductor(gm, inputs, mode, options)
 
     def _wrap(self, compiled: _Compiled, sites: list[RuntimeSite], first_parameter: int | None) -> _Compiled:
         """Return a callable that finds the states of the layer that is being run, and hands them to the graph."""
@@ -176,39 +176,8 @@ def _is_weight(node: fx.Node) -> bool:
     return _is_parameter(node) or (node.op == "placeholder" and is_held_by_module(node))
 
 
-def _clone(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """Copy dynamo's graph with all that compile_fx looks for; dynamo still reads its own after the backend returns."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(gm.graph, copies)
-    output = next(node for node in gm.graph.nodes if node.op == "output")
-    graph.output(result).meta.update(output.meta)
-    clone = fx.GraphModule(gm, graph)
-    clone.meta = dict(gm.meta)
-    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
-        if hasattr(gm, name):
-            setattr(clone, name, copy.copy(getattr(gm, name)))
-    for node, copied in copies.items():
-        if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source
-    return clone, copies
-
-
-class _FakeModes(NamedTuple):
-    """Dynamo traces in one fake mode and lets backends compile in another, over the same symbols."""
-
-    traced: FakeTensorMode
-    compiled: FakeTensorMode
-
-    @classmethod
-    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> _FakeModes:
-        values = [value_of(node) for node in gm.graph.nodes]
-        traced = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-        return cls(traced, detect_fake_mode(example_inputs) or traced)
-
-
 def _add_state_inputs(
-    graph: fx.Graph, found: GraphSite, settings: SkipSettings, modes: _FakeModes
+    graph: fx.Graph, found: GraphSite, settings: SkipSettings, modes: FakeModes
 ) -> tuple[list[fx.Node | None], list[torch.Tensor]]:
     """Add the state of a site as inputs with a static address, after all others."""
     site = found.site
@@ -236,9 +205,7 @@ def _add_state_inputs(
             traced = torch.empty(shape, dtype=dtype, device=site.device)
         with modes.compiled:
             fakes.append(torch.empty(shape, dtype=dtype, device=site.device))
-        last._dynamo_source = None
-        # "unguarded" has the effect of mark_static_address: CUDA graphs take the input where it is.
-        last.meta = {"example_value": traced, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+        mark_static_input(last, traced)
         nodes.append(last)
     return nodes, fakes
 

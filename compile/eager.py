@@ -30,7 +30,7 @@ from lite_attention.compile.runner import NOT_PICKLED
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
-from lite_attention.compile.torch_internals import is_op, op_name, storage_key, without_modes
+from lite_attention.compile.torch_internals import is_op, op_name, plain_call, storage_key, without_modes
 from lite_attention.ops import attention, skip_attention
 from lite_attention.ops.site import Site
 from lite_attention.ops.threads import PerThread
@@ -121,7 +121,7 @@ class _EagerSwap(TorchFunctionMode):
         self._runs().append(run)
         try:
             with self:
-                return self._model._call_impl(*args, **kwargs)
+                return plain_call(self._model)(*args, **kwargs)
         finally:
             self._runs().pop()
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lite_attention.compile.settings import SkipSettings
+from lite_attention.compile.torch_internals import WRAPPED
 from lite_attention.ops import Session, SkipState
 from lite_attention.ops.site import Site, SiteThreshold
 from lite_attention.ops.threads import PerThread
@@ -47,9 +48,9 @@ class SiteRecord:
         """Return the full path of the site's module in a model, as far as its owners tell."""
         paths: dict[int, list[str]] = defaultdict(list)
         for path, parameter in model.named_parameters(remove_duplicate=False):
-            paths[id(parameter)].append(path.removeprefix("_orig_mod."))
+            paths[id(parameter)].append(path.removeprefix(f"{WRAPPED}."))
         for path, module in model.named_modules(remove_duplicate=False):
-            paths[id(module)].append(path.removeprefix("_orig_mod."))
+            paths[id(module)].append(path.removeprefix(f"{WRAPPED}."))
         known = [(paths[id(owner())], i) for i, owner in enumerate(self.owners) if id(owner()) in paths]
         # A parameter that layers share does not name the layer: the others come first.
         for (path, *_), i in sorted(known, key=lambda item: len(item[0])):

@@ -5,12 +5,13 @@ Light to import: dynamo, inductor and sympy load with the first call that needs 
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -20,8 +21,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "AUTO_FUNCTIONALIZED",
+    "WRAPPED",
+    "FakeModes",
     "FakeTensor",
     "FakeTensorMode",
+    "backend_named",
+    "call_of",
+    "compile_with_inductor",
+    "copy_of_graph",
     "example_of",
     "fake_mode_of",
     "holds_for_all_sizes",
@@ -31,12 +38,17 @@ __all__ = [
     "is_held_by_module",
     "is_op",
     "is_wrapper",
+    "mark_static_input",
     "module_ids",
     "module_text",
     "op_name",
+    "override",
+    "override_of",
+    "plain_call",
     "running_module",
     "storage_key",
     "uncompiled",
+    "unwrapped",
     "upper_bound",
     "without_modes",
     "written_arguments",
@@ -180,6 +192,69 @@ def is_held_by_module(node: fx.Node) -> bool:
     return source is not None and is_from_unspecialized_nn_module_source(source)
 
 
+# ---- graphs for torch.compile --------------------------------------------------------------------------------------
+
+
+def copy_of_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Copy dynamo's graph with all that compile_fx looks for; dynamo still reads its own after the backend returns."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, copies)
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    graph.output(result).meta.update(output.meta)
+    made = fx.GraphModule(gm, graph)
+    made.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(made, name, copy.copy(getattr(gm, name)))
+    for node, copied in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source
+    return made, copies
+
+
+class FakeModes(NamedTuple):
+    """Dynamo traces in one fake mode and lets backends compile in another, over the same symbols."""
+
+    traced: FakeTensorMode
+    compiled: FakeTensorMode
+
+    @classmethod
+    def of(cls, values: Sequence[object], example_inputs: Sequence[object]) -> FakeModes:
+        """Return the modes of the values in a graph, and of what the backend is given."""
+        traced = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+        return cls(traced, fake_mode_of(example_inputs) or traced)
+
+
+def mark_static_input(node: fx.Node, value: torch.Tensor) -> None:
+    """Make a new input of dynamo's graph one of a fixed address: CUDA graphs take it where it is.
+
+    Args:
+        node: the input.
+        value: fake, in the mode of the graph.
+    """
+    node._dynamo_source = None
+    # "unguarded" has the effect of mark_static_address.
+    node.meta = {"example_value": value, "tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
+
+
+def backend_named(name: str) -> Callable[..., Any]:
+    """Return a backend of torch.compile."""
+    return torch._dynamo.lookup_backend(name)
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """Compile a graph as torch.compile(mode=, options=) does."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    compiled: Any = compile_fx(gm, inputs, config_patches=patches or None)
+    return compiled  # type: ignore[no-any-return]
+
+
 # ---- running modules -----------------------------------------------------------------------------------------------
 
 
@@ -197,7 +272,7 @@ def running_module() -> nn.Module | None:
     while frame is not None:
         if frame.f_code.co_name in _CALLS and frame.f_code.co_filename == _MODULE_FILE:
             module = frame.f_locals.get("self")
-            return getattr(module, "_orig_mod", module)
+            return None if module is None else unwrapped(module)
         frame = frame.f_back
     return None
 
@@ -222,3 +297,34 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]  # dynamo does not look into it
     return run
+
+
+def call_of(module: nn.Module) -> Callable[..., Any]:
+    """Return what runs when a module is called, with its hooks: code that `module.compile()` made, or the module."""
+    return override_of(module) or plain_call(module)
+
+
+def plain_call(module: nn.Module) -> Callable[..., Any]:
+    """Return what runs a module with its hooks, whatever was put in its place."""
+    return module._call_impl
+
+
+def override_of(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what runs in place of a module when it is called, None if it runs itself."""
+    return module._compiled_call_impl
+
+
+def override(module: nn.Module, run: Callable[..., Any] | None) -> None:
+    """Let something run in place of a module when it is called; None = the module itself.
+
+    It is not a hook of the module, since an exception such as KeyboardInterrupt goes past these.
+    """
+    module._compiled_call_impl = run
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model within what torch.compile returned, and any other model itself."""
+    return getattr(model, WRAPPED, model)
+
+
+WRAPPED = "_orig_mod"  # the attribute, and the part of the names of parameters

@@ -13,6 +13,7 @@ from torch import nn
 
 from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
+from lite_attention.compile.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, sites_of, stores_of
 from lite_attention.ops import DEFAULT_THRESHOLD, Session, default_session
@@ -106,7 +107,7 @@ def enable(
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
     for name, model in parts_of(model_or_pipe).items():
-        if hasattr(model, "_orig_mod"):
+        if unwrapped(model) is not model:
             raise ValueError(f"{name}: expected a model before torch.compile, got its result: enable() compiles it")
         if compile == "blocks" and not getattr(model, "_repeated_blocks", None):
             raise ValueError(
@@ -147,7 +148,6 @@ class _How:
 
 def _enable(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> None:
     """Enable one model; whatever is done is noted in `wiring.undo`, so that an exception can be undone."""
-    from lite_attention.compile.torch_internals import uncompiled
 
     checks: list[Check] = []
     wiring.undo.append(hooks.take_off_compiled(model))
@@ -160,7 +160,7 @@ def _enable(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> None:
     if isinstance(how.settings.initial_mask, Pattern):
         checks.append(_check_of_grid(model, how.settings.initial_mask))
     run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
-    model._compiled_call_impl = uncompiled(wiring.runner(model, wiring.store, run, checks))
+    override(model, uncompiled(wiring.runner(model, wiring.store, run, checks)))
     wiring.undo.append(hooks.refuse_compile(model))
 
 
@@ -184,7 +184,7 @@ def _compiled(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tupl
     backend = LiteAttentionBackend.of(store, how.inner)
     compile_model: Any = model.compile_repeated_blocks if how.compile == "blocks" else model.compile
     compile_model(backend=backend, **how.compile_arguments)
-    return model._compiled_call_impl or model._call_impl, store
+    return call_of(model), store
 
 
 def _eager(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from lite_attention.compile.torch_internals import override, override_of
 from lite_attention.ops import Session
 
 __all__ = ["follow_cache_context", "follow_progress", "mark", "refuse_compile", "take_off_compiled"]
@@ -78,13 +79,13 @@ def _override(target: Any, name: str, call: Callable[..., Any]) -> _Undo:
 
 def take_off_compiled(model: nn.Module) -> _Undo:
     """Take away what `model.compile()` put in place: code compiled earlier would run around the swap."""
-    before = weakref.WeakKeyDictionary({m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl})
+    before = weakref.WeakKeyDictionary({m: run for m in model.modules() if (run := override_of(m))})
     for module in before:
-        module._compiled_call_impl = None
+        override(module, None)
 
     def undo(model: nn.Module) -> None:
         for module in model.modules():
-            module._compiled_call_impl = before.get(module)
+            override(module, before.get(module))
 
     return undo
 

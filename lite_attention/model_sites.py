@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lite_attention.compile.torch_internals import unwrapped
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
@@ -152,7 +153,7 @@ def parts_of(model_or_pipe: Any) -> dict[str, nn.Module]:
 def models_of(model_or_pipe: Any) -> dict[str, nn.Module]:
     """Return a model as "", or the transformers of a pipeline by name; without what torch.compile puts around them."""
     whole = isinstance(model_or_pipe, nn.Module)
-    return {"" if whole else name: getattr(part, "_orig_mod", part) for name, part in parts_of(model_or_pipe).items()}
+    return {"" if whole else name: unwrapped(part) for name, part in parts_of(model_or_pipe).items()}
 
 
 def stores_of(model: nn.Module) -> list[StateStore]:

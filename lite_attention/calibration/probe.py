@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lite_attention.api import disable, enable, reset, run_by, session_of, store_of
+from lite_attention.compile.torch_internals import override, override_of, plain_call, uncompiled, unwrapped
 from lite_attention.model_sites import parts_of, sites_of
 from lite_attention.module import LiteAttention
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, write_control
@@ -84,7 +85,7 @@ class CaughtCall(NamedTuple):
 def check_can_be_probed(model_or_pipe: Any) -> None:
     """Raise ValueError for the result of torch.compile, and for a model that is measured already."""
     for name, model in parts_of(model_or_pipe).items():
-        if hasattr(model, "_orig_mod"):
+        if unwrapped(model) is not model:
             raise ValueError(
                 f"{name}: expected a model before torch.compile, got its result: attention is measured eagerly; "
                 "give the model itself, and use it meanwhile"
@@ -144,23 +145,22 @@ class AttentionProbe:
     def _attach(self, model: nn.Module, undo: contextlib.ExitStack) -> None:
         from lite_attention.compile.eager import attach
         from lite_attention.compile.store import StateStore
-        from lite_attention.compile.torch_internals import uncompiled
 
         _probed.add(model)
         undo.callback(_probed.discard, model)
-        before = {module: module._compiled_call_impl for module in model.modules()}
+        before = {module: override_of(module) for module in model.modules()}
         own = store_of(model)
         undo.callback(_restore_compiled, before, model, own)
         for module in before:  # code compiled earlier would run around the probe
-            module._compiled_call_impl = None
-        inner: Any = model._call_impl
+            override(module, None)
+        inner: Any = plain_call(model)
         if own is not None:
             store = StateStore(replace(own.settings, threshold=-torch.inf), session_of(model), model, own.prefix)
             undo.callback(store.clear)
             run, detach = attach(model, store)
             undo.callback(detach)
             inner = run_by(model, store, run)
-        model._compiled_call_impl = uncompiled(_Watched(self, inner).run)
+        override(model, uncompiled(_Watched(self, inner).run))
 
     def start_fresh(self) -> None:
         """Begin a new generation."""
@@ -213,7 +213,7 @@ def _restore_compiled(before: dict[nn.Module, Any], model: nn.Module, store: Sta
     """Put back what ran the modules of a model, unless it was enabled or disabled meanwhile."""
     if store_of(model) is store:
         for module, compiled in before.items():
-            module._compiled_call_impl = compiled
+            override(module, compiled)
 
 
 class _Watched:
