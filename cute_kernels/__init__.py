@@ -17,6 +17,7 @@ first kernel is compiled, or never, where kernels compiled ahead of time are fou
     cache.py           compiled kernels in memory, on disk, and ahead of time
     aot.py             compiles kernels into a library that needs no compiler where it runs
     fingerprint.py     what compiled kernels are of
+    files.py           files that code is loaded from: written whole, and by nobody else
     launcher.py        from tensors to a launch; to those that quantize in quantize_launcher.py; both by launch.py
     streams.py         calls with one state from several streams come one after the other
 

@@ -14,8 +14,9 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from lite_attention.cute_kernels.cache import LIBRARY_LABEL, LIBRARY_NAME, publish, whole
+from lite_attention.cute_kernels.cache import LIBRARY_LABEL, LIBRARY_NAME, publish
 from lite_attention.cute_kernels.config import DTYPES, KEY_CHUNK, VALUE_BLOCK, Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.files import check_owner, whole
 from lite_attention.cute_kernels.fingerprint import kernels_of
 from lite_attention.ops.quantization import NONE, QUANTIZATIONS, Quantization
 from lite_attention.ops.quantize import QUERY_ROWS
@@ -89,12 +90,14 @@ def compile_library(configs: Sequence[Config], out: pathlib.Path) -> pathlib.Pat
 
     Raises:
         ImportError: the CuTe DSL is not installed.
+        PermissionError: others may write to the folder, from which no library would be loaded.
     """
     try:
         from lite_attention.cute_kernels.build import compile_kernel
     except ImportError as error:
         raise ImportError(f"the CuTe DSL is not installed ({error}): pip install 'lite-attention[cu13]'") from error
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(mode=0o755, parents=True, exist_ok=True)
+    check_owner(out, "folder of kernels", "give --out another, or take others' leave to write to it", or_root=True)
     objects = []
     progress = tqdm(configs, desc="compiling", unit="kernel")  # on stderr
     for config in progress:

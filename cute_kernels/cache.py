@@ -6,23 +6,22 @@ A kernel is looked for in this process, then in the library that `LITE_ATTENTION
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import pathlib
 import re
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import filelock
 import platformdirs
 
 from lite_attention.cute_kernels.config import Config
+from lite_attention.cute_kernels.files import check_owner, whole
 from lite_attention.cute_kernels.fingerprint import cache_fingerprint, kernels_of
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "has_compiler",
     "library",
     "publish",
-    "whole",
 ]
 
 _log = logging.getLogger("lite_attention")
@@ -45,7 +43,6 @@ _LIBRARY_VARIABLE = "LITE_ATTENTION_KERNELS"
 _CACHE_VARIABLE = "LITE_ATTENTION_CACHE"
 LIBRARY_NAME = "lite_attention_kernels.so"
 LIBRARY_LABEL = "kernels of lite_attention "  # in a library, before what it is of
-_HAS_OWNERS = hasattr(os, "getuid")  # on Windows a user's folders are the user's
 
 _kernels: dict[Config, Kernel] = {}
 _lock = threading.Lock()
@@ -83,9 +80,10 @@ def library() -> Any | None:
 
 def _check_library(path: pathlib.Path) -> None:
     """Check, before it is loaded, whose a library is, and what it is of."""
-    owners = sorted({os.getuid(), 0}) if _HAS_OWNERS else []
-    for place, what in ((path.parent, "folder of kernels"), (path, "library of kernels")):
-        _check_owner(place, what, _LIBRARY_VARIABLE, owners)
+    file = path.resolve()  # what a link leads to
+    places = ((path.parent, "folder of kernels"), (file.parent, "folder of kernels"), (file, "library of kernels"))
+    for place, what in places:
+        check_owner(place, what, f"set {_LIBRARY_VARIABLE} to another", or_root=True)
     label = re.search(re.escape(LIBRARY_LABEL.encode()) + rb"([\x20-\x7e]*)\0", path.read_bytes())
     got = "something else" if label is None else label[1].decode()
     if got != kernels_of():
@@ -151,21 +149,6 @@ def publish(kernel: Any, path: pathlib.Path, config: Config) -> None:
         kernel.export_to_c(temporary, function_name=config.name)
 
 
-@contextlib.contextmanager
-def whole(path: pathlib.Path) -> Iterator[str]:
-    """Give the name of a file to write, which then takes a path's place: others see the whole of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
 def cache_folder() -> pathlib.Path:
     """Return the folder of compiled kernels: `LITE_ATTENTION_CACHE`, or lite_attention in the user's cache folder.
 
@@ -177,18 +160,5 @@ def cache_folder() -> pathlib.Path:
     named = os.environ.get(_CACHE_VARIABLE)
     folder = pathlib.Path(named) if named else platformdirs.user_cache_path("lite_attention", appauthor=False)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder, "cache folder", _CACHE_VARIABLE, [os.getuid()] if _HAS_OWNERS else [])
+    check_owner(folder, "cache folder", f"set {_CACHE_VARIABLE} to another")
     return folder
-
-
-def _check_owner(path: pathlib.Path, what: str, variable: str, owners: list[int]) -> None:
-    """Check who may change what code is loaded from."""
-    if not _HAS_OWNERS:
-        return
-    status = path.stat()
-    if status.st_uid not in owners or status.st_mode & 0o022:
-        users = " or ".join(map(str, owners))
-        raise PermissionError(
-            f"{what} {path}: expected one of user {users} that nobody else may write to, got owner "
-            f"{status.st_uid}, mode {status.st_mode & 0o777:o}; set {variable} to another"
-        )

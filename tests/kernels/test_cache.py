@@ -79,7 +79,7 @@ def test_a_folder_of_somebody_else_is_refused(folder: pathlib.Path, monkeypatch:
     with pytest.raises(PermissionError, match=r"nobody else may write to, got owner .* LITE_ATTENTION_CACHE"):
         cache.cache_folder()
     folder.chmod(0o700)
-    monkeypatch.setattr(cache.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="expected one of user 12345"):
         cache.cache_folder()
 
@@ -145,8 +145,21 @@ def test_a_library_that_others_may_write_is_refused(what: str, mode: int, named:
         cache.library()
 
 
+def test_a_link_is_as_safe_as_what_it_leads_to(
+    named: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "links").mkdir(mode=0o755)
+    (tmp_path / "links" / cache.LIBRARY_NAME).symlink_to(named)
+    monkeypatch.setenv("LITE_ATTENTION_KERNELS", str(tmp_path / "links"))
+    assert cache.library() is not None
+    cache.library.cache_clear()
+    named.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match=f"folder of kernels {named.parent}: .*mode 777"):
+        cache.library()
+
+
 def test_a_library_of_somebody_else_is_refused(named: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
     owner = named.stat().st_uid
     if owner == 0:
         assert cache.library() == f"loaded {named}"  # root may install one for all
@@ -177,6 +190,20 @@ def test_what_is_linked_is_what_is_loaded(tmp_path: pathlib.Path, monkeypatch: p
     assert callable(cache.get_kernel(CONFIG))
     assert not (tmp_path / "unused").exists()
     cache.library.cache_clear()
+
+
+def test_no_library_is_made_where_it_would_be_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "_link", lambda objects, library: None)
+    before = os.umask(0o002)  # of some systems
+    try:
+        aot.compile_library([], tmp_path / "made")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o755
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there").chmod(0o775)
+    with pytest.raises(PermissionError, match=r"folder of kernels .*mode 775; give --out another"):
+        aot.compile_library([CONFIG], tmp_path / "there")
 
 
 def test_progress_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
