@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     library = compile_library(configs, args.out)
     print(f"{len(configs)} kernels in {args.out}")
     if library is None:
-        print("not linked: that needs cc, a CUDA 13 toolkit (CUDA_HOME) and the cu13 flavour of the CuTe DSL")
+        print("not linked: that needs cc, a CUDA 13 toolkit (CUDA_HOME) and the cu13 flavor of the CuTe DSL")
     else:
         print(f"library: {library}; where it runs, set LITE_ATTENTION_KERNELS={args.out}")
     return 0
