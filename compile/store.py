@@ -12,6 +12,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -202,7 +203,7 @@ class StateStore:
             made = SiteRecord(site, tuple(weakref.ref(owner) for owner in owners))
             record = self._records.setdefault(full_key, made)
             for owner in owners:
-                weakref.finalize(owner, self._forget, full_key).atexit = False
+                weakref.finalize(owner, _later(self._forget), full_key).atexit = False
         elif record.site.swapped <= site.swapped:
             record.site = site  # a graph that swaps it says more than one that did not
         return record
@@ -243,7 +244,7 @@ class StateStore:
             record.states[key] = state
             if id(session) not in self._met:
                 self._met.add(id(session))
-                weakref.finalize(session, self._forget_session, id(session)).atexit = False
+                weakref.finalize(session, _later(self._forget_session), id(session)).atexit = False
         return state
 
     def _forget_session(self, session: int) -> None:
@@ -324,6 +325,18 @@ class StateStore:
         """Return the sites that belong to a model's parameters and modules."""
         owned = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
         return [record for record in self.records if any(id(owner()) in owned for owner in record.owners)]
+
+
+def _later(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return a method for `weakref.finalize`, which would keep its object alive otherwise."""
+    alive = weakref.WeakMethod(method)
+
+    def call(argument: Any) -> None:
+        bound = alive()
+        if bound is not None:
+            bound(argument)
+
+    return call
 
 
 def stores_with(model: nn.Module) -> list[StateStore]:

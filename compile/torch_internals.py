@@ -10,7 +10,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "copy_of_graph",
     "example_of",
     "fake_mode_of",
+    "forget_compiled",
     "holds_for_all_sizes",
     "holds_unless_unknown",
     "input_path",
@@ -279,6 +280,22 @@ def running_module() -> nn.Module | None:
 
 _CALLS = ("_wrapped_call_impl", "_call_impl")
 _MODULE_FILE = nn.Module._call_impl.__code__.co_filename
+
+
+def forget_compiled(model: nn.Module, backend: object) -> None:
+    """Let dynamo forget the code that it compiled for the classes of a model's modules, and a backend.
+
+    Other models of these classes compile again. Otherwise each backend would leave its graphs, and a model that is
+    enabled anew would meet the limit of recompiles.
+    """
+    from torch._dynamo import eval_frame
+
+    for kind in {type(module) for module in model.modules()}:
+        if isinstance(kind.forward, FunctionType):
+            eval_frame.remove_from_cache(kind.forward.__code__)
+    for key, known in [*eval_frame.cached_backends.items()]:
+        if getattr(known, "compiler_fn", known) is backend:
+            eval_frame.cached_backends.pop(key, None)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -179,9 +179,11 @@ def _check_of_grid(model: nn.Module, pattern: Pattern) -> Check:
 def _compiled(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
     from lite_attention.compile.backend import LiteAttentionBackend
     from lite_attention.compile.store import StateStore
+    from lite_attention.compile.torch_internals import forget_compiled
 
     store = StateStore(how.settings, wiring.session, model, prefix)
     backend = LiteAttentionBackend.of(store, how.inner)
+    wiring.undo.append(lambda model: forget_compiled(model, backend))
     compile_model: Any = model.compile_repeated_blocks if how.compile == "blocks" else model.compile
     compile_model(backend=backend, **how.compile_arguments)
     return call_of(model), store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 import lite_attention
+from lite_attention.compile.store import StateStore
+from lite_attention.model_sites import sites_of
 from tests.support import diffusers_models as dm
 from tests.support.diffusers_models import TILE, run, silent_report
 from tests.support.toys import Attention, Toy, context, tokens
@@ -211,3 +214,37 @@ def test_a_token_order_is_refused_with_context_parallelism() -> None:
     model._parallel_config = object()
     with pytest.raises(ValueError, match="token_order: expected None with context parallelism"):
         run(model, SMALL.inputs(0, 0))
+
+
+# ---- what is left behind ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_enabling_again_and_again_leaves_nothing_and_meets_no_limit(compile: bool) -> None:
+    model, before = Toy(1), _stores()
+    with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            enable(model, compile, num_steps=4)
+            for step in range(2):
+                model(tokens(step), context())
+            assert lines(model)["blocks.0.attn1"].startswith("skip-aware ")
+            lite_attention.disable(model)
+    assert _stores() == before
+
+
+def _stores() -> int:
+    gc.collect()
+    return sum(isinstance(found, StateStore) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_generation_lets_go_of_the_states_of_other_lengths(compile: bool) -> None:
+    model = enable(SMALL.model(), compile)
+    for width in (8, 12, 16):
+        for timestep in (900, 500):
+            x = SMALL.inputs(0, 0)
+            x["hidden_states"] = dm.latents(3, 16, width, seed=0)
+            run(model, x | {"timestep": torch.tensor([timestep])})
+    (site,) = (site for site in sites_of(model) if site.swapped)
+    assert [state.capacity[2] for state in site.states] == [3 * 8 * 6, 3 * 8 * 8]  # of this generation and the last
