@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from lite_attention.compile.layers import LayerStates, RuntimeSite, runtime_sites
+from lite_attention.compile.multihead import take_apart
 from lite_attention.compile.other_attention import sites_of_ops
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.runner import generations_unknown, nothing_swapped
@@ -97,6 +98,7 @@ class LiteAttentionBackend:
         options: dict[str, Any] | None = None,
     ) -> _Compiled:
         """Compile a graph of dynamo; called by torch.compile."""
+        gm = take_apart(gm)
         names = Names(self.store.model)
         found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter, names)
         nested = sites_in_subgraphs(gm, names) + sites_of_ops(gm.graph, names)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lite_attention.compile.attention_calls import ATTENTION_OPS, SDPA
+from lite_attention.compile.multihead import attend_in_parts, reason_against
 from lite_attention.compile.other_attention import (
     attention_modules,
     on_other_backends,
@@ -146,9 +147,13 @@ class _EagerSwap(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        is_multihead = func is multi_head_attention_forward
+        if is_multihead and reason_against(args, kwargs) is None:
+            with self:
+                return attend_in_parts(args, kwargs)
         is_sdpa = func in SDPA
         name = op_name(func) if is_op(func) else getattr(func, "__name__", "")
-        reason = None if is_sdpa else reason_of_op(name)
+        reason = None if is_sdpa else reason_against(args, kwargs) if is_multihead else reason_of_op(name)
         if reason is not None:
             self._note_op(reason, args, kwargs)
         result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -22,7 +23,7 @@ __all__ = [
     "sites_of_ops",
 ]
 
-_MULTIHEAD = "nn.MultiheadAttention computes it as a whole: call scaled_dot_product_attention, or torch.export"
+_MULTIHEAD = "nn.MultiheadAttention computes it as a whole: call it with need_weights=False and without masks"
 _REASONS = {
     "multi_head_attention_forward": _MULTIHEAD,
     "_native_multi_head_attention": _MULTIHEAD,
@@ -34,6 +35,7 @@ _REASONS = {
 _NATIVE = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 
 
+@functools.cache  # asked at every call of torch, run eagerly
 def reason_of_op(name: str) -> str | None:
     """Return why the swap does not reach the attention within an op or function, None if it is none.
 

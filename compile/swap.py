@@ -14,10 +14,10 @@ from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 
-__all__ = ["swap_site"]
+__all__ = ["emit_call", "swap_site"]
 
 
-def _emit(graph: fx.Graph, meta_key: str, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+def emit_call(graph: fx.Graph, meta_key: str, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """Add a call with the fake value that later passes look for."""
     node = graph.call_function(target, args, kwargs)
 
@@ -45,7 +45,7 @@ def swap_site(
     call, aten = found.call, torch.ops.aten
 
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return _emit(graph, meta_key, call.node, target, *args, **kwargs)
+        return emit_call(graph, meta_key, call.node, target, *args, **kwargs)
 
     def operand(node: fx.Node, order: Sequence[int]) -> fx.Node:
         tensor = value_of(node)

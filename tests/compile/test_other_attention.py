@@ -21,17 +21,24 @@ HOW = pytest.mark.parametrize("how", [True, False])
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 
 
-class Multihead(Attention):
-    """Attention that the swap reaches, then one that it does not."""
+_KEPT = torch.arange(96)[None] < 70
 
-    def __init__(self, need_weights: bool) -> None:
+
+class Multihead(Attention):
+    """Attention that the swap reaches at once, then torch's module."""
+
+    def __init__(
+        self, call: Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, ...]] | None = None, **options: Any
+    ) -> None:
         super().__init__()
-        self.inner, self.need_weights = nn.MultiheadAttention(32, 2, batch_first=True), need_weights
+        self.inner = nn.MultiheadAttention(32, 2, **{"batch_first": True, **options})
+        self.call = call or (lambda inner, x: inner(x, x, x, need_weights=False))
         self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
         x = super().forward(x)
-        return x + self.inner(x, x, x, need_weights=self.need_weights)[0]
+        out, *weights = self.call(self.inner, x)
+        return x + out + (0 if not weights or weights[0] is None else 0 * weights[0].sum())
 
 
 class Encoder(Attention):
@@ -50,17 +57,44 @@ class Flex(Attention):
         return x + flex_attention(*self.project(x, None)).transpose(1, 2).flatten(2)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "multihead": (lambda: Multihead(need_weights=False), "inner", "nn.MultiheadAttention computes it as a whole"),
-    "with weights": (lambda: Multihead(need_weights=True), "inner", "nn.MultiheadAttention computes it as a whole"),
-    "encoder layer": (Encoder, "inner", "nn.TransformerEncoderLayer computes it as a whole"),
-}
+WHOLE = "nn.MultiheadAttention computes it as a whole"
+RETURNED = "nn.MultiheadAttention returns its weights"
+# With what becomes of it compiled, and eagerly.
+MODELS: dict[str, tuple[Callable[[], nn.Module], str | None, str | None]] = {
+    "multihead": (Multihead, None, None),
+    "sequence first": (
+        lambda: Multihead(lambda m, x: [m(*[x.transpose(0, 1)] * 3, need_weights=False)[0].mT.mT.transpose(0, 1)],
+                          batch_first=False), None, None,
+    ),
+    "without biases": (lambda: Multihead(bias=False), None, None),
+    "other keys": (
+        lambda: Multihead(lambda m, x: m(x, x[..., :8], x[..., :24], need_weights=False), kdim=8, vdim=24), None, None,
+    ),
+    "cross": (
+        lambda: Multihead(lambda m, x: m(x, *[torch.ones(1, 96, 32)] * 2, need_weights=False)), "cross-attention",
+        "cross-attention",
+    ),
+    "idle dropout": (lambda: Multihead(dropout=0.5), None, None),
+    "weights unused": (lambda: Multihead(lambda m, x: m(x, x, x)[:1]), None, RETURNED),
+    "weights used": (lambda: Multihead(lambda m, x: m(x, x, x)), WHOLE, RETURNED),
+    "mask": (
+        lambda: Multihead(lambda m, x: m(x, x, x, need_weights=False, attn_mask=torch.ones(96, 96).triu(1).bool())),
+        WHOLE, "nn.MultiheadAttention with a mask",
+    ),
+    "padding": (
+        lambda: Multihead(lambda m, x: m(x, x, x, need_weights=False, key_padding_mask=~_KEPT)), WHOLE,
+        "nn.MultiheadAttention with a float key_padding_mask",
+    ),
+    "more keys": (lambda: Multihead(add_bias_kv=True), WHOLE, "nn.MultiheadAttention with keys of its own"),
+    # A mode that is on keeps the layer from its fast path.
+    "encoder layer": (Encoder, "nn.TransformerEncoderLayer computes it as a whole", None),
+}  # fmt: skip
 
 
 @HOW
 @pytest.mark.parametrize("name", MODELS)
-def test_modules_of_torch_have_a_row(name: str, how: bool) -> None:
-    build, path, reason = MODELS[name]
+def test_modules_of_torch(name: str, how: bool) -> None:
+    build, compiled, eager = MODELS[name]
     model = build()
     with torch.no_grad():
         dense = model(tokens(0))
@@ -68,13 +102,24 @@ def test_modules_of_torch_have_a_row(name: str, how: bool) -> None:
         lite_attention.enable(model, compile=how, threshold=-math.inf, tile_shape=TILE, num_steps=4, **inner)
         for _ in range(2):
             torch.testing.assert_close(model(tokens(0)), dense, rtol=1e-5, atol=1e-5)
-    rows = silent_report(model).rows
-    assert [row.name for row in rows if row.reason is None] == [""]
-    (other,) = (row for row in rows if row.reason is not None)
-    if not how and name == "encoder layer":  # a mode that is on keeps the layer from its fast path
-        path, reason = "inner.self_attn", MODELS["multihead"][2]
-    assert other.name == path
-    assert str(other.reason).startswith(reason)
+    first, other = silent_report(model).rows
+    assert (first.name, first.reason) == ("", None)
+    assert other.name == ("inner.self_attn" if name == "encoder layer" and not how else "inner")
+    reason = compiled if how else eager
+    assert other.reason is None if reason is None else str(other.reason).startswith(reason)
+
+
+@HOW
+def test_multihead_attention_skips(how: bool) -> None:
+    model = Multihead()
+    model.inner.in_proj_weight.data[:64] *= 4
+    inner = {"inner": "eager"} if how else {}
+    lite_attention.enable(model, compile=how, threshold=-2.0, tile_shape=TILE, num_steps=4, **inner)
+    with torch.no_grad():
+        for step in range(3):
+            model(5 * tokens(step))
+    rows = {row.name: row.sparsity for row in silent_report(model).swapped}
+    assert max(rows["inner"]) > 0
 
 
 def test_flex_attention_in_a_graph_has_a_row() -> None:
@@ -87,7 +132,7 @@ def test_flex_attention_in_a_graph_has_a_row() -> None:
 
 
 def test_export_takes_multihead_attention_apart() -> None:
-    model = Multihead(need_weights=False)
+    model = Multihead()
     program = make_skip_aware(torch.export.export(model, (tokens(0),)), threshold=-math.inf, tile_shape=TILE)
     assert [(site.name, site.reason) for site in program.sites] == [("", None), ("inner", None)]
     with torch.no_grad():
