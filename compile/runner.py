@@ -81,7 +81,7 @@ class Runner:
                 yield
             return
         generation = clock.generation
-        place = clock.place(name, step, self._timestep_of(args, kwargs))
+        place = clock.place(name, step, self._timestep_of(args, kwargs) if step is None else None)
         if place.generation != generation:
             self.store.forget_other_sizes()
         try:

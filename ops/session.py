@@ -50,6 +50,8 @@ class Session:
         self._passes: dict[int, int] = {}  # passes of this generation that have no name -> slot
         self._ran: set[str] = set()  # names that ran in it
         self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
+        self._controls: list[torch.Tensor | None] = []  # of the states, when these views were made:
+        self._views: dict[int, list[torch.Tensor]] = {}  # by word
         self._slot = 0
         self._steps: dict[int, int] = {}  # slot -> step on the device, while the host writes it
         self._told_steps: dict[int, int] = {}  # slot -> the last step that the caller said
@@ -191,7 +193,11 @@ class Session:
     def leave(self, place: Place) -> None:
         """Move a counted step on in all states, in those too that the forward left out."""
         if not place.is_told:
-            self._write_step(self._slot_of(place.branch), place.step + 1)
+            slot = self._slot_of(place.branch)
+            words = self._words(c.slot_word(slot, c.STEP))
+            if words:
+                torch._foreach_add_(words, 1)
+            self._steps[slot] = place.step + 1
 
     def let_the_op_count(self) -> None:
         """Leave the steps to the op: a CUDA graph is captured, which the host will not see run."""
@@ -212,8 +218,8 @@ class Session:
         return next(slot for slot in range(len(taken) + 1) if slot not in taken) if known is None else known
 
     def _room(self, states: Iterable[SkipState], otherwise: int) -> int:
-        """Return the slots that all states have; without one, those that they will have, if known."""
-        return min((state.slots for state in states), default=self._slots or otherwise)
+        """Return the slots that all states have, or will have, if that is known."""
+        return self._slots or min((state.slots for state in states), default=otherwise)
 
     def _check_slots(self, slot: int, states: Iterable[SkipState] | None = None) -> None:
         slots = self._room(self._states if states is None else states, slot + 1)
@@ -258,10 +264,21 @@ class Session:
 
     def _write(self, word: int, value: int) -> None:
         """Write one word of all control tensors: two launches, however many states there are."""
-        words = [state.control[word : word + 1] for state in self._states if state.control.shape[0] > word]
+        words = self._words(word)
         if words:
             torch._foreach_zero_(words)
             torch._foreach_add_(words, value)
+
+    def _words(self, word: int) -> list[torch.Tensor]:
+        """Return views of one word of all control tensors, kept from call to call: each takes 4 us to make."""
+        controls = [state._buffers["control"] for state in self._states]
+        if len(controls) != len(self._controls) or any(
+            a is not b for a, b in zip(controls, self._controls, strict=True)
+        ):
+            self._controls, self._views = controls, {}  # who follows has changed, or has been moved
+        if word not in self._views:
+            self._views[word] = [c[word : word + 1] for c in controls if c is not None and c.shape[0] > word]
+        return self._views[word]
 
 
 default_session = Session()

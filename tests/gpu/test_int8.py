@@ -99,8 +99,11 @@ def test_more_batch_elements_than_a_grid_has_in_y() -> None:
         *QUANTIZE_VALUE(v, None),
     )
     for part in (slice(0, 1), slice(65_534, 65_536), slice(69_999, None)):
-        of_part = [*QUANTIZE_QUERY(q[part], mean[part], scale=None), *QUANTIZE_VALUE(v[part], None)]
-        of_part += QUANTIZE_KEY(k[part], mean[part], None, tile_n=tile_n)
+        of_part = (
+            *QUANTIZE_QUERY(q[part], mean[part], scale=None),
+            *QUANTIZE_KEY(k[part], mean[part], None, tile_n=tile_n),
+            *QUANTIZE_VALUE(v[part], None),
+        )
         for whole, alone in zip(results, of_part, strict=True):
             assert torch.equal(whole[part].float(), alone.float())
     out, _ = DENSE(q, k, v, None, scale=None)
