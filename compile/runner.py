@@ -140,7 +140,8 @@ def _all_dense(reasons: set[str]) -> str:
 def nothing_swapped(sites: Sequence[Site]) -> str:
     """Return what to say where no site of a model is skip-aware."""
     reasons = sorted({str(site.reason) for site in sites}) or [
-        "no scaled_dot_product_attention was seen: does the model use diffusers' native attention backend?"
+        "no scaled_dot_product_attention was seen: is the model's attention another's, or does torch.compile leave it "
+        'alone, as where hooks of offloading break its graphs in loops? Then compile="blocks" or compile=False helps'
     ]
     return f"no attention was swapped ({'; '.join(reasons)}); see lite_attention.report(model)"
 

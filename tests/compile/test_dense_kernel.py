@@ -213,7 +213,7 @@ def test_no_keys_are_left_to_sdpa() -> None:
     inner, backend = dense_backend()
     model, nothing = Attention(), context(seq=0)
     torch.testing.assert_close(run(model, backend, tokens(0), nothing), model(tokens(0), nothing))
-    assert [(site.reason, site.dense_kernel) for site in backend.sites] == [("cross-attention", False)]
+    assert [(site.reason, site.dense_kernel) for site in backend.sites] == [("no queries or keys", False)]
     assert inner.calls(DENSE) == []
 
 
