@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
     from lite_attention.ops.site import SiteThreshold
-    from lite_attention.registry import ThresholdTable
+    from lite_attention.threshold_table import ThresholdTable
 
 __all__ = ["branch", "default_session", "disable", "enable", "reset", "set_threshold"]
 
@@ -101,7 +101,7 @@ def enable(
         OSError: the file of a table cannot be read.
     """
     from lite_attention.compile.settings import SkipSettings
-    from lite_attention.registry import threshold_from
+    from lite_attention.threshold_table import threshold_from
 
     of_sites = threshold_from(threshold, settings.get("num_steps"))
     if compile not in (True, False, "blocks"):
@@ -285,7 +285,7 @@ def set_threshold(model_or_pipe: Any, threshold: SiteThreshold | ThresholdTable 
             schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`. A table that does not fit.
         OSError: the file of a table cannot be read.
     """
-    from lite_attention.registry import ThresholdTable, loaded
+    from lite_attention.threshold_table import ThresholdTable, loaded
 
     threshold = loaded(threshold)
     if isinstance(threshold, ThresholdTable):

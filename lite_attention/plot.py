@@ -16,7 +16,7 @@ from lite_attention.inspection import SparsityLog, named_states
 from lite_attention.ops import SkipState
 from lite_attention.ops import control as c
 from lite_attention.ops.tiles import ceil_div
-from lite_attention.registry import ThresholdTable
+from lite_attention.threshold_table import ThresholdTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

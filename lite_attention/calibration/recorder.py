@@ -26,8 +26,8 @@ from lite_attention.calibration.probe import CaughtCall, Output, Place
 from lite_attention.calibration.tile_statistics import error_of, loss_of, measure_tiles
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div
-from lite_attention.registry import ThresholdTable
-from lite_attention.registry.threshold_fit import branches_of, class_name, dtype_name, model_name
+from lite_attention.threshold_table import ThresholdTable
+from lite_attention.threshold_table.fit import branches_of, class_name, dtype_name, model_name
 
 __all__ = ["QUERIES", "THRESHOLDS", "Choose", "Recorder", "check_candidates"]
 

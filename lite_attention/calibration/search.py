@@ -22,8 +22,8 @@ from lite_attention.calibration.probe import AttentionProbe, Place
 from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Choose, Recorder, check_candidates
 from lite_attention.calibration.verification import Verification
 from lite_attention.ops.arguments import check_count
-from lite_attention.registry import ThresholdTable
 from lite_attention.tables import text_table
+from lite_attention.threshold_table import ThresholdTable
 
 __all__ = ["CalibrationResult", "calibrate"]
 

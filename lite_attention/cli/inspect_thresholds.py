@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lite_attention.registry import ThresholdTable
+from lite_attention.threshold_table import ThresholdTable
 
 __all__ = ["add_parser", "main"]
 

@@ -18,7 +18,7 @@ import lite_attention
 from lite_attention import LiteAttentionRegistry, ThresholdTable
 from lite_attention.inspection import named_states
 from lite_attention.ops.site import Site
-from lite_attention.registry.threshold_fit import model_name
+from lite_attention.threshold_table.fit import model_name
 from tests.support.toys import TILE, Toy, context, tokens
 
 STEPS = 4

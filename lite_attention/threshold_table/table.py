@@ -12,9 +12,9 @@ import torch
 
 from lite_attention.files import write_whole
 from lite_attention.ops.validate import check_threshold
-from lite_attention.registry import threshold_file
-from lite_attention.registry.threshold_file import ABOUT, DECIMALS, TUPLES, is_a
 from lite_attention.tables import text_table
+from lite_attention.threshold_table import file as threshold_file
+from lite_attention.threshold_table.file import ABOUT, DECIMALS, TUPLES, is_a
 
 if TYPE_CHECKING:
     from lite_attention.ops.site import Site, SiteThreshold
@@ -155,7 +155,7 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
                 ours in the model.
         """
         from lite_attention.api import set_threshold
-        from lite_attention.registry.threshold_fit import fitted
+        from lite_attention.threshold_table.fit import fitted
 
         set_threshold(model_or_pipe, fitted(self, model_or_pipe, strict=strict))
 
@@ -165,7 +165,7 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: it does not fit; lists all that differs.
         """
-        from lite_attention.registry.threshold_fit import check_fit
+        from lite_attention.threshold_table.fit import check_fit
 
         check_fit(self, model_or_pipe)
 
@@ -180,7 +180,7 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: the table has no such site, or was found on other steps, heads, tiles, dtype or sizes.
         """
-        from lite_attention.registry.threshold_fit import threshold_at
+        from lite_attention.threshold_table.fit import threshold_at
 
         return threshold_at(self, site, num_steps, strict)
 

@@ -21,7 +21,7 @@ from lite_attention.ops.control import SEQ_Q, slot_word
 
 if TYPE_CHECKING:
     from lite_attention.ops.site import Site
-    from lite_attention.registry.threshold_table import ThresholdTable
+    from lite_attention.threshold_table.table import ThresholdTable
 
 __all__ = [
     "at_steps", "branches_of", "check_fit", "class_name", "dtype_name", "fitted", "model_name",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from lite_attention.registry.threshold_table import ThresholdTable
+    from lite_attention.threshold_table.table import ThresholdTable
 
 __all__ = ["ABOUT", "DECIMALS", "TUPLES", "is_a", "parse", "to_toml"]
 

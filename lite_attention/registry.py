@@ -15,14 +15,14 @@ from lite_attention.api import set_threshold
 from lite_attention.model_sites import sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.validate import check_threshold
-from lite_attention.registry.threshold_file import is_a
-from lite_attention.registry.threshold_fit import fitted, num_steps_of
-from lite_attention.registry.threshold_table import ThresholdTable
+from lite_attention.threshold_table.file import is_a
+from lite_attention.threshold_table.fit import fitted, num_steps_of
+from lite_attention.threshold_table.table import ThresholdTable
 
 if TYPE_CHECKING:
     from lite_attention.calibration import Calibration
 
-__all__ = ["LiteAttentionRegistry"]
+__all__ = ["LiteAttentionRegistry", "ThresholdTable"]
 
 _MODES = ("const", "load", "calib", "disable")
 _CALIB_CONFIG = {"target_error": 0.01, "metric": "L1"}
