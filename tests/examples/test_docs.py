@@ -1,0 +1,69 @@
+"""The pages name what is there: files, folders, modules of ours and what they hold, and what links point to."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+PAGES = [
+    CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/moving_shapes/README.md")
+]
+PAGES += sorted((CHECKOUT / "docs").glob("*.md"))
+ROOMS = ["lite_attention", "ops", "compile", "cute_kernels", "tests", "benchmarks", "examples", "docs"]
+FILES = [file.as_posix() for room in ROOMS for file in (CHECKOUT / room).rglob("*") if file.is_file()]
+
+CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+PATH = re.compile(
+    rf"(?<![\w./-])(?:(?:[\w-]+/)*[\w-]+\.(?:py|c|md|toml|png|pt|jsonl|safetensors)|(?:{'|'.join(ROOMS)})/[\w/]*)(?![\w.])"
+)
+MODULE = re.compile(r"(?<![\w./])(?:lite_attention|benchmarks|examples|tests)(?:\.[A-Za-z_]\w*)+")
+LINK = re.compile(r"\]\((?!http)([^)#]+)")
+
+MADE_BY_COMMANDS = re.compile(r"build/|thresholds\.(png|toml)|weights\.pt|checkpoint\.pt")
+YET_TO_COME = re.compile(r"`[^`\n]+` \(new\)|\S*(NAME|XX)\S*")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
+
+
+def _in_code(page: Path, pattern: re.Pattern[str]) -> set[str]:
+    text = YET_TO_COME.sub("", page.read_text())
+    return {match[0] for code in CODE.finditer(text) for match in pattern.finditer(code[0])}
+
+
+def _is_there(path: str, page: Path) -> bool:
+    """Whether a path is there, from the root or the page, or, as `cache.py`, in the room that the page speaks of."""
+    return any((folder / path).exists() for folder in (CHECKOUT, page.parent)) or any(
+        file.endswith(f"/{path}") for file in FILES
+    )
+
+
+def _resolves(name: str) -> bool:
+    module, *rest = name.split(".")
+    found = importlib.import_module(module)
+    try:
+        for attribute in rest:
+            module = f"{module}.{attribute}"
+            found = getattr(found, attribute, None) or importlib.import_module(module)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+@each_page
+def test_files_and_folders_are_there(page: Path) -> None:
+    paths = {path for path in _in_code(page, PATH) if not MADE_BY_COMMANDS.match(path)}
+    assert [path for path in sorted(paths) if not _is_there(path, page)] == []
+
+
+@each_page
+def test_modules_and_what_they_hold_are_there(page: Path) -> None:
+    assert [name for name in sorted(_in_code(page, MODULE)) if not _resolves(name)] == []
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
