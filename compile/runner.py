@@ -80,9 +80,8 @@ class Runner:
             with session.branch(name, step) if name is not None else nullcontext():
                 yield
             return
-        generation = clock.generation
         place = clock.place(name, step, self._timestep_of(args, kwargs) if step is None else None)
-        if place.generation != generation:
+        if place.generation != session.generation:
             self.store.forget_other_sizes()
         try:
             if session.enter(place):

@@ -57,7 +57,7 @@ class Session:
         self._told_steps: dict[int, int] = {}  # slot -> the last step that the caller said
         self._counting = True  # the op counts the steps; False: the host writes them
         self._driven = False  # by `enter` and `leave`, forward by forward
-        self._generation = 0
+        self.generation = 0  # of the last forward that was placed
         self._thread: int | None = None  # inside a branch
 
     @property
@@ -167,8 +167,8 @@ class Session:
         Raises:
             ValueError: a name for which the states have no slot.
         """
-        if place.generation != self._generation:
-            self._generation = place.generation
+        if place.generation != self.generation:
+            self.generation = place.generation
             self._restart()
         if not self._driven:
             self._driven = True

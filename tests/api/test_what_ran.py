@@ -240,11 +240,16 @@ def _stores() -> int:
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_a_generation_lets_go_of_the_states_of_other_lengths(compile: bool) -> None:
-    model = enable(SMALL.model(), compile)
+    """Of the second transformer of a pipeline too, for which a generation does not begin with its first step."""
+    pipe = type("Pipe", (), {})()
+    pipe.components = {"transformer": SMALL.model(), "transformer_2": SMALL.model(1)}
+    enable(pipe, compile)
     for width in (8, 12, 16):
-        for timestep in (900, 500):
+        for timestep, model in zip((900, 500), pipe.components.values(), strict=True):
             x = SMALL.inputs(0, 0)
             x["hidden_states"] = dm.latents(3, 16, width, seed=0)
             run(model, x | {"timestep": torch.tensor([timestep])})
-    (site,) = (site for site in sites_of(model) if site.swapped)
-    assert [state.capacity[2] for state in site.states] == [3 * 8 * 6, 3 * 8 * 8]  # of this generation and the last
+    sites = [site for site in sites_of(pipe) if site.swapped]
+    assert len(sites) == 2
+    for site in sites:  # those of this generation and of the last
+        assert [state.capacity[2] for state in site.states] == [3 * 8 * 6, 3 * 8 * 8]
