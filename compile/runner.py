@@ -28,7 +28,10 @@ NOT_PICKLED = "model: expected one that is not enabled to pickle, copy to anothe
     "lite_attention.disable(model) first, and enable() what is loaded"
 )
 
-_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "sigmas")  # what models call the argument
+# What models call the timestep, and its dimensions at most: of samples, or of samples and tokens. A "t" of more is none.
+_TIMESTEPS = {"timestep": 2, "timesteps": 2, "t": 1, "sigma": 1, "sigmas": 1}
+
+_INTEGERS = (torch.int32, torch.int64)
 
 # Called with the arguments of a forward; raises what speaks against running it.
 Check = Callable[[Sequence[Any], Mapping[str, Any]], None]
@@ -104,7 +107,9 @@ class Runner:
             return None
         value = kwargs.get(self._timestep, args[self._position] if self._position < len(args) else None)
         if isinstance(value, torch.Tensor):
-            return float(value.max()) if value.numel() and not is_fake(value) else None
+            numbers = value.is_floating_point() or value.dtype in _INTEGERS
+            is_one = numbers and value.dim() <= _TIMESTEPS[self._timestep]
+            return float(value.max()) if is_one and value.numel() and not is_fake(value) else None
         return float(value) if isinstance(value, (int, float)) else None
 
     def _look_back(self) -> None:

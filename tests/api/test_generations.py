@@ -395,3 +395,52 @@ def test_a_shallow_copy_of_a_pipeline_shares_its_transformer() -> None:
     pipe = enable(pipelines.wan())
     want = pipelines.generate(pipe, steps=STEPS)
     assert torch.equal(pipelines.generate(copy.copy(pipe), steps=STEPS), want)
+
+
+# ---- the timestep -------------------------------------------------------------------------------------------------
+
+
+class Timed(nn.Module):
+    """A model that is given a timestep under some name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = Toy(1)
+
+
+class WithTimestep(Timed):
+    def forward(self, x: torch.Tensor, timestep: Any) -> torch.Tensor:
+        return self.toy(x, context())
+
+
+class WithT(Timed):
+    def forward(self, x: torch.Tensor, t: Any = None) -> torch.Tensor:
+        return self.toy(x, context())
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "steps"),
+    [
+        (WithTimestep, [torch.tensor(900), torch.tensor(500)], 2),
+        (WithTimestep, [torch.tensor([900.0, 900.0]), torch.tensor([500.0, 500.0])], 2),
+        (WithTimestep, [torch.full((1, 96), 900.0), torch.full((1, 96), 500.0)], 2),
+        (WithTimestep, [900, 500.0], 2),
+        (WithT, [torch.tensor([900.0]), torch.tensor([500.0])], 2),
+        (WithT, [torch.rand(1, 96, 32), torch.rand(1, 96, 32)], None),
+        (WithT, [torch.rand(96, 32), torch.rand(96, 32)], None),
+        (WithT, [None, None], None),
+        (WithTimestep, ["first", "second"], None),
+        (WithTimestep, [torch.tensor([True]), torch.tensor([False])], None),
+        (WithTimestep, [torch.empty(0), torch.empty(0)], None),
+    ],
+    ids=str,
+)
+def test_what_is_a_timestep(kind: type[Timed], values: list[Any], steps: int | None) -> None:
+    """Two passes of each: of one step where it is, steps of their own where it is not."""
+    model = enable(kind(), num_steps=9)
+    for value in values:
+        for _ in range(2):
+            model(tokens(0), value)
+    state = silent_report(model).swapped[0].state
+    want = (steps, steps) if steps is not None else (4, 0)
+    assert (state.step(0), state.step(1)) == want
