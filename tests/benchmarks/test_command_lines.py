@@ -20,7 +20,7 @@ COMMANDS = [
     for path in sorted((CHECKOUT / folder).glob("*.py"))
     if "__main__" in path.read_text()
 ]
-GPU = ["attention", "ceilings", "host", "model"]
+GPU = ["attention", "ceilings", "host", "model", "runner"]
 WRONG = """
 benchmarks.attention --seconds 0
 benchmarks.attention --shapes 1,2,3
@@ -52,6 +52,8 @@ benchmarks.quality --device tpu
 benchmarks.quality_pretrained --steps 0
 benchmarks.quality_pretrained --frames 1.5
 benchmarks.quality_pretrained --dtype int8
+benchmarks.runner --layers 0
+benchmarks.runner --tokens 8
 examples.moving_shapes.demo --steps 0
 examples.moving_shapes.demo --threshold 1
 examples.moving_shapes.demo --threshold nan
