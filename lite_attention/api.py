@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -14,20 +14,22 @@ from torch import nn
 from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
 from lite_attention.compile.torch_internals import call_of, override, uncompiled, unwrapped
+from lite_attention.diffusers_hooks import Undo
+from lite_attention.enabled import Wiring, session_of, wirings
 from lite_attention.masks import Pattern, grid_of_call
-from lite_attention.model_sites import models_of, parts_of, sites_of, stores_of
+from lite_attention.model_sites import models_of, parts_of, set_thresholds, sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD, Session, default_session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.threads import PerThread
+from lite_attention.threshold_table import ThresholdTable, loaded, threshold_from
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from lite_attention.compile.runner import Check, Runner
+    from lite_attention.compile.runner import Check
     from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
     from lite_attention.ops.site import SiteThreshold
-    from lite_attention.threshold_table import ThresholdTable
 
 __all__ = ["branch", "default_session", "disable", "enable", "reset", "set_threshold"]
 
@@ -35,28 +37,7 @@ _Target = TypeVar("_Target")
 
 _SLOTS = 3  # as many passes as pipelines of diffusers make in a step: LTX-2 has three, most have one or two
 
-# Undoes something on the model or pipeline it is given. It must not hold on to it, or neither would ever be freed.
-_Undo = Callable[[Any], None]
-
-
-@dataclass
-class _Wiring:
-    """What `enable` did to one model."""
-
-    session: PerThread[Session]
-    clock: PerThread[Clock]
-    undo: list[_Undo] = field(default_factory=list)
-    store: StateStore | None = None
-
-    def runner(self, model: nn.Module, store: StateStore, run: Callable[..., Any], checks: Sequence[Check]) -> Runner:
-        """Return what runs the model with this session and clock."""
-        from lite_attention.compile.runner import Runner
-
-        return Runner(model, store, run, self.clock, checks)
-
-
-_wirings: weakref.WeakKeyDictionary[nn.Module, _Wiring] = weakref.WeakKeyDictionary()
-_pipelines: weakref.WeakKeyDictionary[Any, _Undo] = weakref.WeakKeyDictionary()
+_pipelines: weakref.WeakKeyDictionary[Any, Undo] = weakref.WeakKeyDictionary()
 
 
 def enable(
@@ -101,7 +82,6 @@ def enable(
         OSError: the file of a table cannot be read.
     """
     from lite_attention.compile.settings import SkipSettings
-    from lite_attention.threshold_table import threshold_from
 
     of_sites = threshold_from(threshold, settings.get("num_steps"))
     if compile not in (True, False, "blocks"):
@@ -125,7 +105,7 @@ def enable(
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
     try:
         for part, model in models_of(model_or_pipe).items():
-            wiring = _wirings[model] = _Wiring(PerThread(lambda: Session(known.slots)), clock)
+            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock)
             _enable(model, wiring, how, f"{part}." if part else "")
         if not isinstance(model_or_pipe, nn.Module):
             _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))
@@ -146,7 +126,7 @@ class _How:
     token_order: str | Sequence[int] | None
 
 
-def _enable(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> None:
+def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
     """Enable one model; whatever is done is noted in `wiring.undo`, so that an exception can be undone."""
 
     checks: list[Check] = []
@@ -176,7 +156,7 @@ def _check_of_grid(model: nn.Module, pattern: Pattern) -> Check:
     return check
 
 
-def _compiled(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
+def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
     from lite_attention.compile.backend import LiteAttentionBackend
     from lite_attention.compile.store import StateStore
     from lite_attention.compile.torch_internals import forget_compiled
@@ -189,7 +169,7 @@ def _compiled(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tupl
     return call_of(model), store
 
 
-def _eager(model: nn.Module, wiring: _Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
+def _eager(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
     from lite_attention.compile.eager import attach
     from lite_attention.compile.store import StateStore
 
@@ -204,7 +184,7 @@ def _begin_loops(pipe: Any) -> Callable[[int | None], None]:
     models = weakref.WeakSet(models_of(pipe).values())
 
     def begin(total: int | None) -> None:
-        for clock in {id(clock): clock for clock in (_wirings[m].clock() for m in models if m in _wirings)}.values():
+        for clock in {id(clock): clock for clock in (wirings[m].clock() for m in models if m in wirings)}.values():
             clock.begin_loop(total)
 
     return begin
@@ -215,7 +195,7 @@ def disable(model_or_pipe: _Target) -> _Target:
     if not isinstance(model_or_pipe, nn.Module) and model_or_pipe in _pipelines:
         _pipelines.pop(model_or_pipe)(model_or_pipe)
     for model in models_of(model_or_pipe).values():
-        wiring = _wirings.pop(model, None)
+        wiring = wirings.pop(model, None)
         for undo in reversed(wiring.undo if wiring else []):
             undo(model)
         if wiring and wiring.store:
@@ -238,7 +218,7 @@ def branch(name: str, step: int | None = None, *, model: Any = None) -> Iterator
     with contextlib.ExitStack() as stack:
         if model is None:
             stack.enter_context(default_session.branch(name, step))
-            for wiring in [*_wirings.values()]:
+            for wiring in [*wirings.values()]:
                 stack.enter_context(wiring.session().telling(name, step))
         for part in [] if model is None else models_of(model).values():
             stack.enter_context(session_of(part).branch(name, step))
@@ -257,7 +237,7 @@ def reset(model_or_pipe: Any = None) -> None:
         default_session.branches.clear()
         return
     for model in models_of(model_or_pipe).values():
-        wiring = _wirings.get(model)
+        wiring = wirings.get(model)
         if wiring is not None:
             wiring.clock().begin()
             wiring.session().reset()
@@ -285,45 +265,8 @@ def set_threshold(model_or_pipe: Any, threshold: SiteThreshold | ThresholdTable 
             schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`. A table that does not fit.
         OSError: the file of a table cannot be read.
     """
-    from lite_attention.threshold_table import ThresholdTable, loaded
-
     threshold = loaded(threshold)
     if isinstance(threshold, ThresholdTable):
-        return threshold.apply(model_or_pipe)
-    sites, models = sites_of(model_or_pipe), models_of(model_or_pipe)
-    stores = [
-        (store, model, f"{part}." if part else "") for part, model in models.items() for store in stores_of(model)
-    ]
-    modules = [site.module for site in sites if site.module is not None]
-    if not stores and not modules:
-        raise ValueError(
-            f"model_or_pipe: expected one given to enable(), compiled with our backend and run once, or with "
-            f"LiteAttention modules, got {type(model_or_pipe).__name__} with none of these"
-        )
-    tables = [table for store, model, prefix in stores for table in store.tables(model, threshold, prefix)]
-    values = [threshold(site.site) if callable(threshold) else threshold for site in sites if site.module is not None]
-    for module, value in zip(modules, values, strict=True):
-        module.check_threshold(value)
-    for state, table in tables:
-        state.set_threshold(table)
-    for store, model, prefix in stores:
-        store.remember(model, threshold, prefix)
-    for module, value in zip(modules, values, strict=True):
-        module.set_threshold(value)
-
-
-def session_of(model: nn.Module | None) -> Session:
-    """Return the session that a model's states follow in this thread."""
-    wiring = _wirings.get(model) if model is not None else None
-    return default_session if wiring is None else wiring.session()
-
-
-def store_of(model: nn.Module) -> StateStore | None:
-    """Return the states of a model given to `enable`, None for any other."""
-    wiring = _wirings.get(model)
-    return None if wiring is None else wiring.store
-
-
-def run_by(model: nn.Module, store: StateStore, run: Callable[..., Any]) -> Runner:
-    """Return what runs an enabled model another way, with other states, but with its branches and steps."""
-    return _wirings[model].runner(model, store, run, ())
+        threshold.apply(model_or_pipe)
+    else:
+        set_thresholds(model_or_pipe, threshold)

@@ -18,15 +18,15 @@ from torch import nn
 from lite_attention.compile.torch_internals import override, override_of
 from lite_attention.ops import Session
 
-__all__ = ["follow_cache_context", "follow_progress", "mark", "refuse_compile", "take_off_compiled"]
+__all__ = ["Undo", "follow_cache_context", "follow_progress", "mark", "refuse_compile", "take_off_compiled"]
 
 # Undoes something on the model or pipeline it is given. It must not hold on to it, or neither would ever be freed.
-_Undo = Callable[[Any], None]
+Undo = Callable[[Any], None]
 
 _MARK = "_lite_attention"
 
 
-def mark(model: nn.Module) -> _Undo:
+def mark(model: nn.Module) -> Undo:
     """Note on a model that it is enabled: who copies it is told that the copy is not, who pickles it is refused."""
     object.__setattr__(model, _MARK, _Mark())
     return lambda model: model.__dict__.pop(_MARK, None)
@@ -61,7 +61,7 @@ class _Override:
     __reduce__ = _Mark.__reduce__
 
 
-def _override(target: Any, name: str, call: Callable[..., Any]) -> _Undo:
+def _override(target: Any, name: str, call: Callable[..., Any]) -> Undo:
     """Put a function over a method of an object, and return what takes it away again."""
     before, ours = vars(target).get(name), _Override(target, name, call)
     object.__setattr__(target, name, ours)
@@ -77,7 +77,7 @@ def _override(target: Any, name: str, call: Callable[..., Any]) -> _Undo:
     return undo
 
 
-def take_off_compiled(model: nn.Module) -> _Undo:
+def take_off_compiled(model: nn.Module) -> Undo:
     """Take away what `model.compile()` put in place: code compiled earlier would run around the swap."""
     before = weakref.WeakKeyDictionary({m: run for m in model.modules() if (run := override_of(m))})
     for module in before:
@@ -90,7 +90,7 @@ def take_off_compiled(model: nn.Module) -> _Undo:
     return undo
 
 
-def refuse_compile(model: nn.Module) -> _Undo:
+def refuse_compile(model: nn.Module) -> Undo:
     """Let `model.compile()` raise: it would take the swap away."""
 
     def compile(*args: Any, **kwargs: Any) -> None:
@@ -108,7 +108,7 @@ def refuse_compile(model: nn.Module) -> _Undo:
     return undo
 
 
-def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> _Undo:
+def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> Undo:
     """Let `model.cache_context`, with which diffusers' pipelines announce a branch and step, tell the session too."""
     inner = getattr(model, "cache_context", None)
     if inner is None:
@@ -122,7 +122,7 @@ def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> _U
     return _override(model, "cache_context", cache_context)
 
 
-def follow_progress(pipe: Any, begin: Callable[[int | None], None]) -> _Undo:
+def follow_progress(pipe: Any, begin: Callable[[int | None], None]) -> Undo:
     """Call `begin` with the number of steps whenever a pipeline opens the progress bar of its denoising loop."""
     inner = getattr(pipe, "progress_bar", None)
     if inner is None:  # a modular pipeline: its blocks have one each

@@ -17,12 +17,12 @@ from lite_attention.compile.torch_internals import unwrapped
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
-from lite_attention.ops.site import Site
+from lite_attention.ops.site import Site, SiteThreshold
 
 if TYPE_CHECKING:
     from lite_attention.compile.store import SiteRecord, StateStore
 
-__all__ = ["ModelSite", "models_of", "parts_of", "sites_of", "stores_of"]
+__all__ = ["ModelSite", "models_of", "parts_of", "set_thresholds", "sites_of", "stores_of"]
 
 
 @dataclass
@@ -183,3 +183,36 @@ def _sites_in(model: nn.Module, prefix: str) -> Iterator[ModelSite]:
     for name, module in model.named_modules():
         if isinstance(module, LiteAttention):
             yield ModelSite(prefix + name, model, module=module)
+
+
+def set_thresholds(model_or_pipe: Any, threshold: SiteThreshold) -> None:
+    """Set the thresholds of all sites, and of states that are yet to come; see `lite_attention.set_threshold`.
+
+    Args:
+        model_or_pipe: whose sites.
+        threshold: log2 units: a number, a tensor that broadcasts to (slots, steps, heads), or a callable that returns
+            one of these for a `Site`.
+
+    Raises:
+        ValueError: no attention of ours in it, or a threshold that does not fit. Nothing is changed then.
+    """
+    sites, models = sites_of(model_or_pipe), models_of(model_or_pipe)
+    stores = [
+        (store, model, f"{part}." if part else "") for part, model in models.items() for store in stores_of(model)
+    ]
+    modules = [site.module for site in sites if site.module is not None]
+    if not stores and not modules:
+        raise ValueError(
+            f"model_or_pipe: expected one given to enable(), compiled with our backend and run once, or with "
+            f"LiteAttention modules, got {type(model_or_pipe).__name__} with none of these"
+        )
+    tables = [table for store, model, prefix in stores for table in store.tables(model, threshold, prefix)]
+    values = [threshold(site.site) if callable(threshold) else threshold for site in sites if site.module is not None]
+    for module, value in zip(modules, values, strict=True):
+        module.check_threshold(value)
+    for state, table in tables:
+        state.set_threshold(table)
+    for store, model, prefix in stores:
+        store.remember(model, threshold, prefix)
+    for module, value in zip(modules, values, strict=True):
+        module.set_threshold(value)

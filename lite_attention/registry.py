@@ -15,7 +15,7 @@ from lite_attention.api import set_threshold
 from lite_attention.model_sites import sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.validate import check_threshold
-from lite_attention.threshold_table.file import is_a
+from lite_attention.threshold_table.content import is_a
 from lite_attention.threshold_table.fit import fitted, num_steps_of
 from lite_attention.threshold_table.table import ThresholdTable
 

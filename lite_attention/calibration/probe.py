@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lite_attention.api import disable, enable, reset, run_by, session_of, store_of
+from lite_attention.api import disable, enable, reset
 from lite_attention.compile.torch_internals import override, override_of, plain_call, uncompiled, unwrapped
+from lite_attention.enabled import run_by, session_of, store_of
 from lite_attention.model_sites import parts_of, sites_of
 from lite_attention.module import LiteAttention
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, write_control

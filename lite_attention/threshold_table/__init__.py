@@ -1,8 +1,9 @@
 """Thresholds of a model by name: in a file, and from a file into a model.
 
-table.py  `ThresholdTable`: thresholds by site, and what they were found on
-file.py   its TOML file, that a person can read
-fit.py    how a table and a model differ
+content.py  thresholds by site, and what they were found on
+file.py     the TOML of it, that a person can read
+fit.py      how it differs from a model
+table.py    `ThresholdTable`: read, written, set in a model
 """
 
 from lite_attention.threshold_table.table import ThresholdTable, loaded, threshold_from

@@ -7,14 +7,13 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from lite_attention.threshold_table.table import ThresholdTable
+from lite_attention.threshold_table.content import ABOUT, Content, is_a
 
-__all__ = ["ABOUT", "DECIMALS", "TUPLES", "is_a", "parse", "to_toml"]
+__all__ = ["DECIMALS", "parse", "to_toml"]
 
 _VERSION = 1
 DECIMALS = 3  # of thresholds
@@ -23,27 +22,14 @@ _HEADER = (
     "# LiteAttention thresholds, log2 units: a row for each step, in it a number for each head; one stands for all.\n"
 )
 
-# What a table knows beside its thresholds, by name: the kind of each item.
-ABOUT: dict[str, type] = {
-    "model_class": str, "model": str, "dtype": str, "tokens": int, "resolution": int, "num_steps": int,
-    "branches": str, "metric": str, "target_error": float, "target_sparsity": float, "library_version": str,
-    "date": str,
-}  # fmt: skip
-TUPLES = ("resolution", "branches")  # of several items
-
 # What the existing CUDA project writes: an array of tables for each module, one table for each of its calls.
 _RUN, _DISABLED = "LiteAttentionRunConfig", "LiteAttentionDisabledConfig"
-
-
-def is_a(value: object, kind: type) -> bool:
-    """Return whether a value is of a kind; an int is a float too, and a bool is neither."""
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def to_toml(table: ThresholdTable) -> str:
+def to_toml(table: Content) -> str:
     """Return a table as TOML.
 
     Raises:

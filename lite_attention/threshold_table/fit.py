@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lite_attention.api import session_of
+from lite_attention.enabled import session_of
 from lite_attention.model_sites import ModelSite, models_of, sites_of, stores_of
 from lite_attention.ops.control import SEQ_Q, slot_word
+from lite_attention.threshold_table.content import Content
 
 if TYPE_CHECKING:
     from lite_attention.ops.site import Site
-    from lite_attention.threshold_table.table import ThresholdTable
 
 __all__ = [
     "at_steps", "branches_of", "check_fit", "class_name", "dtype_name", "fitted", "model_name",
@@ -117,7 +117,7 @@ def _parameters(model: nn.Module) -> str:
 # ---- does a table fit? ---------------------------------------------------------------------------------------------
 
 
-def fitted(table: ThresholdTable, model_or_pipe: Any, *, strict: bool = True) -> Callable[[Site], torch.Tensor]:
+def fitted(table: Content, model_or_pipe: Any, *, strict: bool = True) -> Callable[[Site], torch.Tensor]:
     """Return what each site of a model is to have; see `ThresholdTable.apply`. It does not hold on to the model."""
     known = {facts.name: facts for facts in _facts_of(model_or_pipe)}
     differences = _differences(table, model_or_pipe, list(known.values()))
@@ -134,14 +134,14 @@ def fitted(table: ThresholdTable, model_or_pipe: Any, *, strict: bool = True) ->
     return threshold_of
 
 
-def check_fit(table: ThresholdTable, model_or_pipe: Any) -> None:
+def check_fit(table: Content, model_or_pipe: Any) -> None:
     """Raise ValueError with all in which a table and the sites that a model has shown differ."""
     differences = _differences(table, model_or_pipe, _facts_of(model_or_pipe))
     if differences:
         raise ValueError(_does_not_fit(table, differences))
 
 
-def threshold_at(table: ThresholdTable, site: Site, num_steps: int | None, strict: bool) -> torch.Tensor:
+def threshold_at(table: Content, site: Site, num_steps: int | None, strict: bool) -> torch.Tensor:
     """Return the thresholds of a site whose state is born; see `ThresholdTable.threshold_of`."""
     _, tokens, heads, _ = site.q_shape
     if strict and table.tokens is not None and tokens > table.tokens:
@@ -150,7 +150,7 @@ def threshold_at(table: ThresholdTable, site: Site, num_steps: int | None, stric
     return _of_site(table, born, strict)
 
 
-def _of_site(table: ThresholdTable, site: _Facts, strict: bool) -> torch.Tensor:
+def _of_site(table: Content, site: _Facts, strict: bool) -> torch.Tensor:
     threshold = table.thresholds.get(site.name)
     if not strict:
         return (
@@ -165,11 +165,11 @@ def _of_site(table: ThresholdTable, site: _Facts, strict: bool) -> torch.Tensor:
     return threshold
 
 
-def _does_not_fit(table: ThresholdTable, differences: list[str]) -> str:
+def _does_not_fit(table: Content, differences: list[str]) -> str:
     return "\n  ".join([f"{table.label} does not fit the model:", *differences])
 
 
-def _differences(table: ThresholdTable, model: Any, sites: list[_Facts]) -> list[str]:
+def _differences(table: Content, model: Any, sites: list[_Facts]) -> list[str]:
     """Return all in which a table and a model differ, a line for each kind with the sites it concerns."""
     lines = [
         f"{what}: {there} in the file, {here} in the model"
@@ -190,7 +190,7 @@ def _differences(table: ThresholdTable, model: Any, sites: list[_Facts]) -> list
     return lines + [f"{difference}: {', '.join(of)}" for difference, of in found.items()]
 
 
-def _differences_of_whole(table: ThresholdTable, model: Any, sites: list[_Facts]) -> Iterator[tuple[str, Any, Any]]:
+def _differences_of_whole(table: Content, model: Any, sites: list[_Facts]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what differs, and how it is in a table and in a model."""
     if table.model_class not in (None, class_name(model)):
         yield "model class", table.model_class, class_name(model)
@@ -219,7 +219,7 @@ def _is_named(model_or_pipe: Any, name: str) -> bool:
     return True
 
 
-def _differences_at(table: ThresholdTable, site: _Facts) -> Iterator[tuple[str, Any, Any]]:
+def _differences_at(table: Content, site: _Facts) -> Iterator[tuple[str, Any, Any]]:
     """Yield what differs at a site, and how it is in a table and in a model."""
     if site.name not in table.thresholds:
         return

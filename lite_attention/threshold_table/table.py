@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lite_attention.files import write_whole
-from lite_attention.ops.validate import check_threshold
+from lite_attention.model_sites import set_thresholds
 from lite_attention.tables import text_table
 from lite_attention.threshold_table import file as threshold_file
-from lite_attention.threshold_table.file import ABOUT, DECIMALS, TUPLES, is_a
+from lite_attention.threshold_table.content import Content
+from lite_attention.threshold_table.fit import check_fit, fitted, threshold_at
 
 if TYPE_CHECKING:
     from lite_attention.ops.site import Site, SiteThreshold
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["ThresholdTable", "loaded", "threshold_from"]
 
 
-@dataclass(eq=False)
-class ThresholdTable(Mapping[str, torch.Tensor]):
+class ThresholdTable(Content):
     """Thresholds by site, and what is known of where they come from and what they reach; None = not known.
 
     As a mapping: the thresholds by the names of the sites.
@@ -48,51 +46,6 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
     Raises:
         ValueError: a field is of another kind, or a threshold is NaN or not of three dimensions.
     """
-
-    thresholds: dict[str, torch.Tensor]
-    tile_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    model_class: str | None = None
-    model: str | None = None
-    dtype: str | None = None
-    tokens: int | None = None
-    resolution: tuple[int, ...] | None = None
-    num_steps: int | None = None
-    branches: tuple[str, ...] | None = None
-    metric: str | None = None
-    target_error: float | None = None
-    target_sparsity: float | None = None
-    reached: dict[str, Any] = field(default_factory=dict)
-    library_version: str | None = None
-    date: str | None = None
-    path: Path | None = field(default=None, init=False, repr=False)  # of the file that it was loaded from
-
-    def __post_init__(self) -> None:
-        for name, kind in ABOUT.items():
-            value, many = getattr(self, name), name in TUPLES
-            items = value if isinstance(value, tuple) else (value,)
-            if value is not None and (isinstance(value, tuple) != many or not all(is_a(item, kind) for item in items)):
-                raise ValueError(f"{name}: expected {'a tuple of ' * many}{kind.__name__} or None, got {value!r}")
-        for name in ("thresholds", "tile_shapes", "reached"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"{name}: expected a dict, got {getattr(self, name)!r}")
-        for site, threshold in self.thresholds.items():
-            got = tuple(threshold.shape) if isinstance(threshold, torch.Tensor) else threshold
-            if not isinstance(threshold, torch.Tensor) or threshold.dim() != 3 or threshold.numel() == 0:
-                raise ValueError(f"thresholds of {site}: expected (slots or 1, steps or 1, heads or 1), got {got}")
-            check_threshold(threshold, allow_positive=True)
-
-    def __getitem__(self, site: str) -> torch.Tensor:
-        return self.thresholds[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.thresholds)
-
-    def __len__(self) -> int:
-        return len(self.thresholds)
-
-    def about(self) -> dict[str, Any]:
-        """Return what is known beside thresholds, tile shapes and `reached`, by name."""
-        return {name: getattr(self, name) for name in ABOUT if getattr(self, name) is not None}
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -154,10 +107,7 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
             ValueError: it does not fit the model; lists all that differs. Nothing is changed then. Or no attention of
                 ours in the model.
         """
-        from lite_attention.api import set_threshold
-        from lite_attention.threshold_table.fit import fitted
-
-        set_threshold(model_or_pipe, fitted(self, model_or_pipe, strict=strict))
+        set_thresholds(model_or_pipe, fitted(self, model_or_pipe, strict=strict))
 
     def check(self, model_or_pipe: Any) -> None:
         """Hold the table against the sites that a model has shown by now.
@@ -165,8 +115,6 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: it does not fit; lists all that differs.
         """
-        from lite_attention.threshold_table.fit import check_fit
-
         check_fit(self, model_or_pipe)
 
     def threshold_of(self, site: Site, *, num_steps: int | None = None, strict: bool = True) -> torch.Tensor:
@@ -180,16 +128,9 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: the table has no such site, or was found on other steps, heads, tiles, dtype or sizes.
         """
-        from lite_attention.threshold_table.fit import threshold_at
-
         return threshold_at(self, site, num_steps, strict)
 
     # ---- reading it ------------------------------------------------------------------------------------------------
-
-    @property
-    def label(self) -> str:
-        """The path of its file, for messages."""
-        return "the table" if self.path is None else str(self.path)
 
     def __repr__(self) -> str:
         return str(self)  # what a notebook shows; numbers by the thousand help nobody
@@ -204,7 +145,7 @@ class ThresholdTable(Mapping[str, torch.Tensor]):
             sizes = ["all" if size == 1 else str(size) for size in threshold.shape]
             # The lower of two in the middle: a mean of -inf and a number says nothing.
             values = (threshold.min(), threshold.flatten().median(), threshold.max())
-            rows.append([site, tile, *sizes, *(f"{float(value):.{DECIMALS}f}" for value in values)])
+            rows.append([site, tile, *sizes, *(f"{float(value):.{threshold_file.DECIMALS}f}" for value in values)])
         return "\n".join([*lines, *([""] if lines else []), text_table(header, rows)])
 
 

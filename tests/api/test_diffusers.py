@@ -565,6 +565,6 @@ def test_models_have_branches_of_their_own() -> None:
             two(tokens(0), context())
     with pytest.raises(ValueError, match="slots=4"), lite_attention.branch("c", model=one):
         pass
-    assert isinstance(lite_attention.api.session_of(one), Session)
+    assert isinstance(lite_attention.enabled.session_of(one), Session)
     lite_attention.reset(one)
     assert [state.step(0) for model in (one, two) for state in states_of(model)] == [0, 1]

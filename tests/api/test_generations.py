@@ -17,7 +17,7 @@ from torch import nn
 
 import lite_attention
 from lite_attention import schedules
-from lite_attention.api import session_of
+from lite_attention.enabled import session_of
 from tests.support import pipelines
 from tests.support.diffusers_models import TILE, silent_report
 from tests.support.toys import Toy, context, tokens
@@ -174,7 +174,7 @@ def test_states_of_a_thread_go_with_it() -> None:
     model = enable(Toy(2), num_steps=9)
     model(tokens(0), context())
     (site,) = {row.name for row in silent_report(model).swapped if row.name == "blocks.0.attn1"}
-    record = next(r for r in lite_attention.api.store_of(model).records if r.name(model) == site)
+    record = next(r for r in lite_attention.enabled.store_of(model).records if r.name(model) == site)
     assert len(record.states) == 1
     during: list[int] = []
 

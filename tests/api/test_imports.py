@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,40 @@ def test_arrows_run_downwards(folder: str, floors: set[str]) -> None:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             inside = [name.split(".") for name in names if name and name.startswith("lite_attention")]
             assert all(name[1:2] and name[1] in floors for name in inside), (path.name, names)
+
+
+def _modules() -> dict[str, Path]:
+    """Return the package's modules by name, with their files."""
+    folders = [CHECKOUT / "lite_attention", *(f for f in (CHECKOUT / "lite_attention").iterdir() if f.is_dir())]
+    files = [file.relative_to(CHECKOUT) for folder in folders for file in folder.glob("*.py")]
+    return {".".join(file.with_suffix("").parts).removesuffix(".__init__"): CHECKOUT / file for file in files}
+
+
+def _imported(source: str, known: dict[str, Path]) -> Iterator[str]:
+    """Yield the modules of the package that a source names, within functions and for types alone too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        if isinstance(node, ast.ImportFrom) and node.module in known:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from inside & known.keys()
+            if inside - known.keys():
+                yield node.module
+
+
+RUNS_UP = ("lite_attention.ops.schema", "lite_attention.cute_kernels")  # an op's CUDA entry, at its first call
+
+
+def test_no_circle_of_imports() -> None:
+    known = _modules()
+    arrows = {name: set(_imported(file.read_text(), known)) for name, file in known.items()}
+    upper, lower = "lite_attention.calibration.probe", "lite_attention.api"
+    assert lower in arrows[upper]  # it sees what there is
+    arrows[RUNS_UP[0]].remove(RUNS_UP[1])
+    graphlib.TopologicalSorter(arrows).prepare()  # CycleError names the modules
+    arrows[lower].add(upper)
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(arrows).prepare()
 
 
 def test_the_wheel_has_every_package() -> None:

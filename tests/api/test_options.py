@@ -54,7 +54,7 @@ def test_a_wrong_option_is_refused_by_name_and_nothing_is_changed(case: str) -> 
     with pytest.raises((ValueError, OSError), match=message):
         lite_attention.enable(model, **{"tile_shape": TILE} | options)
     assert torch.equal(model(tokens(0), context()), want)
-    assert lite_attention.api.store_of(model) is None
+    assert lite_attention.enabled.store_of(model) is None
     if "threshold" not in options:
         with pytest.raises(ValueError, match=message):
             LiteAttentionBackend(**options)

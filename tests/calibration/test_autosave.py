@@ -27,7 +27,7 @@ def _calibrate(model: nn.Module, file: Path | None, seed: int = 0, **options: An
             model(tokens(step, seed=10 * prompt + seed), context())
 
     options = {"target_error": 0.05, "num_steps": STEPS, "progress": False} | options
-    if lite_attention.api.store_of(model) is None:
+    if lite_attention.enabled.store_of(model) is None:
         options = {"tile_shape": TILE} | options
     return lite_attention.calibrate(model, generate, autosave=file, **options)
 
@@ -127,7 +127,7 @@ def test_an_interrupt_frees_the_file_and_the_model(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         lite_attention.calibrate(model, generate, autosave=file, **options)
     assert model._compiled_call_impl is None
-    assert lite_attention.api.store_of(model) is None
+    assert lite_attention.enabled.store_of(model) is None
     found = lite_attention.calibrate(model, generate, autosave=file, **options)
     assert _same(found, lite_attention.calibrate(model, generate, **options))
 

@@ -252,7 +252,7 @@ class Sampler:
         for step, (number, name) in itertools.product(range(STEPS), enumerate(self.branches)):
             if step == self.stop_at and number:
                 raise KeyboardInterrupt
-            given = self.model if lite_attention.api.store_of(self.model) else None
+            given = self.model if lite_attention.enabled.store_of(self.model) else None
             with lite_attention.branch(name, model=given):
                 out = self.model(x + 0.3 * number * tokens(0, seq=self.seq, seed=9), *self.more)
             self.outputs.append(out)
@@ -804,7 +804,7 @@ def test_a_calibration_that_cannot_begin_leaves_the_model_as_it_was(
         with pytest.raises(RuntimeError, match="no"):
             Calibration(model, target_error=BOUND, num_steps=STEPS, **settings)
     assert {module: module._compiled_call_impl for module in model.modules()} == before
-    assert not lite_attention.api.store_of(model)
+    assert not lite_attention.enabled.store_of(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with Calibration(model, target_error=BOUND, num_steps=STEPS, **settings) as calibration:
         sampler()

@@ -182,7 +182,7 @@ def test_a_pipeline_with_two_transformers() -> None:
     found = lite_attention.calibrate(pipe, generate, target_error=0.2, progress=False, **options)
     assert [*found.table] == ["transformer.blocks.0.attn1", "transformer_2.blocks.0.attn1"]
     assert found.table.model_class == "Toy, Toy"
-    assert all(not lite_attention.api.store_of(model) for model in pipe.components.values())
+    assert all(not lite_attention.enabled.store_of(model) for model in pipe.components.values())
     lite_attention.enable(pipe, compile=False, **options)
     found.table.apply(pipe)
     generate(0)

@@ -1,0 +1,57 @@
+"""What `enable` keeps of each model, for all who follow an enabled one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lite_attention.diffusers_hooks import Undo
+from lite_attention.ops import Session, default_session
+from lite_attention.ops.clock import Clock
+from lite_attention.ops.threads import PerThread
+
+if TYPE_CHECKING:
+    from lite_attention.compile.runner import Check, Runner
+    from lite_attention.compile.store import StateStore
+
+__all__ = ["Wiring", "run_by", "session_of", "store_of", "wirings"]
+
+
+@dataclass
+class Wiring:
+    """What `enable` did to one model."""
+
+    session: PerThread[Session]
+    clock: PerThread[Clock]
+    undo: list[Undo] = field(default_factory=list)
+    store: StateStore | None = None
+
+    def runner(self, model: nn.Module, store: StateStore, run: Callable[..., Any], checks: Sequence[Check]) -> Runner:
+        """Return what runs the model with this session and clock."""
+        from lite_attention.compile.runner import Runner
+
+        return Runner(model, store, run, self.clock, checks)
+
+
+wirings: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()
+
+
+def session_of(model: nn.Module | None) -> Session:
+    """Return the session that a model's states follow in this thread."""
+    wiring = wirings.get(model) if model is not None else None
+    return default_session if wiring is None else wiring.session()
+
+
+def store_of(model: nn.Module) -> StateStore | None:
+    """Return the states of a model given to `enable`, None for any other."""
+    wiring = wirings.get(model)
+    return None if wiring is None else wiring.store
+
+
+def run_by(model: nn.Module, store: StateStore, run: Callable[..., Any]) -> Runner:
+    """Return what runs an enabled model another way, with other states, but with its branches and steps."""
+    return wirings[model].runner(model, store, run, ())
