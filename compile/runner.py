@@ -28,8 +28,8 @@ NOT_PICKLED = "model: expected one that is not enabled to pickle, copy to anothe
     "lite_attention.disable(model) first, and enable() what is loaded"
 )
 
-# What models call the timestep, and its dimensions at most: of samples, or of samples and tokens. A "t" of more is none.
-_TIMESTEPS = {"timestep": 2, "timesteps": 2, "t": 1, "sigma": 1, "sigmas": 1}
+# What models call the timestep, and the most dimensions that it has: samples, or samples and tokens.
+_TIMESTEPS = {"timestep": 2, "timesteps": 2, "t": 1, "time": 1, "sigma": 1, "sigmas": 1}
 
 _INTEGERS = (torch.int32, torch.int64)
 
