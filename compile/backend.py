@@ -18,7 +18,13 @@ from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite, Names, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.store import StateStore
 from lite_attention.compile.swap import swap_site
-from lite_attention.compile.torch_internals import (
+from lite_attention.ops import Session, default_session
+from lite_attention.ops.bitmask import WORD_BITS
+from lite_attention.ops.control import control_words
+from lite_attention.ops.site import Site
+from lite_attention.ops.state import STATE_BUFFERS
+from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.torch_internals import (
     FakeModes,
     backend_named,
     compile_with_inductor,
@@ -27,12 +33,6 @@ from lite_attention.compile.torch_internals import (
     is_held_by_module,
     mark_static_input,
 )
-from lite_attention.ops import Session, default_session
-from lite_attention.ops.bitmask import WORD_BITS
-from lite_attention.ops.control import control_words
-from lite_attention.ops.site import Site
-from lite_attention.ops.state import STATE_BUFFERS
-from lite_attention.ops.tiles import ceil_div
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

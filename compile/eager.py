@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lite_attention.compile.attention_calls import ATTENTION_OPS, SDPA
 from lite_attention.compile.multihead import attend_in_parts, reason_against
@@ -31,10 +30,10 @@ from lite_attention.compile.runner import NOT_PICKLED
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
-from lite_attention.compile.torch_internals import is_op, op_name, plain_call, storage_key, without_modes
 from lite_attention.ops import attention, skip_attention
 from lite_attention.ops.site import Site
 from lite_attention.ops.threads import PerThread
+from lite_attention.ops.torch_internals import is_op, op_name, plain_call, storage_key, tree_leaves, without_modes
 
 __all__ = ["attach"]
 

@@ -17,10 +17,10 @@ from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.swap import swap_site
-from lite_attention.compile.torch_internals import AUTO_FUNCTIONALIZED, fake_mode_of, upper_bound
 from lite_attention.ops import SkipState
 from lite_attention.ops.site import Site
 from lite_attention.ops.state import STATE_BUFFERS
+from lite_attention.ops.torch_internals import AUTO_FUNCTIONALIZED, fake_mode_of, upper_bound
 
 __all__ = ["SkipAwareProgram", "make_skip_aware", "skip_states"]
 

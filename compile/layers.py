@@ -15,10 +15,10 @@ from torch import fx
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.sites import GraphSite, choice_reason
 from lite_attention.compile.store import Resolved, SiteRecord, StateStore
-from lite_attention.compile.torch_internals import example_of, running_module
 from lite_attention.ops import DEFAULT_THRESHOLD, SkipState
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.site import Site
+from lite_attention.ops.torch_internals import example_of, running_module
 
 __all__ = ["LayerStates", "RuntimeSite", "runtime_sites"]
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.swap import emit_call
-from lite_attention.compile.torch_internals import copy_of_graph
+from lite_attention.ops.torch_internals import copy_of_graph
 
 __all__ = ["attend_in_parts", "reason_against", "take_apart"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from lite_attention.compile.torch_internals import is_op, op_name, storage_key, written_arguments
+from lite_attention.ops.torch_internals import is_op, op_name, storage_key, written_arguments
 
 __all__ = ["Provenance", "name_of", "value_of", "written_between"]
 

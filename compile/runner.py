@@ -16,11 +16,11 @@ from torch import nn
 
 from lite_attention.compile.other_attention import attention_modules, note_other_backends
 from lite_attention.compile.store import StateStore
-from lite_attention.compile.torch_internals import is_fake
 from lite_attention.ops import Session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.control import FLAG_DENSE, FLAGS
 from lite_attention.ops.site import Site
+from lite_attention.ops.torch_internals import is_fake
 
 __all__ = ["NOT_PICKLED", "Runner", "generations_unknown", "nothing_swapped"]
 

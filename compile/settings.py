@@ -8,12 +8,12 @@ from typing import Literal, TypedDict
 
 import torch
 
-from lite_attention.compile.torch_internals import holds_unless_unknown
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
 from lite_attention.ops.arguments import check_count
 from lite_attention.ops.quantization import QuantizationName, quantization_of
 from lite_attention.ops.site import Site, SiteThreshold, Threshold
 from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.torch_internals import holds_unless_unknown
 from lite_attention.ops.validate import check_threshold
 
 __all__ = ["OtherOptions", "SkipOptions", "SkipSettings"]

@@ -14,7 +14,9 @@ from torch import fx, nn
 from lite_attention.compile.attention_calls import AttentionCall, find_attention_calls, is_our_attention, is_sdpa
 from lite_attention.compile.provenance import Provenance, value_of
 from lite_attention.compile.settings import SkipSettings
-from lite_attention.compile.torch_internals import (
+from lite_attention.ops.site import Site
+from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.torch_internals import (
     example_of,
     holds_for_all_sizes,
     holds_unless_unknown,
@@ -24,8 +26,6 @@ from lite_attention.compile.torch_internals import (
     module_text,
     running_module,
 )
-from lite_attention.ops.site import Site
-from lite_attention.ops.tiles import ceil_div
 
 __all__ = ["GraphSite", "Names", "find_sites", "sites_in_subgraphs"]
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from lite_attention.compile.settings import SkipSettings
-from lite_attention.compile.torch_internals import WRAPPED
 from lite_attention.ops import Session, SkipState
 from lite_attention.ops.site import Site, SiteThreshold
 from lite_attention.ops.threads import PerThread
+from lite_attention.ops.torch_internals import WRAPPED
 
 __all__ = ["Forward", "SiteRecord", "StateStore", "records_of", "stores_with"]
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lite_attention.ops.torch_internals import raw_stream
+
 __all__ = ["turn_of"]
 
 
@@ -21,7 +23,7 @@ class Cuda:
 
     def current_id(self, device: torch.device) -> int:
         """Return what tells the current stream of a device from others, without an object for it."""
-        return int(torch._C._cuda_getCurrentRawStream(device.index))
+        return raw_stream(device)
 
     def current(self, device: torch.device) -> Any:
         """Return the current stream of a device."""

@@ -13,7 +13,6 @@ from torch import nn
 
 from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
-from lite_attention.compile.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
 from lite_attention.masks import Pattern, grid_of_call
@@ -21,6 +20,7 @@ from lite_attention.model_sites import models_of, parts_of, set_thresholds, site
 from lite_attention.ops import DEFAULT_THRESHOLD, Session, default_session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.threads import PerThread
+from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.threshold_table import ThresholdTable, loaded, threshold_from
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _check_of_grid(model: nn.Module, pattern: Pattern) -> Check:
 def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
     from lite_attention.compile.backend import LiteAttentionBackend
     from lite_attention.compile.store import StateStore
-    from lite_attention.compile.torch_internals import forget_compiled
+    from lite_attention.ops.torch_internals import forget_compiled
 
     store = StateStore(how.settings, wiring.session, model, prefix)
     backend = LiteAttentionBackend.of(store, how.inner)

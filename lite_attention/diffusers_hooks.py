@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from lite_attention.compile.torch_internals import override, override_of
 from lite_attention.ops import Session
+from lite_attention.ops.torch_internals import override, override_of
 
 __all__ = ["Undo", "follow_cache_context", "follow_progress", "mark", "refuse_compile", "take_off_compiled"]
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lite_attention.compile.torch_internals import unwrapped
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.site import Site, SiteThreshold
+from lite_attention.ops.torch_internals import unwrapped
 
 if TYPE_CHECKING:
     from lite_attention.compile.store import SiteRecord, StateStore

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lite_attention.ops import (
     DEFAULT_SLOTS,
@@ -24,6 +23,7 @@ from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.options import StateOptions, check_options
 from lite_attention.ops.quantization import quantization_of
 from lite_attention.ops.site import Site
+from lite_attention.ops.torch_internals import FakeTensor
 from lite_attention.ops.validate import check_inputs, check_threshold, is_bshd
 
 __all__ = ["LiteAttention"]

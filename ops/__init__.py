@@ -8,6 +8,7 @@ The contract: `docs/design.md`, and `oracle` as a program.
   and `threads` say where to.
 * A call: `functional` and `ranges`, checked by `validate` and `arguments`.
 * Geometry and formats: `tiles`, `targets`, `quantization`, `site`.
+* `torch_internals` names what is private of torch, for all floors.
 """
 
 from __future__ import annotations

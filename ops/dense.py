@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from lite_attention.ops.allocate import empty_output
+from lite_attention.ops.torch_internals import FLASH_ON_CPU
 from lite_attention.ops.validate import check_dense_call
 
 __all__ = ["attention_cpu"]
@@ -42,9 +43,7 @@ def attention_cpu(
             continue
         # Older kernels take the last stride for 1, whatever it is.
         tensors = (x if x.stride(3) == 1 else x.contiguous() for x in (q[rows], some_k, some_v))
-        weighted, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(x.transpose(1, 2) for x in tensors), scale=scale
-        )
+        weighted, sums = FLASH_ON_CPU(*(x.transpose(1, 2) for x in tensors), scale=scale)
         # The kernel says 0 also of a row whose scores are all -inf.
         sums.masked_fill_(_without_a_score(q[rows], some_k, scale, sums == 0), -math.inf)
         out[rows], lse[rows] = weighted.transpose(1, 2)[..., :value_dim], sums

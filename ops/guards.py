@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from lite_attention.ops.torch_internals import below_autograd, excluding_key, in_forward_mode, op_name
+
 __all__ = ["refuse_vmap", "without_autocast", "without_derivatives"]
 
 
 def without_derivatives(op: Any, inputs: tuple[str, ...]) -> Callable[..., Any]:
     """Return the Autograd kernel of an op whose first arguments, `inputs`, must not ask for a derivative."""
-    name, count, either = op._schema.name, len(inputs), " or ".join(inputs)
+    name, count, either = op_name(op), len(inputs), " or ".join(inputs)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(x.requires_grad for x in args[:count]):
@@ -21,13 +23,12 @@ def without_derivatives(op: Any, inputs: tuple[str, ...]) -> Callable[..., Any]:
                 f"{name} has no backward, and {either} requires a gradient: "
                 "call it under torch.no_grad() or torch.inference_mode()"
             )
-        # The level is torch's own, and spares a call without tangents 1 us.
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in args[:count]):
+        if in_forward_mode() and any(forward_ad.unpack_dual(x).tangent is not None for x in args[:count]):
             raise RuntimeError(
                 f"{name} has no forward-mode derivative, and {either} has a tangent: "
                 "torch.func.jvp, jacfwd and the like cannot go through it"
             )
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args, **kwargs)
 
     return kernel
@@ -35,7 +36,7 @@ def without_derivatives(op: Any, inputs: tuple[str, ...]) -> Callable[..., Any]:
 
 def refuse_vmap(op: Any) -> Callable[..., Any]:
     """Return the vmap kernel of an op with a state."""
-    name = op._schema.name
+    name = op_name(op)
 
     def kernel(*_: Any, **__: Any) -> Any:
         raise RuntimeError(
@@ -51,10 +52,10 @@ def without_autocast(op: Any, key: str) -> Callable[..., Any]:
 
     Otherwise the matmuls of the CPU kernels would be cast, the accumulation too.
     """
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    excluded = excluding_key(key)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
+        with excluded():
             return op(*args, **kwargs)
 
     return kernel

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from lite_attention.ops.torch_internals import FakeTensor, FakeTensorMode
 
 __all__ = ["Memory"]
 

@@ -40,6 +40,7 @@ from lite_attention.ops.fakes import (
 )
 from lite_attention.ops.guards import refuse_vmap, without_autocast, without_derivatives
 from lite_attention.ops.quantize import key_mean, quantize_key, quantize_query, quantize_value
+from lite_attention.ops.torch_internals import writes
 
 __all__ = ["ATTENTION", "DENSE_SCHEMA", "IMPLEMENTATIONS", "SCHEMA"]
 
@@ -86,7 +87,7 @@ def _register(
     _library.impl(name, without_derivatives(op, inputs), "Autograd")
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, without_autocast(op, key), key)
-    if op._schema.is_mutable:
+    if writes(op):
         _library.impl(name, refuse_vmap(op), "FuncTorchBatched")
     return op
 

@@ -14,6 +14,7 @@ import torch
 from lite_attention.ops import control as c
 from lite_attention.ops.arguments import check_step
 from lite_attention.ops.state import SkipState
+from lite_attention.ops.torch_internals import add_to_each, zero_each
 
 __all__ = ["Place", "Session", "default_session"]
 
@@ -196,7 +197,7 @@ class Session:
             slot = self._slot_of(place.branch)
             words = self._words(c.slot_word(slot, c.STEP))
             if words:
-                torch._foreach_add_(words, 1)
+                add_to_each(words, 1)
             self._steps[slot] = place.step + 1
 
     def let_the_op_count(self) -> None:
@@ -236,8 +237,8 @@ class Session:
         self._told_steps.clear()
         states = [*self._states]
         if states:
-            torch._foreach_zero_([state.skip_mask for state in states])
-            torch._foreach_zero_([state.control[c.slot_word(0, 0) :] for state in states])
+            zero_each([state.skip_mask for state in states])
+            zero_each([state.control[c.slot_word(0, 0) :] for state in states])
 
     def _enter(self, slot: int) -> None:
         if slot != self._slot:
@@ -266,8 +267,8 @@ class Session:
         """Write one word of all control tensors: two launches, however many states there are."""
         words = self._words(word)
         if words:
-            torch._foreach_zero_(words)
-            torch._foreach_add_(words, value)
+            zero_each(words)
+            add_to_each(words, value)
 
     def _words(self, word: int) -> list[torch.Tensor]:
         """Return views of one word of all control tensors, kept from call to call: each takes 4 us to make."""

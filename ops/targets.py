@@ -13,6 +13,7 @@ import torch
 from torch import cuda
 
 from lite_attention.ops.quantization import check_quantization
+from lite_attention.ops.torch_internals import constant_when_compiled
 
 __all__ = ["CPU", "DTYPE_NAMES", "SM90A", "TARGETS", "Target", "target_of"]
 
@@ -124,16 +125,13 @@ def target_of(device: torch.device | str) -> Target:
     return next((target for target in TARGETS.values() if capability in target.capabilities), SM90A)
 
 
+@constant_when_compiled
 def _capability(device: torch.device) -> tuple[int, int] | None:
     """Return the compute capability of a GPU, None where it is not there."""
     if not cuda.is_available():
         return None
     index = cuda.current_device() if device.index is None else device.index
     return _capability_of(index) if index < cuda.device_count() else None
-
-
-# Compiled code takes the answer for a constant. What `torch.compiler.assume_constant_result` does, which loads dynamo.
-_capability.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from lite_attention.ops.arguments import require, threshold_values
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
 from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.torch_internals import under_mode
 
 __all__ = [
     "CallSignature",
@@ -141,11 +142,7 @@ def check_key_lengths(key_lengths: torch.Tensor, q: torch.Tensor, seq_k: int) ->
 
 def is_traced() -> bool:
     """Whether tensors may have no values, or belong to a mode: a compiler, fake tensors, `torch.func`."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_compiling() or under_mode()
 
 
 def check_dense_call(

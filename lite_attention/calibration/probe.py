@@ -14,7 +14,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lite_attention.api import disable, enable, reset
-from lite_attention.compile.torch_internals import override, override_of, plain_call, uncompiled, unwrapped
 from lite_attention.enabled import run_by, session_of, store_of
 from lite_attention.model_sites import parts_of, sites_of
 from lite_attention.module import LiteAttention
@@ -22,6 +21,7 @@ from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, wr
 from lite_attention.ops.cpu import skipped_tiles
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.torch_internals import override, override_of, plain_call, uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -139,6 +139,26 @@ def test_no_circle_of_imports() -> None:
         graphlib.TopologicalSorter(arrows).prepare()
 
 
+def _private_of_torch(source: str) -> Iterator[str]:
+    """Yield the private names of torch, and modules of it, that a source names."""
+    for node in ast.walk(ast.parse(source)):
+        names = [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            first, *parts = name.split(".")
+            if first in ("torch", "forward_ad") and any(part[0] == "_" and part[:2] != "__" for part in parts):
+                yield name
+
+
+def test_private_names_of_torch_stand_in_one_file() -> None:
+    found = {name: [*_private_of_torch(file.read_text())] for name, file in _modules().items()}
+    assert found.pop("lite_attention.ops.torch_internals")
+    assert {name: private for name, private in found.items() if private} == {}
+
+
 def test_the_wheel_has_every_package() -> None:
     if sys.version_info >= (3, 11):
         import tomllib

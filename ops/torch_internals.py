@@ -1,62 +1,83 @@
-"""Each private name of torch that swapping relies on, and why: a new version of torch is this file's work.
+"""Each private name of torch that this package relies on, and why: a new version of torch is this file's work.
 
-Light to import: dynamo, inductor and sympy load with the first call that needs them.
+Light to import: dynamo, inductor and sympy load with the first call that needs them. What `Memory` and `LiteAttention`
+override of `nn.Module` (`_apply`, `_load_from_state_dict`, `_replicate_for_data_parallel`) is said there.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "AUTO_FUNCTIONALIZED",
-    "WRAPPED",
-    "FakeModes",
-    "FakeTensor",
-    "FakeTensorMode",
-    "backend_named",
-    "call_of",
-    "compile_with_inductor",
-    "copy_of_graph",
-    "example_of",
-    "fake_mode_of",
-    "forget_compiled",
-    "holds_for_all_sizes",
-    "holds_unless_unknown",
-    "input_path",
-    "is_fake",
-    "is_held_by_module",
-    "is_op",
-    "is_wrapper",
-    "mark_static_input",
-    "module_ids",
-    "module_text",
-    "op_name",
-    "override",
-    "override_of",
-    "plain_call",
-    "running_module",
-    "storage_key",
-    "uncompiled",
-    "unwrapped",
-    "upper_bound",
-    "without_modes",
-    "written_arguments",
-]
+    "AUTO_FUNCTIONALIZED", "FLASH_ON_CPU", "WRAPPED", "FakeModes", "FakeTensor", "FakeTensorMode", "add_to_each",
+    "backend_named", "below_autograd", "call_of", "compile_with_inductor", "constant_when_compiled", "copy_of_graph",
+    "example_of", "excluding_key", "fake_mode_of", "forget_compiled", "holds_for_all_sizes", "holds_unless_unknown",
+    "in_forward_mode", "input_path", "is_fake", "is_held_by_module", "is_op", "is_wrapper", "mark_static_input",
+    "module_ids", "module_text", "op_name", "override", "override_of", "plain_call", "raw_stream", "running_module",
+    "storage_key", "tree_leaves", "uncompiled", "under_mode", "unwrapped", "upper_bound", "without_modes", "writes",
+    "written_arguments", "zero_each",
+]  # fmt: skip
 
 # What `run_decompositions` makes of an op that writes into its arguments.
 AUTO_FUNCTIONALIZED: Any = torch.ops.higher_order.auto_functionalized_v2
+
+# Attention with its LSE, which scaled_dot_product_attention keeps to itself.
+FLASH_ON_CPU: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# ---- what surrounds a call of an op --------------------------------------------------------------------------------
+
+
+def below_autograd() -> Any:
+    """Return a context in which ops are called past autograd, as its kernels have to."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def excluding_key(key: str) -> Callable[[], Any]:
+    """Return what makes contexts in which the dispatcher passes over a key, such as "AutocastCPU"."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return functools.partial(torch._C._ExcludeDispatchKeyGuard, keys)
+
+
+def in_forward_mode() -> bool:
+    """Return whether forward-mode derivatives are on: it spares other calls 1 us of looking for tangents."""
+    return forward_ad._current_level >= 0
+
+
+def under_mode() -> bool:
+    """Return whether a TorchDispatchMode or a transform of torch.func is on, under which tensors may have no values."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Let compiled code take what a function returns for a constant.
+
+    As `torch.compiler.assume_constant_result`, which loads dynamo.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+def raw_stream(device: torch.device) -> int:
+    """Return what tells the current stream of a GPU from others; `torch.cuda.current_stream` makes an object."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
+
 
 # ---- tensors and ops -----------------------------------------------------------------------------------------------
 
@@ -87,6 +108,16 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
+def zero_each(tensors: Sequence[torch.Tensor]) -> None:
+    """Fill tensors with zeros: one launch for all."""
+    torch._foreach_zero_(tensors)
+
+
+def add_to_each(tensors: Sequence[torch.Tensor], value: int) -> None:
+    """Add a number to tensors, in place: one launch for all."""
+    torch._foreach_add_(tensors, value)
+
+
 def is_op(target: object) -> bool:
     """Return whether a node's target is an op of torch.library, which has a schema."""
     return isinstance(target, torch._ops.OpOverload)
@@ -95,6 +126,11 @@ def is_op(target: object) -> bool:
 def op_name(target: Any) -> str:
     """Return "namespace::name" of an op, without the overload."""
     return str(target._schema.name)
+
+
+def writes(op: Any) -> bool:
+    """Return whether an op writes into any of its arguments."""
+    return bool(op._schema.is_mutable)
 
 
 def written_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
