@@ -108,12 +108,12 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
-def zero_each(tensors: Sequence[torch.Tensor]) -> None:
+def zero_each(tensors: list[torch.Tensor]) -> None:
     """Fill tensors with zeros: one launch for all."""
     torch._foreach_zero_(tensors)
 
 
-def add_to_each(tensors: Sequence[torch.Tensor], value: int) -> None:
+def add_to_each(tensors: list[torch.Tensor], value: int) -> None:
     """Add a number to tensors, in place: one launch for all."""
     torch._foreach_add_(tensors, value)
 
