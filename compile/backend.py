@@ -52,7 +52,8 @@ class LiteAttentionBackend:
 
     Attention that it can prove to be self-attention is swapped for `lite_attention::skip_attention`; all else compiles
     as usual. `mode=` and `options=` of torch.compile work. One backend may serve several models: states belong to the
-    layers, whatever graph runs them.
+    layers, whatever graph runs them. The op counts the calls of each branch as steps. Give `num_steps`, or call
+    `lite_attention.reset(model)` before each generation; `lite_attention.enable` tells more by itself.
 
     Args:
         inner: what compiles the changed graph: "inductor", another dynamo backend's name, or a callable

@@ -52,14 +52,15 @@ class SkipSettings:
         threshold: log2 units, at most 0: a number, or a tensor that broadcasts to (slots, steps, heads), or a callable
             that returns one of these for a `Site` whose sizes are numbers, called when its state is born.
         num_steps: denoising steps of a generation; None = unknown.
-        slots: branches (cond, uncond, ...) that have a memory of their own.
+        slots: branches (cond, uncond, ...) that have a memory of their own; `enable` gives 3 unless told.
         refresh: every so many steps starts fresh; None = only the first.
         select: called with each supported `Site`: True swaps it, False leaves it alone, None = the default, which
             swaps self-attention of at least `min_tiles` k-tiles.
         min_tiles: fewest k-tiles worth a memory; with one nothing could ever be skipped.
         tile_shape: (tile_m, tile_n) instead of the table's.
         initial_mask: called with a Site whose sizes are numbers when its state is born; returns bool
-            (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start, or None.
+            (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start, or None. A pattern out of
+            `lite_attention.masks` is such a callable.
         max_steps: where nobody tells the step or their number, start fresh after so many calls. Without `num_steps` it
             is also the length of the longest schedule of thresholds.
         quantization: of sites that skip, see `lite_attention.ops.quantization`: "int8" computes scores, and so votes,

@@ -56,12 +56,13 @@ def enable(
 
     Which branch (cond, uncond), step and generation a call belongs to is read from diffusers' `cache_context`, from the
     timestep that the model is given, and from the loop of the pipeline, see `lite_attention.ops.clock`. A model without
-    any of these needs `num_steps`, or `reset(model)` before each generation. Each thread has memories of its own.
-    Calling it again replaces the earlier settings.
+    any of these needs `num_steps`, or `reset(model)` before each generation. Each thread has memories of its own. What
+    goes otherwise than meant is warned of, once for each cause. Call it after offloading, hooks and adapters; calling
+    it again replaces the earlier settings. An enabled model is not pickled, and its copies are not enabled.
 
     Args:
         model_or_pipe: an nn.Module, or a pipeline with `transformer` (and `transformer_2`, as Wan 2.2 has).
-        compile: True compiles the whole model, "blocks" its repeated blocks, False runs it eagerly.
+        compile: True compiles the whole model, "blocks" the repeated blocks that it names, False runs it eagerly.
         mode: as for torch.compile.
         options: as for torch.compile.
         dynamic: as for torch.compile.
@@ -70,15 +71,17 @@ def enable(
             video, see `lite_attention.token_order`; (frames, rows, columns) gives the size of the block. An
             `initial_mask` out of `lite_attention.masks` follows; any other is one of the reordered sequence.
         threshold: log2 units, at most 0: a number, a tensor that broadcasts to (slots, steps, heads), a callable that
-            returns one of these for a `Site`, or a `ThresholdTable` or the path of its file.
+            returns one of these for a `Site`, whose name is that which `report` prints, or a `ThresholdTable` or the
+            path of its file.
         settings: see `lite_attention.compile.SkipSettings`; here `slots` is 3 unless given.
 
     Returns:
         The argument, changed in place.
 
     Raises:
-        ValueError: nothing in it can be enabled, a setting is out of range, or a model's tokens cannot be reordered.
-            While running: a table, or a pattern, does not fit the model or the video.
+        ValueError: nothing in it can be enabled, a setting is out of range, there is no such file, or a model's tokens
+            cannot be reordered. While running: a table, or a pattern, does not fit the model or the video.
+        TypeError: a setting that there is not.
         OSError: the file of a table cannot be read.
     """
     from lite_attention.compile.settings import SkipSettings
@@ -191,7 +194,17 @@ def _begin_loops(pipe: Any) -> Callable[[int | None], None]:
 
 
 def disable(model_or_pipe: _Target) -> _Target:
-    """Undo `enable`; without it nothing happens. The skip states are dropped."""
+    """Undo `enable`, and drop the skip states; a model or pipeline that is not enabled is left as it is.
+
+    Args:
+        model_or_pipe: what was given to `enable`.
+
+    Returns:
+        The argument, changed in place.
+
+    Raises:
+        ValueError: it is neither a model nor a pipeline with a transformer.
+    """
     if not isinstance(model_or_pipe, nn.Module) and model_or_pipe in _pipelines:
         _pipelines.pop(model_or_pipe)(model_or_pipe)
     for model in models_of(model_or_pipe).values():
@@ -209,11 +222,14 @@ def branch(name: str, step: int | None = None, *, model: Any = None) -> Iterator
 
     Args:
         name: any name, such as "cond"; each new one takes the next slot.
-        step: denoising step, if known; one that goes backwards begins a new generation.
-        model: a model or pipeline given to `enable`; None = everything that runs inside.
+        step: denoising step from 0 on, if known; it holds for all calls inside, and one that goes backwards begins a
+            new generation.
+        model: a model or pipeline; None = all that runs inside in this thread, enabled or not.
 
     Raises:
-        ValueError: one branch more than there are slots, or `model` was not given to `enable`.
+        ValueError: one branch more than there are slots, a step out of range, or `model` is neither a model nor a
+            pipeline. An enabled model that runs inside without `model=` may raise it at its forward.
+        RuntimeError: another thread is inside a branch of what is not enabled.
     """
     with contextlib.ExitStack() as stack:
         if model is None:

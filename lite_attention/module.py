@@ -35,7 +35,9 @@ class LiteAttention(nn.Module):
     """Attention that remembers from one denoising step to the next which tiles do not matter, and skips them.
 
     Make one per attention layer. Its memory, `state`, is allocated by the first eager call, or beforehand by
-    `allocate`, which compiled and exported models need. A copy, shallow or deep, has a memory of its own.
+    `allocate`, which compiled and exported models need. A copy, shallow or deep, has a memory of its own. One thread
+    at a time calls it. It follows `lite_attention.branch` and `lite_attention.reset`; where nothing tells when a
+    generation ends, it warns.
 
     Args:
         enable_skipping: False computes everything and learns nothing, until `enable_skip_optimization(True)`.
@@ -159,7 +161,8 @@ class LiteAttention(nn.Module):
 
         Raises:
             ValueError: an argument does not fit.
-            RuntimeError: traced without a state that fits (call `allocate` first), or a gradient is required.
+            RuntimeError: traced without a state that fits (call `allocate` first), a gradient is required, or another
+                thread is inside a call.
         """
         state = self.state
         if state is None or not self._fits(state, query, key):
