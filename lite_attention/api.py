@@ -143,6 +143,7 @@ def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
     if isinstance(how.settings.initial_mask, Pattern):
         checks.append(_check_of_grid(model, how.settings.initial_mask))
     run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
+    wiring.undo.append(hooks.let_dynamo_see(model))
     override(model, uncompiled(wiring.runner(model, wiring.store, run, checks)))
     wiring.undo.append(hooks.refuse_compile(model))
 

@@ -18,7 +18,15 @@ from torch import nn
 from lite_attention.ops import Session
 from lite_attention.ops.torch_internals import override, override_of
 
-__all__ = ["Undo", "follow_cache_context", "follow_progress", "mark", "refuse_compile", "take_off_compiled"]
+__all__ = [
+    "Undo",
+    "follow_cache_context",
+    "follow_progress",
+    "let_dynamo_see",
+    "mark",
+    "refuse_compile",
+    "take_off_compiled",
+]
 
 # Undoes something on the model or pipeline it is given. It must not hold on to it, or neither would ever be freed.
 Undo = Callable[[Any], None]
@@ -106,6 +114,19 @@ def refuse_compile(model: nn.Module) -> Undo:
             undo_one(model)
 
     return undo
+
+
+def let_dynamo_see(model: nn.Module) -> Undo:
+    """Let code that is compiled around a model call what runs in its place, as Python does.
+
+    Dynamo goes straight to the `forward` of a module that has no hooks, so the swap would be gone, and nobody told.
+    """
+    handle = model.register_forward_pre_hook(_nothing)
+    return lambda _: handle.remove()
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> Undo:

@@ -349,6 +349,9 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return disabled[0](*args, **kwargs)
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]  # dynamo does not look into it
+    run._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # and says so where it must
+        "lite_attention runs this model, compiled or not, so it cannot be part of another graph"
+    )
     return run
 
 

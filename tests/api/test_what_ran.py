@@ -112,6 +112,30 @@ def test_torch_compile_around_an_enabled_model_keeps_the_swap(compile: bool | st
     assert silent_report(around).swapped[0].sparsity[0] > 0
 
 
+class Outer(nn.Module):
+    """What calls an enabled model, and is compiled as a whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return 2.0 * self.model(*args)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("build", [Outer, lambda model: Outer(model).forward], ids=["module", "function"])
+def test_what_is_compiled_around_an_enabled_model_keeps_the_swap(build: Any, compile: bool) -> None:
+    model, alone = (enable(Toy(1), compile, num_steps=9) for _ in range(2))
+    around = torch.compile(build(model), backend="eager")
+    for step in range(3):
+        assert torch.equal(around(tokens(step), context()), 2.0 * alone(tokens(step), context()))
+    assert silent_report(model).swapped[0].sparsity[0] > 0
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="lite_attention runs this model"):
+        torch.compile(build(model), backend="eager", fullgraph=True)(tokens(0), context())
+
+
 # ---- copies and pickles -------------------------------------------------------------------------------------------
 
 WAYS: dict[str, Callable[[Any], Any]] = {
