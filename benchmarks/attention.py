@@ -210,10 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some contenders instead of all")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["cudnn"], help="beside FlashAttention-3")
-    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="B,H,S,D")
+    parser.add_argument(
+        "--shapes", type=shape, nargs="+", default=SHAPES, metavar="B,H,S,D",
+        help="batch, heads, tokens and head dim; seven unless given",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures there")
     args = parser.parse_args(arguments)
 
     require_gpu()

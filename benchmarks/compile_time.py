@@ -79,9 +79,12 @@ def about() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dims", type=int, nargs="+", choices=SM90A.head_dims(), default=SM90A.head_dims())
-    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=["bf16"])
-    parser.add_argument("--json", type=Path)
+    head_dims = SM90A.head_dims()
+    parser.add_argument(
+        "--head-dims", type=int, nargs="+", choices=head_dims, default=head_dims, help="all unless given"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=["bf16"], help="bf16 unless given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.job:

@@ -289,8 +289,16 @@ def measure_all(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=LAYERS, nargs="+", default=["14B"], help="Wan 1.3B or 14B, or LTX-Video 2B")
-    parser.add_argument("--size", choices=("short", "long"), nargs="+", default=["short", "long"])
+    parser.add_argument(
+        "--model", choices=LAYERS, nargs="+", default=["14B"], help="Wan 14B unless given; LTX is LTX-Video 2B"
+    )
+    parser.add_argument(
+        "--size",
+        choices=("short", "long"),
+        nargs="+",
+        default=["short", "long"],
+        help="of the video, both unless given",
+    )
     parser.add_argument("--layers", type=integer(1), help="2 of Wan, 4 of LTX-Video, unless given")
     parser.add_argument("--only", choices=VARIANTS, nargs="+", default=VARIANTS, help="some variants instead of all")
     parser.add_argument(
@@ -298,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--profile", action="store_true", help="count the GPU kernels of a step")
     parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
     require_gpu()
     torch._dynamo.config.recompile_limit = 64  # the variants of a model are compiled code of one function

@@ -17,16 +17,20 @@ def add_parser(commands: Any) -> None:
         "compile-kernels",
         help="compile the kernels ahead of time; no GPU is needed",
         description="Writes an object file for each kernel, and, where a C compiler and a CUDA 13 toolkit are present, "
-        "one library. Set LITE_ATTENTION_KERNELS to the folder where the kernels run: no compiler is needed there.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "one library. Set LITE_ATTENTION_KERNELS to the folder where the kernels run: no compiler is needed there. "
+        "They need the same sources of this package there, and a folder that nobody else may write to.",
     )
-    parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=TARGETS, help="what to compile for")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--arch", nargs="+", default=list(TARGETS), choices=TARGETS, help="GPU architectures; all unless given"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     head_dims = sorted({head_dim for target in TARGETS.values() for head_dim in target.head_dims()})
     dtypes = list(DTYPE_NAMES.values())
-    parser.add_argument("--head-dims", type=int, nargs="+", default=head_dims, choices=head_dims)
-    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes)
-    parser.add_argument("--all-variants", action="store_true", help="also initial masks and must_do ranges")
+    parser.add_argument(
+        "--head-dims", type=int, nargs="+", default=head_dims, choices=head_dims, help="all unless given"
+    )
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes, help="all unless given")
+    parser.add_argument("--all-variants", action="store_true", help="also those for initial masks and must_do ranges")
     parser.set_defaults(command=main)
 
 

@@ -13,9 +13,14 @@ __all__ = ["add_parser", "main"]
 
 def add_parser(commands: Any) -> None:
     """Add the command to what `argparse.ArgumentParser.add_subparsers` returned."""
-    parser = commands.add_parser("inspect", help="print a threshold file, and draw it")
-    parser.add_argument("file", type=Path, help="what a calibration wrote, TOML")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write")
+    parser = commands.add_parser(
+        "inspect",
+        help="print a threshold file, and draw it",
+        description="Prints what a threshold file was found on, and the thresholds of each site, in log2 units. "
+        "Files of the original project are read, too.",
+    )
+    parser.add_argument("file", type=Path, help="the threshold file, TOML")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write; needs matplotlib")
     parser.set_defaults(command=main)
 
 
