@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -21,6 +21,11 @@ from lite_attention.ops import SkipState
 from lite_attention.ops.site import Site
 from lite_attention.ops.state import STATE_BUFFERS
 from lite_attention.ops.torch_internals import AUTO_FUNCTIONALIZED, fake_mode_of, upper_bound
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lite_attention.compile.settings import SkipOptions
 
 __all__ = ["SkipAwareProgram", "make_skip_aware", "skip_states"]
 
@@ -49,7 +54,7 @@ class SkipAwareProgram(ExportedProgram):
         return program  # type: ignore[no-any-return]
 
 
-def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipAwareProgram:
+def make_skip_aware(exported_program: ExportedProgram, **settings: Unpack[SkipOptions]) -> SkipAwareProgram:
     """Swap the self-attention of an exported program, and add the skip states as buffers.
 
     The states are buffers `<module>.lite_attention.skip_mask`, `.control` and `.threshold`, not persistent, so the
@@ -68,6 +73,7 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Any) -> SkipA
         A program with the same inputs and outputs. Its `sites` says what was swapped, and why not.
 
     Raises:
+        TypeError: a setting that is none.
         ValueError: it is no exported program; it has been decomposed, so that its attention is gone; a size is
             unbounded, so that no state can be large enough; or there is an initial mask for a length that varies.
     """

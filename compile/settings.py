@@ -16,13 +16,12 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import holds_unless_unknown
 from lite_attention.ops.validate import check_threshold
 
-__all__ = ["OtherOptions", "SkipOptions", "SkipSettings"]
+__all__ = ["CommonOptions", "OtherOptions", "SkipOptions", "SkipSettings"]
 
 
-class OtherOptions(TypedDict, total=False):
-    """The fields of `SkipSettings` but the threshold, which `enable` takes as a table or a file too."""
+class CommonOptions(TypedDict, total=False):
+    """The fields of `SkipSettings` but the threshold and the number of steps, which some take in ways of their own."""
 
-    num_steps: int | None
     slots: int
     refresh: int | None
     select: Callable[[Site], bool | None] | None
@@ -36,6 +35,12 @@ class OtherOptions(TypedDict, total=False):
     implementation: Literal["reference"] | None
     dense: Literal["sdpa", "kernel"]
     allow_positive: bool
+
+
+class OtherOptions(CommonOptions, total=False):
+    """The fields of `SkipSettings` but the threshold, which `enable` takes as a table or a file too."""
+
+    num_steps: int | None
 
 
 class SkipOptions(OtherOptions, total=False):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -22,10 +21,28 @@ from lite_attention.threshold_table.table import ThresholdTable
 if TYPE_CHECKING:
     from lite_attention.calibration import Calibration
 
-__all__ = ["LiteAttentionRegistry", "ThresholdTable"]
+__all__ = ["CalibrationConfig", "LiteAttentionRegistry", "ThresholdTable"]
 
 _MODES = ("const", "load", "calib", "disable")
 _CALIB_CONFIG = {"target_error": 0.01, "metric": "L1"}
+
+
+class CalibrationConfig(TypedDict, total=False):
+    """What `calib_config` may hold; without `generate` only the target error and its metric."""
+
+    generate: Callable[[int], Any]
+    num_steps: int
+    target_error: float | None
+    target_sparsity: float | None
+    budget: bool
+    metric: str
+    prompts: Iterable[int]
+    held_out: Iterable[int]
+    passes: int
+    thresholds: Sequence[float]
+    stride: int | None
+    autosave: str | Path | None
+    progress: bool
 
 
 class LiteAttentionRegistry:
@@ -56,7 +73,7 @@ class LiteAttentionRegistry:
         mode: str = "const",
         threshold: float | torch.Tensor | None = None,
         filename: str | Path | None = None,
-        calib_config: Mapping[str, Any] | None = None,
+        calib_config: CalibrationConfig | None = None,
         disabled_steps: int | Sequence[int] | None = None,
         force: bool = False,
         *,
@@ -224,15 +241,12 @@ def _check_arguments(mode: str, threshold: Any, filename: object, calib_config: 
 
 
 def _check_config(calib_config: Any) -> None:
-    from lite_attention import calibration
     from lite_attention.calibration.measurement import check_target
 
     if not isinstance(calib_config, (Mapping, type(None))):
         raise ValueError(f"calib_config: expected a dict or None, got {calib_config!r}")
     config = {**_CALIB_CONFIG, **(calib_config or {})}
-    known = list(_CALIB_CONFIG)
-    if "generate" in config:
-        known = sorted(inspect.signature(calibration.calibrate).parameters.keys() - {"model_or_pipe", "settings"})
+    known = sorted(CalibrationConfig.__optional_keys__) if "generate" in config else list(_CALIB_CONFIG)
     if not config.keys() <= set(known):
         raise ValueError(f'calib_config: expected the keys {known}, and more with "generate", got {list(config)}')
     check_target(config["target_error"], config["metric"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.measurement import check_target
 from lite_attention.calibration.probe import Place
-from lite_attention.calibration.recorder import Recorder
+from lite_attention.calibration.recorder import Recorder, RecorderOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["HEADROOM", "Calibration"]
 
@@ -47,6 +50,7 @@ class Calibration(Recorder):
         settings: as for `enable`, of a model that is not enabled yet.
 
     Raises:
+        TypeError: a setting that is none.
         ValueError: an argument out of range.
         FloatingPointError: while generating: attention gives NaN or infinity; names site, slot and step.
     """
@@ -59,7 +63,7 @@ class Calibration(Recorder):
         limits: Mapping[tuple[str, int], torch.Tensor] | None = None,
         metric: str = "L1",
         num_steps: int | None = None,
-        **options: Any,
+        **options: Unpack[RecorderOptions],
     ) -> None:
         check_target(target_error, metric)
         self._limits = dict(limits or {})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lite_attention.calibration.error_report import Curve, ErrorReport, ErrorRow
-from lite_attention.calibration.probe import AttentionProbe, CaughtCall, Place
+from lite_attention.calibration.probe import AttentionProbe, CaughtCall, EnableOptions, Place
 from lite_attention.calibration.tile_statistics import METRICS
 
 __all__ = ["Measurement", "check_target", "is_number", "now"]
@@ -40,7 +40,7 @@ class Measurement(AttentionProbe):
     """Curves of the calls of a model, and their report."""
 
     def __init__(
-        self, model_or_pipe: Any, metric: str, bound: float | None, num_steps: int | None, settings: dict[str, Any]
+        self, model_or_pipe: Any, metric: str, bound: float | None, num_steps: int | None, settings: EnableOptions
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")

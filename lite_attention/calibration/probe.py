@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lite_attention.api import disable, enable, reset
+from lite_attention.compile.settings import CommonOptions
 from lite_attention.enabled import run_by, session_of, store_of
 from lite_attention.model_sites import parts_of, sites_of
 from lite_attention.module import LiteAttention
@@ -24,16 +26,22 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import override, override_of, plain_call, uncompiled, unwrapped
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from lite_attention.compile.store import StateStore
 
-__all__ = ["AttentionProbe", "CaughtCall", "Output", "Place", "check_can_be_probed"]
+__all__ = ["AttentionProbe", "CaughtCall", "EnableOptions", "Output", "Place", "check_can_be_probed"]
 
 Output = tuple[torch.Tensor, torch.Tensor]  # out, lse
 Place = tuple[str, int, int]  # site, slot, step
 
 _probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that a probe is attached to
+
+
+class EnableOptions(CommonOptions, total=False):
+    """Arguments of `lite_attention.enable` that a model which is not enabled yet is measured with."""
+
+    token_order: str | Sequence[int] | None
 
 
 class CaughtCall(NamedTuple):
@@ -107,11 +115,16 @@ class AttentionProbe:
         settings: as for `enable`, for a model that is enabled here.
 
     Raises:
+        TypeError: a setting that is none.
         ValueError: the result of torch.compile, a model that is measured already, or settings for one that has its own.
             The model is as before then.
     """
 
-    def __init__(self, model_or_pipe: Any, num_steps: int | None = None, **settings: Any) -> None:
+    def __init__(self, model_or_pipe: Any, num_steps: int | None = None, **settings: Unpack[EnableOptions]) -> None:
+        known = EnableOptions.__optional_keys__
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise TypeError(f"settings: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
         self._target = model_or_pipe
         self._models = parts_of(model_or_pipe)
         self._sites: dict[int, tuple[torch.Tensor, str, int]] = {}  # by id of the skip mask, which is kept alive

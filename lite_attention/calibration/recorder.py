@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -22,14 +22,17 @@ from lite_attention._version import __version__
 from lite_attention.calibration import autosave as saved
 from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.measurement import Measurement, now
-from lite_attention.calibration.probe import CaughtCall, Output, Place
+from lite_attention.calibration.probe import CaughtCall, EnableOptions, Output, Place
 from lite_attention.calibration.tile_statistics import error_of, loss_of, measure_tiles
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.threshold_table import ThresholdTable
 from lite_attention.threshold_table.fit import branches_of, class_name, dtype_name, model_name
 
-__all__ = ["QUERIES", "THRESHOLDS", "Choose", "Recorder", "check_candidates"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["QUERIES", "THRESHOLDS", "Choose", "Recorder", "RecorderOptions", "check_candidates"]
 
 # Candidates, log2 units: finer where the error moves fast.
 THRESHOLDS = (
@@ -57,6 +60,17 @@ def check_candidates(thresholds: Sequence[float]) -> list[float]:
     if not 1 <= len(found) <= 250 or not ascending or not found[-1] <= 0:
         raise ValueError(f"thresholds: expected 1 to 250 ascending numbers of at most 0, got {thresholds!r}")
     return found
+
+
+class RecorderOptions(EnableOptions, total=False):
+    """The arguments of `Recorder` that those who choose for it hand on."""
+
+    thresholds: Sequence[float]
+    stride: int | None
+    queries: int
+    autosave: str | Path | None
+    progress: bool
+    of: Mapping[str, Any] | None
 
 
 class Recorder(Measurement):
@@ -88,7 +102,7 @@ class Recorder(Measurement):
         autosave: str | Path | None = None,
         progress: bool = False,
         of: Mapping[str, Any] | None = None,
-        **settings: Any,
+        **settings: Unpack[EnableOptions],
     ) -> None:
         if stride is not None and stride < 1:
             raise ValueError(f"stride: expected at least 1, got {stride}")

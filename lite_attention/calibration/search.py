@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,12 +18,15 @@ from lite_attention.calibration.autosave import claimed, fingerprint
 from lite_attention.calibration.bounded import Calibration
 from lite_attention.calibration.error_report import Curve, ErrorReport
 from lite_attention.calibration.measurement import check_target, is_number, now
-from lite_attention.calibration.probe import AttentionProbe, Place
+from lite_attention.calibration.probe import AttentionProbe, EnableOptions, Place
 from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Choose, Recorder, check_candidates
 from lite_attention.calibration.verification import Verification
 from lite_attention.ops.arguments import check_count
 from lite_attention.tables import text_table
 from lite_attention.threshold_table import ThresholdTable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["CalibrationResult", "calibrate"]
 
@@ -82,7 +85,7 @@ def calibrate(
     stride: int | None = None,
     autosave: str | Path | None = None,
     progress: bool = True,
-    **settings: Any,
+    **settings: Unpack[EnableOptions],
 ) -> CalibrationResult:
     """Find thresholds for a model, and measure on the sparse trajectory what they do.
 
@@ -116,6 +119,7 @@ def calibrate(
         settings: as for `enable`, of a model that is not enabled yet.
 
     Raises:
+        TypeError: a setting that is none.
         ValueError: an argument out of range; no attention was measured; or the autosave file is none, or another
             process does the same with it, or `generate` does not repeat what was saved.
         OSError: the autosave file cannot be read or written.
@@ -126,7 +130,7 @@ def calibrate(
         raise ValueError(f"generate: expected a function of a prompt's number, got {type(generate).__name__}")
     _check(target_error, target_sparsity, metric, num_steps, passes, prompts)
     num_steps, target_error, target_sparsity = int(num_steps), _float(target_error), _float(target_sparsity)
-    common = {"metric": metric, "num_steps": num_steps, **settings}
+    common: dict[str, Any] = {"metric": metric, "num_steps": num_steps, **settings}
     runs = _Runs(generate)
     of = {
         "model": fingerprint(model_or_pipe),

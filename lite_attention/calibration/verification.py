@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.measurement import Measurement
-from lite_attention.calibration.probe import CaughtCall, Output
+from lite_attention.calibration.probe import CaughtCall, EnableOptions, Output
 from lite_attention.calibration.tile_statistics import error_of, error_parts, loss_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Verification"]
 
@@ -28,6 +31,7 @@ class Verification(Measurement):
         settings: likewise.
 
     Raises:
+        TypeError: a setting that is none.
         ValueError: while generating: a site is not in the table.
         FloatingPointError: likewise: attention gives NaN or infinity.
     """
@@ -40,7 +44,7 @@ class Verification(Measurement):
         metric: str = "L1",
         bound: float | None = None,
         num_steps: int | None = None,
-        **settings: Any,
+        **settings: Unpack[EnableOptions],
     ) -> None:
         self._table = dict(table)
         super().__init__(model_or_pipe, metric, bound, num_steps, settings)

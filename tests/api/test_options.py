@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ import torch
 
 import lite_attention
 from lite_attention import LiteAttention, LiteAttentionBackend
+from lite_attention.calibration import Calibration, Verification, calibrate
+from lite_attention.calibration.probe import AttentionProbe, EnableOptions
+from lite_attention.calibration.recorder import Recorder, RecorderOptions
 from lite_attention.compile.settings import SkipOptions, SkipSettings
 from lite_attention.ops.options import StateOptions
 from lite_attention.ops.state import SkipState
+from lite_attention.registry import CalibrationConfig
 from tests.support.toys import TILE, Toy, context, tokens
 
 
@@ -60,9 +65,46 @@ def test_a_wrong_option_is_refused_by_name_and_nothing_is_changed(case: str) -> 
             LiteAttentionBackend(**options)
 
 
-def test_an_unknown_option_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="treshold"):
-        lite_attention.enable(Toy(1), treshold=-4.0)
+def test_those_of_a_calibration_are_handed_on_to_who_takes_them() -> None:
+    enabling = {*inspect.signature(lite_attention.enable).parameters} | {*SkipSettings.__dataclass_fields__}
+    assert EnableOptions.__optional_keys__ < enabling
+    recording = RecorderOptions.__optional_keys__ - EnableOptions.__optional_keys__
+    assert recording < {*inspect.signature(Recorder).parameters}
+    calibrating = {*inspect.signature(lite_attention.calibrate).parameters} - {"model_or_pipe", "settings"}
+    assert CalibrationConfig.__optional_keys__ == calibrating
+
+
+def _exported() -> torch.export.ExportedProgram:
+    return torch.export.export(Toy(1), (tokens(0), context()))
+
+
+TAKE_OPTIONS: dict[str, Callable[..., Any]] = {
+    "enable": lambda **options: lite_attention.enable(Toy(1), **options),
+    "backend": LiteAttentionBackend,
+    "make_skip_aware": lambda **options: lite_attention.make_skip_aware(_exported(), **options),
+    "AttentionProbe": lambda **options: AttentionProbe(Toy(1), **options),
+    "Calibration": lambda **options: Calibration(Toy(1), target_error=0.1, **options),
+    "Verification": lambda **options: Verification(Toy(1), {}, **options),
+    "calibrate": lambda **options: calibrate(Toy(1), lambda _: None, num_steps=2, target_error=0.1, **options),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_OPTIONS)
+def test_an_unknown_option_is_a_type_error_that_names_it(name: str) -> None:
+    with pytest.raises(TypeError, match=r"tile_shap\b"):
+        TAKE_OPTIONS[name](tile_shap=TILE)
+
+
+@pytest.mark.parametrize("name", ["AttentionProbe", "Calibration", "Verification", "calibrate"])
+def test_what_a_calibration_would_not_heed_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=r"settings: expected some of .*tile_shape.*, got threshold$"):
+        TAKE_OPTIONS[name](threshold=-4.0)
+
+
+def test_an_unknown_option_is_told_of_a_model_with_options_of_its_own_too() -> None:
+    model = lite_attention.enable(Toy(1), compile=False, tile_shape=TILE)
+    with pytest.raises(TypeError, match=r"got tile_shap$"):
+        Calibration(model, target_error=0.1, tile_shap=TILE)
 
 
 @pytest.mark.parametrize(
