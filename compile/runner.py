@@ -123,7 +123,7 @@ class Runner:
         if not self.store.forward.skipped and not getattr(self._model, "is_cache_enabled", False):
             self.store.say(_all_dense(self.store.forward.dense))
         clock, settings = self.clock(), self.store.settings
-        if clock.is_blind and not clock.is_told and settings.num_steps is None:
+        if clock.is_endless:
             self.store.say(generations_unknown(settings.max_steps))
         elif clock.is_blind and clock.has_loop:
             self.store.say(

@@ -29,6 +29,7 @@ class Clock:
         self.generation = 0
         self.is_told = False  # somebody says, or the timesteps do, where generations begin
         self.is_blind = False  # nothing told the last forward from a step of its own
+        self.is_endless = False  # nothing will tell where its generation ends
         self.has_loop = False  # a pipeline has announced its loop
         self._num_steps, self._max_steps = num_steps, max_steps
         self._total: int | None = None  # steps that the loop has announced
@@ -72,6 +73,7 @@ class Clock:
             if self._step >= self._limit():
                 self._begin(0)
         self._timestep = timestep
+        self.is_endless = timestep is None and not self.is_told and self._num_steps is None
         branch = name if name is not None else sum(isinstance(ran, int) for ran in self._ran)
         self._ran.add(branch)
         return Place(branch, self._step, self.generation, step is not None)

@@ -306,6 +306,12 @@ def test_a_model_that_nobody_tells_anything_is_said_to(compile: bool) -> None:
         enable(model, compile, num_steps=3, threshold=-4.0)(tokens(0), context())
 
 
+def test_named_passes_alone_do_not_tell_where_a_generation_ends() -> None:
+    model = enable(Toy(1), threshold=-4.0)
+    with pytest.warns(UserWarning, match="nobody tells where a generation ends"):
+        run_branches(lambda *x: model(*x), 0)
+
+
 @pytest.mark.parametrize("compile", [True, False])
 def test_nothing_swapped_is_said(compile: bool) -> None:
     model = enable(Toy(1), compile, min_tiles=1000, threshold=-4.0)

@@ -103,19 +103,20 @@ def test_a_loop_of_known_length_ends_where_nothing_else_tells() -> None:
     assert [clock.place("c", timestep=t).generation for t in (9.0, 5.0, 5.0, 1.0)] == [1] * 4  # two evaluations a step
 
 
-def evidence(told: list[Told], **arguments: Any) -> tuple[bool, bool]:
+def evidence(told: list[Told], **arguments: Any) -> tuple[bool, bool, bool]:
     clock = Clock(**arguments)
     for one in told:
         clock.place(*one)
-    return clock.is_told, clock.is_blind
+    return clock.is_told, clock.is_blind, clock.is_endless
 
 
 def test_what_is_known_is_said() -> None:
-    assert evidence(bare(None)) == (False, True)
-    assert evidence(bare(9, 5)) == (False, False)
-    assert evidence(bare(9, 5, 9)) == (True, False)
-    assert evidence(named("c", None)) == (False, False)
-    assert evidence([("c", 0, None)]) == (True, False)
+    assert evidence(bare(None)) == (False, True, True)
+    assert evidence(bare(None), num_steps=4) == (False, True, False)
+    assert evidence(bare(9, 5)) == (False, False, False)
+    assert evidence(bare(9, 5, 9)) == (True, False, False)
+    assert evidence(named("c", None)) == (False, False, True)
+    assert evidence([("c", 0, None)]) == (True, False, False)
     clock = Clock()
     clock.begin(is_told=False)
     assert not clock.is_told
