@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from lite_attention.compile.attention_calls import ATTENTION_OPS, SDPA
 from lite_attention.compile.multihead import attend_in_parts, reason_against
-from lite_attention.compile.other_attention import (
-    attention_modules,
-    on_other_backends,
-    reason_of_op,
-    site_of_op,
-)
+from lite_attention.compile.origins import Origins
+from lite_attention.compile.other_attention import reason_of_op, site_of_op
 from lite_attention.compile.runner import NOT_PICKLED
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
@@ -33,50 +29,27 @@ from lite_attention.compile.store import SiteRecord, StateStore
 from lite_attention.ops import attention, skip_attention
 from lite_attention.ops.site import Site
 from lite_attention.ops.threads import PerThread
-from lite_attention.ops.torch_internals import is_op, op_name, plain_call, storage_key, tree_leaves, without_modes
+from lite_attention.ops.torch_internals import is_op, op_name, plain_call, traced_call, tree_leaves
 
 __all__ = ["attach"]
 
 _log = logging.getLogger("lite_attention")
 
 
-class _Origins:
-    """Which inputs each tensor depends on, as a bit set per storage: a write through a view reaches its base."""
+# Attention that torch.compile may fuse, in a part of the model that it compiled on its own, and why it does not skip.
+_COMPILED = {
+    "flex_attention": str(reason_of_op("flex_attention")),
+    "scaled_dot_product_attention": "torch.compile has compiled it apart from the model",
+}
 
-    def __init__(self) -> None:
-        self._sets: dict[int, int] = {}
-        self._count = 0
 
-    @staticmethod
-    def _storages(values: object) -> Iterable[int]:
-        for tensor in tree_leaves(values):
-            key = storage_key(tensor) if isinstance(tensor, torch.Tensor) else None
-            if key is not None:
-                yield key
+class _Traced:
+    """Where compiled code says what attention it ran: dynamo makes the write, which it traces, part of that code."""
 
-    def of(self, values: object) -> int:
-        found = 0
-        for storage in self._storages(values):
-            found |= self._sets.get(storage, 0)
-        return found
+    name = ""
 
-    def add_new(self, values: object) -> None:
-        """Make each tensor an origin of its own."""
-        for storage in self._storages(values):
-            self._sets[storage] = 1 << self._count
-            self._count += 1
 
-    def track(self, arguments: object, result: object, writes_first: bool) -> None:
-        """Note that the result, and the first argument if it is written to, depend on the arguments."""
-        origins = self.of(arguments)
-        read = set(self._storages(arguments))
-        for storage in self._storages(result):
-            # A new tensor may sit where a freed one was: what that depended on is history.
-            self._sets[storage] = origins | (self._sets.get(storage, 0) if storage in read else 0)
-        if writes_first:
-            first = next(iter(self._storages(arguments)), None)
-            if first is not None:
-                self._sets[first] = self._sets.get(first, 0) | origins
+_traced = _Traced()
 
 
 @dataclass
@@ -86,8 +59,8 @@ class _Run:
     running: list[nn.Module] = field(default_factory=list)  # modules, innermost last; none outside of the model
     calls: Counter[nn.Module] = field(default_factory=Counter)  # of attention, by module
     ops: Counter[nn.Module] = field(default_factory=Counter)  # that hold attention, likewise
-    apart: dict[nn.Module, Any] = field(default_factory=dict)  # modules that run without this mode
-    origins: _Origins | None = None  # kept while sites are to be decided
+    seen: set[str] = field(default_factory=set)  # kinds of attention that ran since a module began or ended
+    origins: Origins | None = None  # kept while sites are to be decided
 
 
 class _EagerSwap(TorchFunctionMode):
@@ -98,7 +71,6 @@ class _EagerSwap(TorchFunctionMode):
         self.store = store
         self.settings: SkipSettings = store.settings
         self._model = model
-        self._attention = attention_modules(model)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._runs = PerThread(lambda: [_Run()])  # the innermost last: a model may run within itself
         self._records: dict[tuple[int, int], SiteRecord] = {}
@@ -113,32 +85,31 @@ class _EagerSwap(TorchFunctionMode):
 
     def run_model(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its hooks, this mode active; no exception leaves it behind."""
-        run = _Run([self._model], apart=dict.fromkeys(module for _, module, _ in on_other_backends(self._attention)))
+        run = _Run([self._model])
         if not self._complete:
-            run.origins = _Origins()
+            run.origins = Origins(self._model)
             run.origins.add_new((args, kwargs))
         self._complete = True
         self._runs().append(run)
         try:
             with self:
-                return plain_call(self._model)(*args, **kwargs)
+                result = plain_call(self._model)(*args, **kwargs)
+            self._note_compiled()
+            return result
         finally:
             self._runs().pop()
 
     def enter_module(self, module: nn.Module, _: object) -> None:
         if self._run.running:
+            self._note_compiled()
             self._run.running.append(module)
-            if module in self._run.apart:  # FlexAttention compiles itself, and would compile this mode too
-                self._run.apart[module] = without_modes()
-                self._run.apart[module].__enter__()
+            self._run.seen.clear()
 
-    def leave_module(self, module: nn.Module, _: object, output: object) -> None:
+    def leave_module(self, module: nn.Module, *_: object) -> None:
         if self._run.running and self._run.running[-1] is module:
+            self._note_compiled()
             self._run.running.pop()
-            if module in self._run.apart:
-                self._run.apart[module].__exit__(None, None, None)
-                if self._run.origins is not None:
-                    self._run.origins.add_new(output)
+            self._run.seen.clear()
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +117,13 @@ class _EagerSwap(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # torch.compile of a part of the model, which runs as it is
+            name = getattr(func, "__name__", "")
+            if name in _COMPILED:
+                _traced.name = name
+            return traced_call(func, args, kwargs)
+        if _traced.name:
+            self._note_compiled()
         is_multihead = func is multi_head_attention_forward
         if is_multihead and reason_against(args, kwargs) is None:
             with self:
@@ -153,13 +131,15 @@ class _EagerSwap(TorchFunctionMode):
         is_sdpa = func in SDPA
         name = op_name(func) if is_op(func) else getattr(func, "__name__", "")
         reason = None if is_sdpa else reason_against(args, kwargs) if is_multihead else reason_of_op(name)
+        if is_sdpa or reason is not None:
+            self._run.seen.add("flex_attention" if name == "flex_attention" else "scaled_dot_product_attention")
         if reason is not None:
             self._note_op(reason, args, kwargs)
         result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)
         origins = self._run.origins
         if origins is None:
             pass
-        elif is_sdpa or func in ATTENTION_OPS:
+        elif is_sdpa or reason is not None or func in ATTENTION_OPS:
             origins.add_new(result)
         else:
             name = getattr(func, "__name__", "")
@@ -167,6 +147,12 @@ class _EagerSwap(TorchFunctionMode):
             writes_first = writes_first or name.startswith("__i")
             origins.track((args, kwargs), result, writes_first)
         return result
+
+    def _note_compiled(self) -> None:
+        """Note attention that compiled code has run, unless its ops were seen: inductor may fuse them."""
+        name, _traced.name = _traced.name, ""
+        if name and name not in self._run.seen:
+            self._note_op(_COMPILED[name], (), {})
 
     def _note_op(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note attention within an op, which runs as it is."""
@@ -265,8 +251,7 @@ class _EagerSwap(TorchFunctionMode):
         origins = self._run.origins
         if site.reason is None and origins is not None:
             site.fits_dense_kernel = self.settings.fits_dense_kernel(site)
-            of_q, of_k = origins.of(tensors[0]), origins.of(tensors[1])
-            site.is_self_attention = of_q == of_k if of_q or of_k else None
+            site.is_self_attention = origins.are_same(*tensors[:2])
             site.reason = self.settings.unsupported_reason(site) or choice_reason(site, self.settings)
         log_sites([site], "eager")
         return site
@@ -308,7 +293,8 @@ class _Hook:
         self._tell = tell
 
     def __call__(self, module: nn.Module, *seen: Any) -> None:
-        self._tell(module, *seen)
+        if not torch.compiler.is_compiling():  # what torch.compile makes of a part of the model has no hooks
+            self._tell(module, *seen)
 
     def __deepcopy__(self, memo: object) -> Callable[..., None]:
         return _tell_nobody

@@ -29,7 +29,7 @@ __all__ = [
     "example_of", "excluding_key", "fake_mode_of", "forget_compiled", "holds_for_all_sizes", "holds_unless_unknown",
     "in_forward_mode", "input_path", "is_fake", "is_held_by_module", "is_op", "is_wrapper", "mark_static_input",
     "module_ids", "module_text", "op_name", "override", "override_of", "plain_call", "raw_stream", "running_module",
-    "storage_key", "tree_leaves", "uncompiled", "under_mode", "unwrapped", "upper_bound", "without_modes", "writes",
+    "storage_key", "traced_call", "tree_leaves", "uncompiled", "under_mode", "unwrapped", "upper_bound", "writes",
     "written_arguments", "zero_each",
 ]  # fmt: skip
 
@@ -295,9 +295,11 @@ def compile_with_inductor(
 # ---- running modules -----------------------------------------------------------------------------------------------
 
 
-def without_modes() -> Any:
-    """Return a context in which no TorchFunctionMode is called, nor traced by a torch.compile inside."""
-    return torch._C.DisableTorchFunction()
+def traced_call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call what a TorchFunctionMode is given while dynamo traces it; that stumbles over the `super()` of a method."""
+    if function is torch.Tensor.unflatten:
+        return args[0].unflatten(*args[1:], **kwargs)
+    return function(*args, **kwargs)
 
 
 def running_module() -> nn.Module | None:

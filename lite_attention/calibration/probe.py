@@ -23,7 +23,7 @@ from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, wr
 from lite_attention.ops.cpu import skipped_tiles
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
-from lite_attention.ops.torch_internals import override, override_of, plain_call, uncompiled, unwrapped
+from lite_attention.ops.torch_internals import override, override_of, plain_call, traced_call, uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -250,6 +250,8 @@ class _Catch(TorchFunctionMode):
         self._probe = probe
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if torch.compiler.is_compiling():  # torch.compile of a part of the model
+            return traced_call(func, args, kwargs or {})
         if func in _OPS:
             return self._probe._caught(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
