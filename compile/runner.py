@@ -20,7 +20,7 @@ from lite_attention.ops import Session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.control import FLAG_DENSE, FLAGS
 from lite_attention.ops.site import Site
-from lite_attention.ops.torch_internals import is_fake
+from lite_attention.ops.torch_internals import fake_mode_of, is_fake, plain_call
 
 __all__ = ["NOT_PICKLED", "Runner", "generations_unknown", "nothing_swapped"]
 
@@ -30,6 +30,17 @@ NOT_PICKLED = "model: expected one that is not enabled to pickle, copy to anothe
 
 # What models call the timestep, and the most dimensions that it has: samples, or samples and tokens.
 _TIMESTEPS = {"timestep": 2, "timesteps": 2, "t": 1, "time": 1, "sigma": 1, "sigmas": 1}
+
+_NOT_EXPORTED = (
+    "model: expected one that is not enabled to export; call lite_attention.disable(model) first, and give the program "
+    "to lite_attention.make_skip_aware()"
+)
+
+_SWAP_DID_NOT_RUN = (
+    "a forward ran without skipping, though earlier ones skipped: the swapped code did not run. torch.compile leaves a "
+    "model uncompiled beyond torch._dynamo.config.recompile_limit; hooks, offloading or adapters that came after "
+    "enable() may break its graphs: call enable() after them, or with compile=False"
+)
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -64,9 +75,17 @@ class Runner:
         self._position = names.index(self._timestep) if self._timestep else -1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one forward."""
+        """Run one forward.
+
+        Raises:
+            ValueError: the model is being exported.
+        """
         for check in self._checks:
             check(args, kwargs)
+        if fake_mode_of([*args, *kwargs.values()]) is not None:  # shapes alone are asked for
+            if torch.compiler.is_exporting():
+                raise ValueError(_NOT_EXPORTED)
+            return plain_call(self._model)(*args, **kwargs)
         self.store.begin_forward()
         with self._placed(args, kwargs):
             result = self._run(*args, **kwargs)
@@ -120,8 +139,9 @@ class Runner:
             self.store.say(nothing_swapped(sites))
             return
         # A cache of diffusers may leave all blocks out; that is as it should be.
-        if not self.store.forward.skipped and not getattr(self._model, "is_cache_enabled", False):
-            self.store.say(_all_dense(self.store.forward.dense))
+        forward = self.store.forward
+        if not (forward.skipped or forward.is_explained) and not getattr(self._model, "is_cache_enabled", False):
+            self.store.say(_SWAP_DID_NOT_RUN)
         clock, settings = self.clock(), self.store.settings
         if clock.is_endless:
             self.store.say(generations_unknown(settings.max_steps))
@@ -130,15 +150,6 @@ class Runner:
                 "the pipeline tells neither branch nor timestep, so every call of the model counts as a step of one "
                 "branch; if it calls it twice a step, use lite_attention.branch(name) around each"
             )
-
-
-def _all_dense(reasons: set[str]) -> str:
-    return (
-        f"a forward ran without skipping, though earlier ones skipped: "
-        f"{'; '.join(sorted(reasons)) or 'the swapped code did not run'}. torch.compile leaves a model uncompiled "
-        "beyond torch._dynamo.config.recompile_limit; hooks, offloading or adapters that came after enable() may break "
-        "its graphs: call enable() after them, or with compile=False"
-    )
 
 
 def nothing_swapped(sites: Sequence[Site]) -> str:

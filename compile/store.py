@@ -83,7 +83,7 @@ class Forward:
     number: int = 0  # of the forward of the model; 0 where none is known
     calls: Counter[tuple[int, ...]] = field(default_factory=Counter)  # of attention, by the ids of the owners
     skipped: bool = False  # a site that may skip ran
-    dense: set[str] = field(default_factory=set)  # why others did not skip
+    is_explained: bool = False  # that a site which skips did not is said
 
 
 class StateStore:
@@ -160,7 +160,9 @@ class StateStore:
         return before
 
     def note(self, record: SiteRecord, state: SkipState | None, reason: str | None = None) -> None:
-        """Note that a site has run, with its state, or dense for a reason; says once of a skip-aware one that it did.
+        """Note that a site has run, with its state, or dense for a reason.
+
+        Says, once for each reason, that one which skips did not; the report has them all.
 
         Args:
             record: the site.
@@ -168,10 +170,9 @@ class StateStore:
             reason: why it did.
         """
         forward = self._forward()
-        record.ran_in = forward.number
+        record.ran_in = max(record.ran_in, forward.number)  # another thread may have overtaken this one
         forward.skipped |= state is not None
-        if reason is not None:
-            forward.dense.add(reason)
+        forward.is_explained |= state is None and record.last is not None
         if state is not None:
             record.last = record.recent[id(self.session)] = state
             record.ran_dense = None
@@ -179,12 +180,14 @@ class StateStore:
             record.ran_dense = reason
             if record.last is not None:
                 name = self._named(record) or record.site.class_name
-                self.say(f"{name}, which skips, ran dense: {reason}; see lite_attention.report(model)")
+                said = f"ran dense: {reason}; see lite_attention.report(model)"
+                self.say(f"{name}, which skips, {said}", cause=said)
 
-    def say(self, message: str) -> None:
-        """Warn, once for each message."""
-        if message not in self._said:
-            self._said.add(message)
+    def say(self, message: str, cause: str | None = None) -> None:
+        """Warn, once for each message, or for each cause."""
+        cause = cause or message
+        if cause not in self._said:
+            self._said.add(cause)
             warnings.warn(f"lite_attention: {message}", stacklevel=4)
 
     # ---- records and states ----------------------------------------------------------------------------------------

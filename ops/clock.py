@@ -98,7 +98,8 @@ class Clock:
         return False
 
     def _is_next_step(self, name: str | None, timestep: float | None) -> bool:
-        if timestep is not None and timestep != self._timestep:
+        beside_told = name is not None and self._timestep is None  # the last forward told its step
+        if timestep is not None and timestep != self._timestep and not beside_told:
             return True
         return name in self._ran if name is not None else timestep is None
 

@@ -100,6 +100,9 @@ class Session:
         step = None if step is None else check_step(step)
         slot = self._slot_of(name)
         self._check_slots(slot)
+        if not self._states and self._thread not in (None, threading.get_ident()):
+            yield slot  # nothing to write, so another thread is not in the way
+            return
         with self._of_one_thread():
             self.branches[name] = slot
             self.is_told |= step is not None

@@ -352,7 +352,8 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     run._torchdynamo_disable = True  # type: ignore[attr-defined]  # dynamo does not look into it
     run._torchdynamo_disable_msg = (  # type: ignore[attr-defined]  # and says so where it must
-        "lite_attention runs this model, compiled or not, so it cannot be part of another graph"
+        "lite_attention runs this model, compiled or not, so it is part of no other graph; call "
+        "lite_attention.disable(model) first to compile or export it as a part of one"
     )
     return run
 

@@ -170,6 +170,30 @@ def test_a_pipeline_for_each_thread(compile: bool) -> None:
         assert torch.equal(one, expected)
 
 
+def test_a_branch_for_all_in_each_thread() -> None:
+    models = [enable(Toy(1, seed=seed), num_steps=9) for seed in (0, 1)]
+    barrier = threading.Barrier(2)
+    steps: dict[int, list[int]] = {}
+
+    def request(index: int) -> None:
+        model = models[index]
+        for step in range(2):
+            for name in ("cond", "uncond"):
+                with lite_attention.branch(name, step):
+                    barrier.wait(60)
+                    model(tokens(step), context())
+                    barrier.wait(60)
+        state = silent_report(model).swapped[0].state
+        steps[index] = [state.step(slot) for slot in (0, 1)]
+
+    threads = [threading.Thread(target=request, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert steps == {0: [1, 1], 1: [1, 1]}
+
+
 def test_states_of_a_thread_go_with_it() -> None:
     model = enable(Toy(2), num_steps=9)
     model(tokens(0), context())

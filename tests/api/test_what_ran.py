@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lite_attention
 from lite_attention.compile.store import StateStore
@@ -83,6 +85,72 @@ def test_a_call_of_another_kind(compile: bool) -> None:
     (line,) = lines(model).values()
     assert line.startswith("skip-aware ")
     assert "but" not in line
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_cause_is_said_once_for_all_sites(compile: bool) -> None:
+    model = enable(Toy(3), compile, num_steps=9)
+    for step in range(2):
+        model(tokens(step), context())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(tokens(2).requires_grad_(), context())
+    (message,) = (str(warning.message) for warning in caught)
+    assert "ran dense: needs gradients" in message
+    assert "recompile_limit" not in message
+    noted = [line for name, line in lines(model).items() if name.endswith("attn1")]
+    assert len(noted) == 3
+    assert all("dense in its last call: needs gradients" in line for line in noted)
+
+
+def test_a_forward_that_another_thread_overtakes_ran_all_sites() -> None:
+    model = enable(Toy(2), False, num_steps=9)
+    model(tokens(0), context())
+    arrived, overtaken = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is slow:
+            arrived.set()
+            overtaken.wait(60)
+
+    model.blocks[1].register_forward_pre_hook(wait)
+    slow = threading.Thread(target=lambda: model(tokens(1), context()))
+    slow.start()
+    arrived.wait(60)
+    model(tokens(1), context())
+    overtaken.set()
+    slow.join()
+    assert all(line.startswith("skip-aware ") for name, line in lines(model).items() if name.endswith("attn1"))
+
+
+# ---- shapes alone -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_forward_of_fake_tensors_is_no_step(compile: bool) -> None:
+    model = enable(Toy(1), compile, num_steps=2)
+    model(tokens(0), context())
+    state, mode = silent_report(model).swapped[0].state, FakeTensorMode(allow_non_fake_inputs=True)
+    control = state.control.clone()
+    with mode, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = model(mode.from_tensor(tokens(1)), mode.from_tensor(context()))
+    assert out.shape == (1, 96, 32)
+    assert torch.equal(state.control, control)
+    model(tokens(1), context())
+    assert state.step(0) == 2
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_enabled_model_is_not_exported(compile: bool, strict: bool) -> None:
+    model = enable(Toy(1), compile, num_steps=9)
+    model(tokens(0), context())
+    state = silent_report(model).swapped[0].state
+    control = state.control.clone()
+    with pytest.raises(Exception, match=r"lite_attention.disable\(model\) first"):
+        torch.export.export(model, (tokens(0), context()), strict=strict)
+    assert torch.equal(state.control, control)
 
 
 # ---- compiling what is enabled ------------------------------------------------------------------------------------

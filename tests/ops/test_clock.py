@@ -41,6 +41,10 @@ CASES: dict[str, tuple[list[Told], list[Is]]] = {
         named("cu", 9, 5, 9),
         [("c", 0, 1), ("u", 0, 1), ("c", 1, 1), ("u", 1, 1), ("c", 0, 2), ("u", 0, 2)],
     ),
+    "a branch whose step is told, and one that has a name only": (
+        [("c", 0, None), ("u", None, 9.0), ("c", 1, None), ("u", None, 5.0), ("u", None, 1.0)],
+        [("c", 0, 1), ("u", 0, 1), ("c", 1, 1), ("u", 1, 1), ("u", 2, 1)],
+    ),
     "names alone": (named("cu", None, None), [("c", 0, 1), ("u", 0, 1), ("c", 1, 1), ("u", 1, 1)]),
     "names alone, guidance midway only": (
         [("c", None, None), ("c", None, None), ("u", None, None), ("c", None, None)],
