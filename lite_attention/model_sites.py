@@ -50,10 +50,10 @@ class ModelSite:
 
     @property
     def note(self) -> str | None:
-        """What a skip-aware site did otherwise in the last forward of its model, as far as that is known."""
-        if self.record is None or self.store is None or not self.swapped:
+        """What a site did otherwise in the last forward of its model, as far as that is known."""
+        if self.record is None or self.store is None:
             return None
-        if self.record.ran_dense is not None:
+        if self.swapped and self.record.ran_dense is not None:
             return f"dense in its last call: {self.record.ran_dense}"
         return None if self.record.ran_in == self.store.forwards else "it did not run in the last forward"
 

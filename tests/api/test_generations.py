@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline, WanVideoToVideoPipeline
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from torch import nn
 
 import lite_attention
@@ -250,10 +256,27 @@ def test_a_bare_model_that_is_interrupted_begins_anew() -> None:
     assert all(map(torch.equal, got, want))
 
 
-CACHES = {
-    "first block": FirstBlockCacheConfig(threshold=0.5),
-    "magnitudes": MagCacheConfig(threshold=0.5, num_inference_steps=8, retention_ratio=0.1, mag_ratios=torch.ones(8)),
+ATTENTION: dict[str, Any] = {
+    "spatial_attention_block_skip_range": 2,
+    "spatial_attention_block_identifiers": ("blocks.*attn1",),
 }
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.5),
+    "magnitudes": lambda pipe: MagCacheConfig(
+        threshold=0.5, num_inference_steps=8, retention_ratio=0.1, mag_ratios=torch.ones(8)
+    ),
+    "broadcast": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_timestep_skip_range=(0, 1000), current_timestep_callback=lambda: pipe.current_timestep,
+        **ATTENTION,
+    ),
+    "faster": lambda pipe: FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 1000), current_timestep_callback=lambda: pipe.current_timestep,
+        attention_weight_callback=lambda module: 0.3, is_guidance_distilled=True, **ATTENTION,
+    ),
+    "series": lambda pipe: TaylorSeerCacheConfig(
+        cache_interval=3, disable_cache_before_step=2, max_order=1, cache_identifiers=["^blocks.*attn1$"]
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -261,32 +284,19 @@ CACHES = {
 def test_sites_stay_in_step_beside_a_cache(cache: str, cache_first: bool) -> None:
     pipe = pipelines.wan_image_to_video(boundary=None)
     if cache_first:
-        pipe.transformer.enable_cache(CACHES[cache])
+        pipe.transformer.enable_cache(CACHES[cache](pipe))
     enable(pipe, threshold=-4.0)
     if not cache_first:
-        pipe.transformer.enable_cache(CACHES[cache])
+        pipe.transformer.enable_cache(CACHES[cache](pipe))
     ran: list[int] = []
-    hook = pipe.transformer.blocks[2].attn1.register_forward_pre_hook(lambda *_: ran.append(1))
+    hook = pipe.transformer.blocks[2].attn1.to_q.register_forward_pre_hook(lambda *_: ran.append(1))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "lite_attention")
         pipelines.generate(pipe, steps=8)
     hook.remove()
-    assert len(ran) < 16  # the cache left the block out
+    assert len(ran) < 16  # the cache left it out
     rows = [row for row in silent_report(pipe).swapped if row.state is not None]
     assert {(row.state.step(0), row.state.step(1)) for row in rows} == {(8, 8)}
-
-
-def test_attention_that_a_cache_broadcasts_is_not_called_dense() -> None:
-    pipe = pipelines.wan_image_to_video(boundary=None)
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000),
-        current_timestep_callback=lambda: pipe.current_timestep, spatial_attention_block_identifiers=("blocks.*attn1",),
-    )  # fmt: skip
-    enable(pipe, threshold=-4.0)
-    pipe.transformer.enable_cache(config)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "lite_attention")
-        pipelines.generate(pipe, steps=STEPS)
 
 
 def test_passes_beyond_the_slots_are_dense_and_said_so() -> None:

@@ -284,3 +284,26 @@ def test_select_decides_for_each_layer_though_they_share_a_graph(wrapper: str, h
     model, error = run(wrapper, how, torch.randn(1, 96, 32), select=lambda site: False, threshold=THRESHOLD)
     assert error == 0
     assert set(reasons(model).values()) == {"not selected"}
+
+
+LATER = ["hooks everywhere", "blocks offloaded", "LoRA", "int8", "layer-wise casting", "all leaves disabled"]
+
+
+@pytest.mark.parametrize("how", [True, False])
+@pytest.mark.parametrize("wrapper", LATER)
+def test_what_comes_later_is_followed_and_reported(wrapper: str, how: bool) -> None:
+    text = torch.randn(1, 24, 32)
+    model, dense = Model(), Model()
+    options = {"threshold": -math.inf, "tile_shape": TILE, "num_steps": 4, **({"inner": "eager"} if how else {})}
+    lite_attention.enable(model, compile=how, **options)
+    with torch.no_grad():
+        for step in range(4):
+            model(tokens(step), text)
+        for each in (model, dense):
+            torch.manual_seed(0)
+            WRAPPERS[wrapper](each)
+        for step in range(4):
+            torch.testing.assert_close(model(tokens(step), text), dense(tokens(step), text), rtol=1e-4, atol=1e-4)
+    rows = [row for row in lite_attention.report(model, file=io.StringIO()).rows if row.note is None]
+    assert sorted(row.name for row in rows if row.reason is None) == SELF
+    assert sorted(row.name for row in rows if row.reason is not None) == CROSS
