@@ -104,6 +104,9 @@ def enable(
         settings["initial_mask"] = replace(mask, token_order=token_order)
     known = SkipSettings(threshold=of_sites, **settings)  # wrong ones are told before anything is changed
     disable(model_or_pipe)
+    for model in models_of(model_or_pipe).values():
+        for within in [module for module in model.modules() if module in wirings]:
+            disable(within)
     how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
     try:

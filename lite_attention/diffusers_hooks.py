@@ -31,7 +31,7 @@ __all__ = [
 # Undoes something on the model or pipeline it is given. It must not hold on to it, or neither would ever be freed.
 Undo = Callable[[Any], None]
 
-_MARK = "_lite_attention"
+_MARK, _TAKEN_OFF = "_lite_attention", "_lite_attention_took_off"
 
 
 def mark(model: nn.Module) -> Undo:
@@ -87,15 +87,30 @@ def _override(target: Any, name: str, call: Callable[..., Any]) -> Undo:
 
 def take_off_compiled(model: nn.Module) -> Undo:
     """Take away what `model.compile()` put in place: code compiled earlier would run around the swap."""
-    before = weakref.WeakKeyDictionary({m: run for m in model.modules() if (run := override_of(m))})
-    for module in before:
-        override(module, None)
+    for module in model.modules():
+        run = override_of(module)
+        if run is not None:
+            object.__setattr__(module, _TAKEN_OFF, _TakenOff(run))
+            override(module, None)
 
     def undo(model: nn.Module) -> None:
         for module in model.modules():
-            override(module, before.get(module))
+            if _MARK not in vars(module):  # otherwise it has been enabled by itself meanwhile
+                override(module, getattr(module.__dict__.pop(_TAKEN_OFF, None), "run", None))
 
     return undo
+
+
+class _TakenOff:
+    """Code that `module.compile()` made; it holds the module, so the module has it, and no copy does."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+
+    def __deepcopy__(self, memo: object) -> None:
+        pass
+
+    __reduce__ = _Mark.__reduce__
 
 
 def refuse_compile(model: nn.Module) -> Undo:

@@ -244,7 +244,7 @@ class TokenOrder:
             time: lambda module: module.register_forward_pre_hook(hooks.time, with_kwargs=True),
             "proj_out": lambda module: module.register_forward_hook(hooks.back),
         }
-        self._attached: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+        self._attached: dict[str, tuple[weakref.ref[nn.Module], RemovableHandle]] = {}
         self._attach()
 
     def _attach(self) -> None:
@@ -254,10 +254,10 @@ class TokenOrder:
         for name, register in self._hooks.items():
             module = model.get_submodule(name)
             before = self._attached.get(name)
-            if before is None or before[0] is not module:
+            if before is None or before[0]() is not module:
                 if before is not None:
                     before[1].remove()
-                self._attached[name] = module, register(module)
+                self._attached[name] = weakref.ref(module), register(module)
 
     def check(self, args: Any, kwargs: Any) -> None:
         """Prepare a forward of the model.

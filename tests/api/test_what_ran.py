@@ -8,6 +8,7 @@ import io
 import pickle
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -323,6 +324,45 @@ def test_enabling_again_and_again_leaves_nothing_and_meets_no_limit(compile: boo
             assert lines(model)["blocks.0.attn1"].startswith("skip-aware ")
             lite_attention.disable(model)
     assert _stores() == before
+
+
+@pytest.mark.parametrize("compile", [True, "blocks", False])
+@pytest.mark.parametrize("token_order", [None, (2, 2, 2)])
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_an_enabled_model_is_freed_with_its_states(
+    compile: bool | str, token_order: Any, compiled_before: bool
+) -> None:
+    model = SMALL.model()
+    if compiled_before:
+        model.compile(backend="eager")
+    enable(model, compile, num_steps=9, token_order=token_order)
+    run(model, SMALL.inputs(0, 0))
+    alive = weakref.ref(model), weakref.ref(silent_report(model).swapped[0].state)
+    del model
+    gc.collect()
+    assert [found() for found in alive] == [None, None]
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("outer_first", [True, False])
+@pytest.mark.parametrize("disabled_first", ["outer", "inner"])
+def test_an_enabled_model_within_another(compile: bool, outer_first: bool, disabled_first: str) -> None:
+    """The inner one runs as it was enabled last; each is undone by itself."""
+    outer, plain = Toy(2), Toy(2)
+    models = {"outer": outer, "inner": outer.blocks[0]}
+    for name in ("outer", "inner") if outer_first else ("inner", "outer"):
+        enable(models[name], compile, num_steps=9)
+    for step in range(2):
+        outer(tokens(step), context())
+    assert silent_report(outer).swapped[-1].sparsity[0] > 0
+    lite_attention.disable(models.pop(disabled_first))
+    for step in range(2):
+        out = outer(tokens(step), context())
+    one_is_left = outer_first or disabled_first == "inner"  # enabling the outer one replaced what the inner one had
+    assert torch.equal(out, plain(tokens(1), context())) != one_is_left
+    lite_attention.disable(*models.values())
+    assert torch.equal(outer(tokens(1), context()), plain(tokens(1), context()))
+    assert not any(module._forward_pre_hooks or module._compiled_call_impl for module in outer.modules())
 
 
 def _stores() -> int:
