@@ -113,10 +113,11 @@ def test_every_forward_is_placed_as_if_told(build: Callable[[], Any]) -> None:
     assert any(max(shares) > 0 for shares in sparsity(pipe))
 
 
-@pytest.mark.parametrize("compile", [True, "blocks"])
-@pytest.mark.parametrize(
-    "build", [pipelines.wan_image_to_video, pipelines.wan_video_to_video], ids=lambda build: build.__name__
-)
+COMPILED = [pipelines.wan_image_to_video, pipelines.wan_video_to_video, pipelines.wan_modular, pipelines.flux_kontext]
+ROUTES = [(build, how) for build in COMPILED for how in (True, "blocks")] + [(pipelines.ltx2, True)]
+
+
+@pytest.mark.parametrize(("build", "compile"), ROUTES, ids=[f"{build.__name__}-{how}" for build, how in ROUTES])
 def test_so_it_is_compiled(build: Callable[[], Any], compile: bool | str) -> None:
     want, pipe = as_told(build), enable(build(), compile)
     for _ in range(2):
@@ -223,10 +224,11 @@ def test_states_of_a_thread_go_with_it() -> None:
 # ---- interruptions, caches, lost passes ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("compile", [True, "blocks", False])
 @pytest.mark.parametrize("within", [True, False])
-def test_an_interrupted_generation_leaves_nothing_behind(within: bool) -> None:
+def test_an_interrupted_generation_leaves_nothing_behind(within: bool, compile: bool | str) -> None:
     build = pipelines.wan_video_to_video
-    pipe, want = enable(build()), as_told(build)
+    pipe, want = enable(build(), compile), as_told(build)
 
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
