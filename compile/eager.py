@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -270,6 +270,8 @@ class _EagerSwap(TorchFunctionMode):
         if not swapped and self.settings.dense != "kernel":
             return "sdpa", record.site.reason
         now = self._site(self._run.running[-1], record.site.ordinal, tensors)
+        if now.dtype != record.site.dtype:  # the model has been cast
+            record.site = replace(record.site, dtype=now.dtype)
         reason = unsupported_call(now, tensors, mask, **call)
         if reason is not None:
             return "sdpa", reason

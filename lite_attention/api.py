@@ -37,6 +37,9 @@ _Target = TypeVar("_Target")
 
 _SLOTS = 3  # as many passes as pipelines of diffusers make in a step: LTX-2 has three, most have one or two
 
+# Of models that were freed while they were enabled: the classes of their modules, and the backend. Dynamo forgets them
+# at the next `enable`, since it may be compiling when garbage is collected.
+_freed: list[tuple[set[type[nn.Module]], object]] = []
 _pipelines: weakref.WeakKeyDictionary[Any, Undo] = weakref.WeakKeyDictionary()
 
 
@@ -170,7 +173,16 @@ def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple
 
     store = StateStore(how.settings, wiring.session, model, prefix)
     backend = LiteAttentionBackend.of(store, how.inner)
-    wiring.undo.append(lambda model: forget_compiled(model, backend))
+    while _freed:
+        forget_compiled(*_freed.pop())
+    freed = weakref.finalize(model, lambda *left: _freed.append(left), {*map(type, model.modules())}, backend)
+    freed.atexit = False
+
+    def forget(model: nn.Module) -> None:
+        freed.detach()
+        forget_compiled({*map(type, model.modules())}, backend)
+
+    wiring.undo.append(forget)
     compile_model: Any = model.compile_repeated_blocks if how.compile == "blocks" else model.compile
     compile_model(backend=backend, **how.compile_arguments)
     return call_of(model), store

@@ -11,7 +11,7 @@ import functools
 import operator
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -320,15 +320,15 @@ _CALLS = ("_wrapped_call_impl", "_call_impl")
 _MODULE_FILE = nn.Module._call_impl.__code__.co_filename
 
 
-def forget_compiled(model: nn.Module, backend: object) -> None:
-    """Let dynamo forget the code that it compiled for the classes of a model's modules, and a backend.
+def forget_compiled(kinds: Iterable[type[nn.Module]], backend: object) -> None:
+    """Let dynamo forget the code that it compiled for classes of modules, and a backend.
 
     Other models of these classes compile again. Otherwise each backend would leave its graphs, and a model that is
     enabled anew would meet the limit of recompiles.
     """
     from torch._dynamo import eval_frame
 
-    for kind in {type(module) for module in model.modules()}:
+    for kind in kinds:
         if isinstance(kind.forward, FunctionType):
             eval_frame.remove_from_cache(kind.forward.__code__)
     for key, known in [*eval_frame.cached_backends.items()]:

@@ -124,6 +124,15 @@ def test_a_forward_that_another_thread_overtakes_ran_all_sites() -> None:
     assert all(line.startswith("skip-aware ") for name, line in lines(model).items() if name.endswith("attn1"))
 
 
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_model_that_is_cast_is_known_by_its_dtype_now(compile: bool) -> None:
+    model = enable(Toy(1), compile, num_steps=9)
+    model(tokens(0), context())
+    model.bfloat16()
+    model(tokens(1).bfloat16(), context().bfloat16())
+    assert [site.dtype for site in sites_of(model) if site.swapped] == [torch.bfloat16]
+
+
 # ---- shapes alone -------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +372,20 @@ def test_an_enabled_model_within_another(compile: bool, outer_first: bool, disab
     lite_attention.disable(*models.values())
     assert torch.equal(outer(tokens(1), context()), plain(tokens(1), context()))
     assert not any(module._forward_pre_hooks or module._compiled_call_impl for module in outer.modules())
+
+
+@pytest.mark.parametrize("compile", [True, "blocks"])
+def test_models_freed_while_enabled_leave_no_compiled_code(compile: bool | str) -> None:
+    """As where a cell of a notebook that loads and enables a pipeline is run again."""
+    with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            model = enable(SMALL.model(), compile, num_steps=4)
+            for step in range(2):
+                run(model, SMALL.inputs(step, 0))
+            assert lines(model)["blocks.0.attn1"].startswith("skip-aware ")
+            del model
+            gc.collect()
 
 
 def _stores() -> int:
