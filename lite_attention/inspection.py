@@ -23,7 +23,7 @@ class ReportRow:
 
     name: str  # module path, below the name of the transformer if it is a pipeline's
     class_name: str
-    q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim, as compiled
+    q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim; of the latest call that skipped, or else as compiled
     k_shape: tuple[Any, ...]
     reason: str | None  # why it does not skip; None = skip-aware
     dense_kernel: bool  # `lite_attention::attention` runs it; otherwise, with a reason, it was left alone
@@ -146,5 +146,5 @@ def _rows_of(model_or_pipe: Any) -> list[ReportRow]:
 def _row_of(found: ModelSite) -> ReportRow:
     site = found.site
     return ReportRow(
-        found.name, site.class_name, site.q_shape, site.k_shape, found.reason, site.dense_kernel, found.last, found.note
+        found.name, site.class_name, *found.shapes, found.reason, site.dense_kernel, found.last, found.note
     )

@@ -79,6 +79,15 @@ class ModelSite:
         return self.module.state
 
     @property
+    def shapes(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Shapes of q and k, (B, S, H, D): of the latest call that skipped, before that of the first call."""
+        q, k = self.site.q_shape, self.site.k_shape
+        states = self.record.states if self.record is not None else {}
+        for (batch, seq_q, seq_k), *_ in (key for key, state in states.items() if state is self.last):
+            q, k = (batch, seq_q, *q[2:]), (batch, seq_k, *k[2:])
+        return q, k
+
+    @property
     def num_steps(self) -> int | None:
         """Denoising steps of a generation, as the user gave them."""
         if self.store is not None:

@@ -408,3 +408,17 @@ def test_a_generation_lets_go_of_the_states_of_other_lengths(compile: bool) -> N
     assert len(sites) == 2
     for site in sites:  # those of this generation and of the last
         assert [state.capacity[2] for state in site.states] == [3 * 8 * 6, 3 * 8 * 8]
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_shapes_and_shares_are_those_of_one_call(compile: bool) -> None:
+    model = enable(Toy(1), compile, threshold=-1.0, num_steps=4)
+    shares = {}
+    for seq in (96, 48, 96):
+        for step in range(2):
+            model(tokens(step, seq=seq), context())
+        (row,) = silent_report(model).swapped
+        assert (row.q_shape, row.k_shape) == ((1, seq, 2, 16), (1, seq, 2, 16))
+        assert row.sparsity == list(row.state.sparsity(per="slot"))
+        shares[seq] = row.sparsity
+    assert shares[48] != shares[96]
