@@ -75,7 +75,8 @@ class _EagerSwap(TorchFunctionMode):
         self._runs = PerThread(lambda: [_Run()])  # the innermost last: a model may run within itself
         self._records: dict[tuple[int, int], SiteRecord] = {}
         self._left_alone: dict[tuple[object, ...], str] = {}  # kinds of call that were, by site, and why
-        self._complete = False  # all sites met in the last forward had been decided before
+        self._complete = False  # all calls that forwards meet have been decided
+        self._missed = 0  # calls met that could not be, as their forward kept no origins
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -89,15 +90,17 @@ class _EagerSwap(TorchFunctionMode):
         if not self._complete:
             run.origins = Origins(self._model)
             run.origins.add_new((args, kwargs))
-        self._complete = True
+        missed = self._missed
         self._runs().append(run)
         try:
             with self:
                 result = plain_call(self._model)(*args, **kwargs)
             self._note_compiled()
-            return result
         finally:
             self._runs().pop()
+        if run.origins is not None and missed == self._missed:
+            self._complete = True
+        return result
 
     def enter_module(self, module: nn.Module, _: object) -> None:
         if self._run.running:
@@ -217,8 +220,9 @@ class _EagerSwap(TorchFunctionMode):
         kind = (id(module), ordinal, *self._kind(tensors, mask))
         if kind in self._left_alone:
             return record
-        self._complete = False
         if self._run.origins is None:  # the next forward keeps them
+            self._complete = False
+            self._missed += 1
             return record
         site = self._decide(module, ordinal, tensors, mask, call)
         record = self._records[(id(module), ordinal)] = self.store.record([module], (ordinal,), site)

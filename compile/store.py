@@ -256,7 +256,7 @@ class StateStore:
         self._resolved.pop(session, None)
         for record in self.records:
             record.recent.pop(session, None)
-            for key in [key for key in record.states if key[3] == session]:
+            for key in [key for key in [*record.states] if key[3] == session]:
                 record.states.pop(key, None)
 
     def _named(self, record: SiteRecord) -> str:
@@ -307,7 +307,7 @@ class StateStore:
         found = []
         for record in self.records_in(model):
             site = replace(record.site, name=prefix + record.name(model))
-            for (sizes, device, tiles, _), state in record.states.items():
+            for (sizes, device, tiles, _), state in [*record.states.items()]:  # threads add to them
                 sized = self.settings.sized(replace(site, device=device), sizes, tiles)
                 found.append((state, state.threshold_table(threshold(sized) if callable(threshold) else threshold)))
         return found

@@ -250,8 +250,11 @@ def branch(name: str, step: int | None = None, *, model: Any = None) -> Iterator
     with contextlib.ExitStack() as stack:
         if model is None:
             stack.enter_context(default_session.branch(name, step))
-            for wiring in [*wirings.values()]:
-                stack.enter_context(wiring.session().telling(name, step))
+            for found in wirings.keyrefs():  # a list, whatever other threads enable meanwhile
+                part = found()
+                wiring = None if part is None else wirings.get(part)
+                if wiring is not None:
+                    stack.enter_context(wiring.session().telling(name, step))
         for part in [] if model is None else models_of(model).values():
             stack.enter_context(session_of(part).branch(name, step))
         yield

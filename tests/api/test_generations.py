@@ -177,6 +177,41 @@ def test_a_pipeline_for_each_thread(compile: bool) -> None:
         assert torch.equal(one, expected)
 
 
+def test_a_first_forward_within_that_of_another_thread() -> None:
+    """It tells self-attention by itself, so it learns from the first step on."""
+    model, alone = (enable(Toy(2), num_steps=9) for _ in range(2))
+    want = [alone(tokens(step), context()) for step in range(3)]
+    arrived, overtaken = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is slow:
+            arrived.set()
+            overtaken.wait(60)
+
+    hook = model.blocks[0].register_forward_pre_hook(wait)
+    slow = threading.Thread(target=lambda: model(tokens(0), context()))
+    slow.start()
+    arrived.wait(60)
+    got = [model(tokens(step), context()) for step in range(3)]
+    overtaken.set()
+    slow.join()
+    hook.remove()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_sizes_that_come_while_a_threshold_is_set() -> None:
+    model = enable(Toy(1), num_steps=9)
+    model(tokens(0), context())
+
+    def threshold(_: Any) -> float:
+        model(tokens(0, seq=128), context())  # as another thread would
+        return -2.0
+
+    lite_attention.set_threshold(model, threshold)
+    model(tokens(1), context())
+    assert silent_report(model).swapped[0].state.threshold.eq(-2.0).all()
+
+
 def test_a_branch_for_all_in_each_thread() -> None:
     models = [enable(Toy(1, seed=seed), num_steps=9) for seed in (0, 1)]
     barrier = threading.Barrier(2)
