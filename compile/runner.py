@@ -173,7 +173,8 @@ def generations_unknown(max_steps: int) -> str:
 @contextmanager
 def _dense(session: Session) -> Iterator[None]:
     """Let the states of a session compute everything and stay as they are."""
-    words = [state.control[FLAGS : FLAGS + 1] for state in session.states]
+    there = session.states
+    words = [state.control[FLAGS : FLAGS + 1] for state in there]
     before = [word.clone() for word in words]
     for word in words:
         word.bitwise_or_(FLAG_DENSE)
@@ -182,3 +183,5 @@ def _dense(session: Session) -> Iterator[None]:
     finally:
         for word, old in zip(words, before, strict=True):
             word.copy_(old)
+        for state in {*session.states}.difference(there):  # born in the slot of another pass
+            state.skip_mask.zero_()

@@ -24,6 +24,7 @@ from torch import nn
 import lite_attention
 from lite_attention import schedules
 from lite_attention.enabled import session_of
+from lite_attention.model_sites import sites_of
 from tests.support import pipelines
 from tests.support.diffusers_models import TILE, silent_report
 from tests.support.toys import Toy, context, tokens
@@ -347,6 +348,18 @@ def test_passes_beyond_the_slots_are_dense_and_said_so() -> None:
         close(uncond, dense.transformer(**x)[0])
     assert (cond - uncond).abs().max() > 1e-3  # the first pass skips
     assert not silent_report(pipe).swapped[0].state.control[3] & 2
+
+
+def test_a_pass_beyond_the_slots_of_a_new_size_leaves_no_votes() -> None:
+    model = enable(pipelines.dm.WAN_OF_ONE_LAYER.model(), threshold=-4.0, slots=1)
+    small, large = (
+        wan_inputs(0, 900) | {"hidden_states": pipelines.dm.latents(3, 16, width, seed=0)} for width in (8, 12)
+    )
+    model(**small)
+    with pytest.warns(UserWarning, match="more than 1 passes"):
+        model(**large)
+    (site,) = (site for site in sites_of(model) if site.swapped)
+    assert [bool(state.sparsity()) for state in site.states] == [True, False]
 
 
 def test_a_loop_that_tells_nothing_is_said_to() -> None:
