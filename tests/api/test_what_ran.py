@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lite_attention
-from lite_attention.compile.store import StateStore
+from lite_attention.enabled import store_of
 from lite_attention.model_sites import sites_of
 from tests.support import diffusers_models as dm
 from tests.support.diffusers_models import TILE, run, silent_report
@@ -323,7 +323,7 @@ def test_a_token_order_is_refused_with_context_parallelism() -> None:
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_enabling_again_and_again_leaves_nothing_and_meets_no_limit(compile: bool) -> None:
-    model, before = Toy(1), _stores()
+    model, stores = Toy(1), []
     with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(4):
@@ -331,8 +331,10 @@ def test_enabling_again_and_again_leaves_nothing_and_meets_no_limit(compile: boo
             for step in range(2):
                 model(tokens(step), context())
             assert lines(model)["blocks.0.attn1"].startswith("skip-aware ")
+            stores.append(weakref.ref(store_of(model)))
             lite_attention.disable(model)
-    assert _stores() == before
+    gc.collect()
+    assert [store() for store in stores] == [None] * 4
 
 
 @pytest.mark.parametrize("compile", [True, "blocks", False])
@@ -386,11 +388,6 @@ def test_models_freed_while_enabled_leave_no_compiled_code(compile: bool | str) 
             assert lines(model)["blocks.0.attn1"].startswith("skip-aware ")
             del model
             gc.collect()
-
-
-def _stores() -> int:
-    gc.collect()
-    return sum(isinstance(found, StateStore) for found in gc.get_objects())
 
 
 @pytest.mark.parametrize("compile", [True, False])
