@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -199,12 +200,21 @@ def _eager(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Ca
 
 
 def _begin_loops(pipe: Any) -> Callable[[int | None], None]:
-    """Return a function that lets the transformers of a pipeline begin a loop; it does not keep them alive."""
-    models = weakref.WeakSet(models_of(pipe).values())
+    """Return a function that lets the transformers of a pipeline begin a loop; it keeps nothing alive."""
+    of, models, warned = weakref.ref(pipe), weakref.WeakSet(models_of(pipe).values()), set[str]()
 
     def begin(total: int | None) -> None:
         for clock in {id(clock): clock for clock in (wirings[m].clock() for m in models if m in wirings)}.values():
             clock.begin_loop(total)
+        parts = {} if of() is None else models_of(of())
+        for part, model in parts.items():
+            if model not in models and model not in wirings and part not in warned:
+                warned.add(part)
+                warnings.warn(
+                    f"lite_attention: {part} came into the pipeline after enable(), so its attention is dense; call "
+                    "enable() on the pipeline once more",
+                    stacklevel=4,
+                )
 
     return begin
 

@@ -21,6 +21,7 @@ import lite_attention
 from lite_attention.enabled import store_of
 from lite_attention.model_sites import sites_of
 from tests.support import diffusers_models as dm
+from tests.support import pipelines
 from tests.support.diffusers_models import TILE, run, silent_report
 from tests.support.toys import Attention, Toy, context, tokens
 
@@ -419,3 +420,21 @@ def test_shapes_and_shares_are_those_of_one_call(compile: bool) -> None:
         assert row.sparsity == list(row.state.sparsity(per="slot"))
         shares[seq] = row.sparsity
     assert shares[48] != shares[96]
+
+
+def test_a_transformer_that_comes_into_a_pipeline_later_is_dense_and_said_so() -> None:
+    pipe = enable(pipelines.wan(), False)
+    pipelines.generate(pipe, steps=2)
+    pipe.transformer = pipelines.wan().transformer
+    with pytest.warns(UserWarning, match=r"transformer came into the pipeline after enable\(\)"):
+        dense = pipelines.generate(pipe, steps=2)
+    assert torch.equal(dense, pipelines.generate(pipelines.wan(), steps=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "lite_attention")
+        pipelines.generate(pipe, steps=2)  # once
+        enable(pipe, False)
+        assert not torch.equal(pipelines.generate(pipe, steps=2), dense)
+    lite_attention.disable(pipe.transformer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "lite_attention")
+        assert torch.equal(pipelines.generate(pipe, steps=2), dense)  # asked for
