@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from lite_attention.compile.settings import SkipOptions
 
 __all__ = ["LiteAttentionBackend", "liteattn_backend"]
-
-_log = logging.getLogger("lite_attention")
 
 _Compiled = Callable[..., Any]
 _Size = Callable[[Sequence[Any]], int]

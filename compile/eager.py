@@ -7,7 +7,6 @@ that went into it, with the output of an attention as an input of its own.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,9 +31,6 @@ from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import is_op, op_name, plain_call, traced_call, tree_leaves
 
 __all__ = ["attach"]
-
-_log = logging.getLogger("lite_attention")
-
 
 # Attention that torch.compile may fuse, in a part of the model that it compiled on its own, and why it does not skip.
 _COMPILED = {
@@ -74,7 +70,7 @@ class _EagerSwap(TorchFunctionMode):
         self._names = {id(module): name for name, module in model.named_modules()}
         self._runs = PerThread(lambda: [_Run()])  # the innermost last: a model may run within itself
         self._records: dict[tuple[int, int], SiteRecord] = {}
-        self._left_alone: dict[tuple[object, ...], str] = {}  # kinds of call that were, by site, and why
+        self._left_alone: set[tuple[object, ...]] = set()  # kinds of call that were, by site
         self._complete = False  # all calls that forwards meet have been decided
         self._missed = 0  # calls met that could not be, as their forward kept no origins
 
@@ -227,7 +223,7 @@ class _EagerSwap(TorchFunctionMode):
         site = self._decide(module, ordinal, tensors, mask, call)
         record = self._records[(id(module), ordinal)] = self.store.record([module], (ordinal,), site)
         if site.reason is not None:
-            self._left_alone[kind] = site.reason
+            self._left_alone.add(kind)
         return record
 
     @staticmethod

@@ -6,11 +6,10 @@ what tells layers apart: the parameters that feed the attention, or the module t
 
 from __future__ import annotations
 
-import logging
 import warnings
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,9 +22,7 @@ from lite_attention.ops.site import Site, SiteThreshold
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import WRAPPED
 
-__all__ = ["Forward", "SiteRecord", "StateStore", "records_of", "stores_with"]
-
-_log = logging.getLogger("lite_attention")
+__all__ = ["Forward", "SiteRecord", "StateStore", "paths_of", "stores_with"]
 
 Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
 StateKey = tuple[Sizes, torch.device, tuple[int, int], int]  # with tile_m and tile_n, and the id of the session
@@ -47,11 +44,10 @@ class SiteRecord:
 
     def name(self, model: nn.Module) -> str:
         """Return the full path of the site's module in a model, as far as its owners tell."""
-        paths: dict[int, list[str]] = defaultdict(list)
-        for path, parameter in model.named_parameters(remove_duplicate=False):
-            paths[id(parameter)].append(path.removeprefix(f"{WRAPPED}."))
-        for path, module in model.named_modules(remove_duplicate=False):
-            paths[id(module)].append(path.removeprefix(f"{WRAPPED}."))
+        return self.name_among(paths_of(model))
+
+    def name_among(self, paths: Mapping[int, list[str]]) -> str:
+        """Return the same from the `paths_of` the model, for those who ask for many sites."""
         known = [(paths[id(owner())], i) for i, owner in enumerate(self.owners) if id(owner()) in paths]
         # A parameter that layers share does not name the layer: the others come first.
         for (path, *_), i in sorted(known, key=lambda item: len(item[0])):
@@ -60,6 +56,16 @@ class SiteRecord:
             if i < len(self.site.owner_paths):
                 return _renamed(self.site.name, self.site.owner_paths[i], path)
         return self.site.name
+
+
+def paths_of(model: nn.Module) -> dict[int, list[str]]:
+    """Return the paths of a model's parameters and modules, by id."""
+    paths: dict[int, list[str]] = defaultdict(list)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths[id(parameter)].append(path.removeprefix(f"{WRAPPED}."))
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path.removeprefix(f"{WRAPPED}."))
+    return paths
 
 
 def _renamed(name: str, then: str, now: str) -> str:
@@ -260,7 +266,7 @@ class StateStore:
                 record.states.pop(key, None)
 
     def _named(self, record: SiteRecord) -> str:
-        model = None if self._model is None else self._model()
+        model = self.model
         return record.site.name if model is None else self.prefix + record.name(model)
 
     def reset(self, records: Iterable[SiteRecord] | None = None) -> None:
@@ -304,9 +310,9 @@ class StateStore:
         """
         if not callable(threshold):
             self.settings.check_schedule(threshold)
-        found = []
+        found, paths = [], paths_of(model)
         for record in self.records_in(model):
-            site = replace(record.site, name=prefix + record.name(model))
+            site = replace(record.site, name=prefix + record.name_among(paths))
             for (sizes, device, tiles, _), state in [*record.states.items()]:  # threads add to them
                 sized = self.settings.sized(replace(site, device=device), sizes, tiles)
                 found.append((state, state.threshold_table(threshold(sized) if callable(threshold) else threshold)))
@@ -344,15 +350,4 @@ def _later(method: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def stores_with(model: nn.Module) -> list[StateStore]:
     """Return the stores that hold sites of a model's parameters and modules, or that were made for it."""
-    return [
-        store
-        for store in list(_stores)
-        if store.records_in(model) or (store._model is not None and store._model() is model)
-    ]
-
-
-def records_of(model: nn.Module) -> Iterator[tuple[StateStore, SiteRecord]]:
-    """Yield the sites that belong to a model's parameters and modules, with their stores."""
-    for store in list(_stores):
-        for record in store.records_in(model):
-            yield store, record
+    return [store for store in list(_stores) if store.model is model or store.records_in(model)]

@@ -186,9 +186,12 @@ def sites_of(model_or_pipe: Any) -> list[ModelSite]:
 
 
 def _sites_in(model: nn.Module, prefix: str) -> Iterator[ModelSite]:
+    from lite_attention.compile.store import paths_of
+
+    paths = paths_of(model)
     for store in stores_of(model):
         for record in store.records_in(model):
-            yield ModelSite(prefix + record.name(model), model, record, store)
+            yield ModelSite(prefix + record.name_among(paths), model, record, store)
     for name, module in model.named_modules():
         if isinstance(module, LiteAttention):
             yield ModelSite(prefix + name, model, module=module)

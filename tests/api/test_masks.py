@@ -15,8 +15,8 @@ import torch
 import lite_attention
 from lite_attention import masks
 from lite_attention.compile import Site
-from lite_attention.compile.store import records_of
 from lite_attention.masks import SPATIAL, TEMPORAL, Pattern
+from lite_attention.model_sites import sites_of
 from lite_attention.ops.bitmask import unpack_bits
 from tests.support import diffusers_models as dm
 from tests.support.toys import Toy, context, tokens
@@ -224,7 +224,7 @@ def test_enable_gives_a_pattern_its_token_order() -> None:
             model, compile=False, threshold=-4.0, tile_shape=(16, 8), initial_mask=pattern, token_order=token_order
         )
         dm.run(model, dm.WAN.inputs(0, 0))
-        ((_, record),) = [(s, r) for s, r in records_of(model) if r.site.swapped]
+        (record,) = [found.record for found in sites_of(model) if found.swapped]
         assert record.last is not None
         assert record.last.initial_mask is not None
         got = unpack_bits(record.last.initial_mask, 12)[0, 0]

@@ -14,7 +14,7 @@ from torch import nn
 import lite_attention
 from lite_attention import LiteAttention, schedules
 from lite_attention.compile import Site
-from lite_attention.compile.store import records_of
+from lite_attention.model_sites import sites_of
 from lite_attention.ops import SkipState
 from tests.support import diffusers_models as dm
 from tests.support.diffusers_models import TILE, silent_report
@@ -35,7 +35,7 @@ def _run(model: nn.Module, step: int = 0, seq: int = 96) -> torch.Tensor:
 
 def _states(model: nn.Module) -> dict[str, list[SkipState]]:
     """All states of each swapped site, of all sizes, in the order in which they were born."""
-    return {record.name(model): [*record.states.values()] for _, record in records_of(model) if record.site.swapped}
+    return {site.name: site.states for site in sites_of(model) if site.swapped}
 
 
 def _assert_holds(state: SkipState, want: float | torch.Tensor) -> None:
