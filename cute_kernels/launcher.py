@@ -14,20 +14,20 @@ from lite_attention.cute_kernels.quantize_launcher import mean_of, quantized_key
 from lite_attention.cute_kernels.streams import turn_of
 from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
+from lite_attention.ops.check_calls import check_call
 from lite_attention.ops.quantization import Quantization, check_quantization
 from lite_attention.ops.quantize import zero_excluded
-from lite_attention.ops.targets import DTYPE_NAMES, target_of
-from lite_attention.ops.tiles import allowed_in_tiles, ceil_div
-from lite_attention.ops.units import LOG2_E
-from lite_attention.ops.validate import (
+from lite_attention.ops.signature import (
     CallSignature,
     TensorSignature,
     call_signature,
-    check_call,
-    check_dense_call,
     split_signature,
     tensor_signatures,
 )
+from lite_attention.ops.targets import DTYPE_NAMES, target_of
+from lite_attention.ops.tiles import allowed_in_tiles, ceil_div
+from lite_attention.ops.units import LOG2_E
+from lite_attention.ops.validate import check_dense_call
 
 __all__ = ["attention_forward", "skip_attention_forward"]
 

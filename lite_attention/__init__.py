@@ -15,7 +15,7 @@ from lite_attention._version import __version__
 from lite_attention.api import branch, disable, enable, reset, set_threshold
 from lite_attention.inspection import Report, SparsityLog, report
 from lite_attention.module import LiteAttention
-from lite_attention.ops import SkipState, attention, skip_attention
+from lite_attention.ops import ResidualState, SkipState, attention, residual_attention, skip_attention, step_plan
 from lite_attention.registry import LiteAttentionRegistry, ThresholdTable
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "LiteAttentionBackend",
     "LiteAttentionRegistry",
     "Report",
+    "ResidualState",
     "SkipState",
     "SparsityLog",
     "ThresholdTable",
@@ -42,9 +43,11 @@ __all__ = [
     "masks",
     "report",
     "reset",
+    "residual_attention",
     "schedules",
     "set_threshold",
     "skip_attention",
+    "step_plan",
 ]
 
 # torch.compile's machinery takes a second to import, and eager users never need it; few calibrate.

@@ -11,6 +11,7 @@ import torch
 
 __all__ = [
     "BATCH",
+    "DECIDED",
     "FLAGS",
     "FLAG_AUTO_STEP",
     "FLAG_DENSE",
@@ -18,12 +19,14 @@ __all__ = [
     "JOBS",
     "NUM_STEPS",
     "REFRESH",
+    "RESIDUALS",
     "SEQ_K",
     "SEQ_Q",
     "SIGNATURE",
     "SLOT",
     "SLOT_WORDS",
     "STEP",
+    "TAKEN",
     "TICKETS",
     "Call",
     "control_list",
@@ -53,6 +56,10 @@ FLAG_DENSE = 2  # skipping is off: visit everything, vote nothing, change nothin
 STEP = 0
 FRESH = 1  # 1: the next call starts fresh; the op clears it
 BATCH, SEQ_Q, SEQ_K = 2, 3, 4  # sizes of the last call; another size starts fresh
+# Of `residual_attention` alone: residuals stored since the mask in use was taken, the last one in plane
+# `(RESIDUALS - 1) % planes`; masks decided; the number of the mask in use, 0 = none. Mask n lies in half `n % 2`, and
+# one waits to be taken iff DECIDED > TAKEN.
+RESIDUALS, DECIDED, TAKEN = 5, 6, 7
 SLOT_WORDS = 8
 
 

@@ -15,12 +15,13 @@ import torch
 
 from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
+from lite_attention.ops.check_calls import check_call
 from lite_attention.ops.control import Call, read_control, write_control
 from lite_attention.ops.dequantize import dequantized, round_weights_
 from lite_attention.ops.quantization import check_quantization
+from lite_attention.ops.signature import call_signature
 from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, visit_order
 from lite_attention.ops.units import LOG2_E
-from lite_attention.ops.validate import call_signature, check_call
 
 __all__ = ["skip_attention_reference", "skipped_tiles"]
 

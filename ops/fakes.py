@@ -17,14 +17,14 @@ __all__ = [
     "quantize_key_fake",
     "quantize_query_fake",
     "quantize_value_fake",
-    "skip_attention_fake",
+    "stateful_attention_fake",
 ]
 
 
-def skip_attention_fake(
+def stateful_attention_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, quantization: str = "none", **__: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return an empty result of `skip_attention`; sizes may be symbolic, so the state is not looked at."""
+    """Return an empty result of an op with a state, which is not looked at, since sizes may be symbolic."""
     check_quantization(quantization)
     return attention_fake(q, k, v)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lite_attention.ops.ranges import must_do_words, must_skip_mask, range_ends
-from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
-from lite_attention.ops.state import STATE_BUFFERS, SkipState
+from lite_attention.ops.residual_state import ResidualState
+from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS, RESIDUAL_IMPLEMENTATIONS
+from lite_attention.ops.site_state import SiteState
+from lite_attention.ops.state import SkipState
 from lite_attention.ops.validate import check_inputs, check_key_lengths, check_key_mask, is_bshd, is_traced
 
-__all__ = ["attention", "skip_attention"]
+__all__ = ["attention", "residual_attention", "skip_attention"]
 
 # Ranges seldom change between calls, and on CUDA each new tensor costs a copy from the host.
 _must_do_words = functools.lru_cache(maxsize=256)(must_do_words)
@@ -86,10 +88,10 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _state_tensors(state: SkipState) -> list[torch.Tensor | None]:
+def _state_tensors(state: SiteState) -> list[torch.Tensor | None]:
     if torch.compiler.is_compiling():
-        return [getattr(state, name) for name in STATE_BUFFERS]
-    return [state._buffers[name] for name in STATE_BUFFERS]  # an attribute of a Module costs 2 us each
+        return [getattr(state, name) for name in state.BUFFERS]
+    return [state._buffers[name] for name in state.BUFFERS]  # an attribute of a Module costs 2 us each
 
 
 def skip_attention(
@@ -141,7 +143,83 @@ def skip_attention(
     """
     if not isinstance(state, SkipState):
         raise ValueError(f"state: expected a SkipState, got {type(state).__name__}")
-    if implementation not in tuple(IMPLEMENTATIONS):
+    return _attend(
+        IMPLEMENTATIONS, q, k, v, state, scale=scale, return_lse=return_lse, must_do=must_do, must_skip=must_skip,
+        key_lengths=key_lengths, key_mask=key_mask, quantization=quantization, implementation=implementation,
+    )  # fmt: skip
+
+
+def residual_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: ResidualState,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    must_do: Sequence[int] | None = None,
+    must_skip: Sequence[int] | None = None,
+    key_lengths: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    quantization: str = "none",
+    implementation: str | None = None,
+) -> Any:
+    """Attention that computes few tiles in sparse steps, and adds what the others gave in full ones.
+
+    The plan of the state says which steps are full. These choose the tiles with the largest share of softmax, and keep
+    the difference that the others make. A sparse step computes the chosen tiles alone and adds that difference,
+    extended to its time. See `docs/design.md`.
+
+    Args:
+        q: (batch, seq_q, heads, head_dim), floating; any strides, the last one 1 (others are copied).
+        k: (batch, seq_k, kv_heads, head_dim); heads is a multiple of kv_heads.
+        v: (batch, seq_k, kv_heads, value_dim).
+        state: the memory of this site, updated in place.
+        scale: as for `skip_attention`, as are the others.
+        return_lse: also return the log-sum-exp of the scores, in a sparse step that which its output stands for.
+        must_do: token ranges on the key axis whose tiles are always computed.
+        must_skip: token ranges that take no part.
+        key_lengths: keys from this index on take no part.
+        key_mask: True = the key takes part.
+        quantization: what scores are computed from.
+        implementation: None = the one for the device; "reference" = the CPU kernel on any device.
+
+    Returns:
+        out (batch, seq_q, heads, value_dim); with `return_lse` also lse float32 (batch, heads, seq_q), natural log.
+        A row without any key gives 0 and -inf.
+
+    Raises:
+        ValueError: an argument, or the state, does not fit; nothing has been changed then.
+        RuntimeError: a gradient is required.
+        NotImplementedError: no kernel for this device.
+    """
+    if not isinstance(state, ResidualState):
+        raise ValueError(f"state: expected a ResidualState, got {type(state).__name__}")
+    return _attend(
+        RESIDUAL_IMPLEMENTATIONS, q, k, v, state, scale=scale, return_lse=return_lse, must_do=must_do,
+        must_skip=must_skip, key_lengths=key_lengths, key_mask=key_mask, quantization=quantization,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def _attend(
+    implementations: Mapping[str | None, Any],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: SiteState,
+    *,
+    scale: float | None,
+    return_lse: bool,
+    must_do: Sequence[int] | None,
+    must_skip: Sequence[int] | None,
+    key_lengths: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    quantization: str,
+    implementation: str | None,
+) -> Any:
+    """Call an op with a state; the arguments are those of the functional forms."""
+    if implementation not in tuple(implementations):
         raise ValueError(f"implementation: expected None or 'reference', got {implementation!r}")
     if not (is_bshd(q) and is_bshd(k) and is_bshd(v)):
         check_inputs(q, k, v)  # which tells what is wrong
@@ -151,7 +229,7 @@ def skip_attention(
     compiling = torch.compiler.is_compiling()
     outer = None if compiling else state.claim()
     try:
-        out, lse = IMPLEMENTATIONS[implementation](
+        out, lse = implementations[implementation](
             q, k, v, *_state_tensors(state), words, allowed, scale=scale, tile_m=state.tile_m, tile_n=state.tile_n,
             quantization=quantization,
         )  # fmt: skip

@@ -49,7 +49,11 @@ class Memory(nn.Module):
     def _move(self, device: torch.device) -> None:
         with torch.inference_mode(False):
             for name, buffer in self.named_buffers(recurse=False):
-                self._buffers[name] = buffer.clone() if buffer.is_inference() else buffer.to(device)
+                self._buffers[name] = self._placed(name, buffer.clone() if buffer.is_inference() else buffer, device)
+
+    def _placed(self, _: str, buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return what a buffer of this name is on a device."""
+        return buffer.to(device)
 
     @property
     def _device(self) -> torch.device:

@@ -1,4 +1,6 @@
-"""The ops `lite_attention::skip_attention`, `::attention` and those of `quantize.py`: schemas, kernels, guards.
+"""The ops `lite_attention::skip_attention`, `::residual_attention`, `::attention` and those of `quantize.py`.
+
+Schemas, kernels, guards.
 
 Contract (`docs/design.md` has it in full; `oracle.py` computes it sentence by sentence). All tensors are read, and
 the first two state tensors written, on the device: a captured graph serves every step, branch and threshold.
@@ -16,6 +18,13 @@ the first two state tensors written, on the device: a captured graph serves ever
 * Returns out [B, Sq, Hq, Dv], dense with its dims in q's stride order, and lse float32 [B, Hq, Sq], natural log.
 
 `skip_attention_reference` is the same op running the CPU kernel on every device, for comparison.
+
+`residual_attention` keeps what skipped tiles gave, and has a state of its own; the rest is as above.
+
+* skip_mask int32 [slots, 2, B, Hq, q_tiles, k_words]: mask n in half n % 2, see `control.py`.
+* plan int32 [steps], keep float32 [steps], times float32 [slots, 3]; declared mutable as threshold is.
+* residual [slots, planes, B, Hq, Sq, Dv]; residual_scale float32 [slots, planes, B, Hq, Sq] if that is e4m3, else None.
+* row_lse float32 [slots, 1 + planes, B, Hq, Sq]: the LSE of the step before, then what each mask leaves out of the LSE.
 
 `attention` is dense: it has no state, and visits every tile. The arguments that are left, and what it returns, are as
 above. A row without an allowed key gives 0 and an LSE of -inf.
@@ -36,16 +45,23 @@ from lite_attention.ops.fakes import (
     quantize_key_fake,
     quantize_query_fake,
     quantize_value_fake,
-    skip_attention_fake,
+    stateful_attention_fake,
 )
 from lite_attention.ops.guards import refuse_vmap, without_autocast, without_derivatives
 from lite_attention.ops.quantize import key_mean, quantize_key, quantize_query, quantize_value
+from lite_attention.ops.residual import residual_attention_reference
 from lite_attention.ops.torch_internals import writes
 
-__all__ = ["ATTENTION", "DENSE_SCHEMA", "IMPLEMENTATIONS", "SCHEMA"]
+__all__ = ["ATTENTION", "DENSE_SCHEMA", "IMPLEMENTATIONS", "RESIDUAL_IMPLEMENTATIONS", "RESIDUAL_SCHEMA", "SCHEMA"]
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) skip_mask, Tensor(b!) control, Tensor(c!) threshold,"
+    " Tensor? initial_mask, Tensor? must_do, Tensor? key_mask,"
+    " *, float? scale, int tile_m, int tile_n, str quantization='none') -> (Tensor out, Tensor lse)"
+)
+RESIDUAL_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) skip_mask, Tensor(b!) control, Tensor(c!) plan, Tensor(d!) keep,"
+    " Tensor(e!) times, Tensor(f!) residual, Tensor(g!)? residual_scale, Tensor(h!) row_lse,"
     " Tensor? initial_mask, Tensor? must_do, Tensor? key_mask,"
     " *, float? scale, int tile_m, int tile_n, str quantization='none') -> (Tensor out, Tensor lse)"
 )
@@ -92,14 +108,17 @@ def _register(
     return op
 
 
-def _register_skip(name: str, cuda: _Kernel) -> Any:
-    return _register(name, SCHEMA, skip_attention_reference, cuda, skip_attention_fake)
+def _register_stateful(name: str, schema: str, reference: _Kernel) -> dict[str | None, Any]:
+    """Define an op with a state, and beside it the same with the CPU kernel on all devices."""
+    cuda = _cuda(f"{name}_forward")
+    return {
+        None: _register(name, schema, reference, cuda, stateful_attention_fake),
+        "reference": _register(f"{name}_reference", schema, reference, reference, stateful_attention_fake),
+    }
 
 
-IMPLEMENTATIONS: dict[str | None, Any] = {
-    None: _register_skip("skip_attention", _cuda("skip_attention_forward")),
-    "reference": _register_skip("skip_attention_reference", skip_attention_reference),
-}
+IMPLEMENTATIONS = _register_stateful("skip_attention", SCHEMA, skip_attention_reference)
+RESIDUAL_IMPLEMENTATIONS = _register_stateful("residual_attention", RESIDUAL_SCHEMA, residual_attention_reference)
 ATTENTION: Any = _register("attention", DENSE_SCHEMA, attention_cpu, _cuda("attention_forward"), attention_fake)
 
 for _name, _schema, _cpu, _fake, _inputs in (

@@ -1,24 +1,16 @@
-"""What a call must look like. Every message names the argument, what was expected and what came."""
+"""What the arguments of a call must look like. Every message names one, what was expected and what came."""
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
 
 import torch
 
 from lite_attention.ops.arguments import require, threshold_values
-from lite_attention.ops.bitmask import WORD_BITS
-from lite_attention.ops.control import control_words
-from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.signature import TensorSignature
 from lite_attention.ops.torch_internals import under_mode
 
 __all__ = [
-    "CallSignature",
-    "TensorSignature",
-    "call_signature",
-    "check_call",
     "check_dense_call",
     "check_inputs",
     "check_key_lengths",
@@ -30,8 +22,6 @@ __all__ = [
     "check_values",
     "is_bshd",
     "is_traced",
-    "split_signature",
-    "tensor_signatures",
 ]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -223,119 +213,3 @@ def _check_mean(mean: torch.Tensor, name: str, x: torch.Tensor) -> None:
     require(mean.device == x.device, "device of mean", f"that of {name}, {x.device}", mean.device)
     require(mean.shape[0] == x.shape[0], "batch of mean", f"that of {name}, {x.shape[0]}", mean.shape[0])
     require(mean.shape[2] == x.shape[3], "head_dim of mean", f"that of {name}, {x.shape[3]}", mean.shape[2])
-
-
-class TensorSignature(NamedTuple):
-    """All that a check may know of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    stride: tuple[int, ...]
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether it lies in memory as a new tensor would."""
-        if 0 in self.shape:
-            return True
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size > 1 and stride != step:
-                return False
-            step *= size
-        return True
-
-
-# Signatures of q, k, v, skip_mask, control, threshold, initial_mask, must_do and key_mask as plain tuples, which are
-# quick to make, then scale, tile_m and tile_n. Equal signatures pass or fail alike.
-CallSignature = tuple[Any, ...]
-
-
-def tensor_signatures(tensors: tuple[torch.Tensor | None, ...]) -> list[tuple[Any, ...] | None]:
-    """Return what `TensorSignature` holds of each, as plain tuples."""
-    return [None if t is None else (t.shape, t.dtype, t.device, t.stride()) for t in tensors]
-
-
-def call_signature(
-    tensors: tuple[torch.Tensor | None, ...], scale: float | None, tile_m: int, tile_n: int
-) -> CallSignature:
-    """Return the signature of a call of the op.
-
-    Args:
-        tensors: q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask.
-        scale: as given to the op, as are the others.
-        tile_m: likewise.
-        tile_n: likewise.
-    """
-    return (*tensor_signatures(tensors), scale, tile_m, tile_n)
-
-
-def split_signature(
-    call: CallSignature,
-) -> tuple[list[TensorSignature], list[TensorSignature | None], float | None, int, int]:
-    """Return the signatures of the tensors that are always there, of those that may be None, scale and tile sizes."""
-    *tensors, scale, tile_m, tile_n = call
-    named = [None if t is None else TensorSignature(*t) for t in tensors]
-    return [t for t in named[:6] if t is not None], named[6:], scale, tile_m, tile_n
-
-
-@functools.lru_cache(maxsize=4096)
-def check_call(call: CallSignature) -> None:
-    """Check that the state fits the call, before anything is touched. Calls that passed are remembered.
-
-    Raises:
-        ValueError: naming the argument at fault, what was expected and what came.
-    """
-    (q, k, v, skip_mask, control, threshold), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = (
-        split_signature(call)
-    )
-    check_dense_call(q, k, v, key_mask, scale)
-    batch, seq_q, heads, _ = q.shape
-    seq_k = k.shape[1]
-    require(tile_m > 0 and tile_n > 0, "tile_m, tile_n", "positive sizes", (tile_m, tile_n))
-    q_tiles, k_words = ceil_div(seq_q, tile_m), ceil_div(ceil_div(seq_k, tile_n), WORD_BITS)
-
-    tensors = (
-        ("skip_mask", skip_mask, torch.int32, 5),
-        ("control", control, torch.int32, 1),
-        ("threshold", threshold, torch.float32, 3),
-        ("initial_mask", initial_mask, torch.int32, 4),
-        ("must_do", must_do, torch.int32, 1),
-    )
-    for name, t, dtype, dim in tensors:
-        if t is not None:
-            require(len(t.shape) == dim, name, f"{dim} dimensions", len(t.shape))
-            require(t.dtype == dtype, f"dtype of {name}", str(dtype), t.dtype)
-            require(t.device == q.device, f"device of {name}", f"that of q, {q.device}", t.device)
-    require(skip_mask.contiguous, "skip_mask", "a contiguous tensor", "one that is not")
-    require(control.contiguous, "control", "a contiguous tensor", "one that is not")
-
-    slots = skip_mask.shape[0]
-    room = tuple(skip_mask.shape)
-    tiling = f"for q {tuple(q.shape)}, {seq_k} keys and tiles of {tile_m} x {tile_n}"
-    require(
-        room[1] >= batch and room[2] == heads and room[3] >= q_tiles and room[4] >= k_words,
-        "skip_mask",
-        f"room for (slots, {batch}, {heads}, {q_tiles}, {k_words}) {tiling}",
-        room,
-    )
-    require(
-        control.shape[0] == control_words(slots),
-        "control",
-        f"{control_words(slots)} words for {slots} slots",
-        f"{control.shape[0]} words",
-    )
-    for dim, (axis, size) in enumerate((("slots", slots), ("steps", None), ("heads", heads))):
-        got = threshold.shape[dim]
-        fits = got >= 1 if size is None else got in (1, size)
-        require(fits, f"{axis} of threshold", f"1 or {size}" if size is not None else "at least 1", got)
-    if initial_mask is not None:
-        got4 = tuple(initial_mask.shape)
-        require(
-            (got4[0] == 1 or got4[0] >= batch) and got4[1] in (1, heads) and got4[2] >= q_tiles and got4[3] >= k_words,
-            "initial_mask",
-            f"(1 or {batch}, 1 or {heads}, {q_tiles}, {k_words}) {tiling}",
-            got4,
-        )
-    if must_do is not None:
-        require(must_do.shape[0] >= k_words, "must_do", f"{k_words} words {tiling}", must_do.shape[0])

@@ -11,8 +11,10 @@ import torch
 
 from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops import control as c
+from lite_attention.ops.check_calls import check_call
 from lite_attention.ops.schema import IMPLEMENTATIONS
-from lite_attention.ops.validate import call_signature, check_call, check_inputs, check_threshold
+from lite_attention.ops.signature import call_signature
+from lite_attention.ops.validate import check_inputs, check_threshold
 from tests.support.op_cases import SK, SQ, WRONG_QKV, B, D, H
 
 
