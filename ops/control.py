@@ -135,9 +135,9 @@ def read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int])
     return Call(slot, step, fresh, bool(flags & FLAG_DENSE), next_step)
 
 
-def write_control(control: torch.Tensor, call: Call, sizes: tuple[int, int, int]) -> None:
-    """Note that a call at (batch, seq_q, seq_k) has been done."""
+def write_control(control: torch.Tensor, call: Call, sizes: tuple[int, int, int], counts: tuple[int, ...] = ()) -> None:
+    """Note that a call at (batch, seq_q, seq_k) has been done; counts are RESIDUALS, DECIDED and TAKEN, if any."""
     block = {STEP: call.next_step, FRESH: 0, BATCH: sizes[0], SEQ_Q: sizes[1], SEQ_K: sizes[2]}
     first = slot_word(call.slot, 0)
-    values = torch.tensor([block[field] for field in range(len(block))], dtype=torch.int32, device="cpu")
-    control[first : first + len(block)].copy_(values)
+    values = [*(block[field] for field in range(len(block))), *counts]
+    control[first : first + len(values)].copy_(torch.tensor(values, dtype=torch.int32, device="cpu"))

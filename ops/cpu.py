@@ -1,4 +1,4 @@
-"""The CPU kernel: the op in plain PyTorch, one q-tile row at a time.
+"""The CPU kernel of `lite_attention::skip_attention` in plain PyTorch, one q-tile row at a time.
 
 All visited tiles of a row go through one matmul, and the votes are found afterwards by a cumulative maximum in
 visiting order, so skipped tiles cost nothing and visited ones little more than dense attention. It runs on any device:
@@ -7,9 +7,7 @@ that is `skip_attention_reference`, for comparison.
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -17,11 +15,10 @@ from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.ops.check_calls import check_call
 from lite_attention.ops.control import Call, read_control, write_control
-from lite_attention.ops.dequantize import dequantized, round_weights_
 from lite_attention.ops.quantization import check_quantization
+from lite_attention.ops.rows import Operands, RowMemory, Sums, Visits, attend_row, heads_of, visits_of
 from lite_attention.ops.signature import call_signature
-from lite_attention.ops.tiles import allowed_in_tiles, ceil_div, visit_order
-from lite_attention.ops.units import LOG2_E
+from lite_attention.ops.tiles import ceil_div
 
 __all__ = ["skip_attention_reference", "skipped_tiles"]
 
@@ -45,25 +42,21 @@ def skip_attention_reference(
     """Compute `lite_attention::skip_attention` on any device; see `lite_attention.ops.schema` for the contract."""
     tensors = (q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask)
     check_call(call_signature(tensors, scale, tile_m, tile_n))
-    held = check_quantization(quantization)
-    batch, seq_q, heads, head_dim = q.shape
+    check_quantization(quantization)
+    batch, seq_q, heads, _ = q.shape
     sizes = (batch, seq_q, k.shape[1])
     call = read_control(control, skip_mask.shape[0], sizes)
     bits = skip_mask[call.slot, :batch, :, : ceil_div(seq_q, tile_m)]
     skipped = skipped_tiles(call, bits, initial_mask, ceil_div(k.shape[1], tile_n))
-    visits = _visits(skipped, must_do, key_mask, sizes, tile_m, tile_n)
+    visits = visits_of(skipped, must_do, key_mask, sizes, tile_m, tile_n)
     limits = _limits(call, threshold, heads)
 
     out, lse = empty_output(q, v), torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
-    to_log2, lse_shift = (head_dim**-0.5 if scale is None else scale) * LOG2_E, None
-    if held.scores is not None:
-        q, k, v, lse_shift = dequantized(q, k, v, key_mask, quantization=quantization, scale=scale, tile_n=tile_n)
-        to_log2 = 1.0
-    voted = _attend(q, k, v, visits, limits, out, lse, to_log2, held.values, tile_m)
-    if lse_shift is not None:
-        lse += lse_shift.where(lse != -math.inf, 0)  # a row without a key has nothing to put back, not even a NaN
+    operands = Operands.of(q, k, v, key_mask, scale=scale, tile_n=tile_n, quantization=quantization)
+    voted = _attend(operands, visits, limits, out, lse, tile_m)
     if not call.dense:
-        words = pack_bits(skipped | visits.by_tile(voted))
+        voted_out = visits.by_tile(torch.zeros_like(visits.visited).masked_scatter_(visits.visited, voted))
+        words = pack_bits(skipped | (voted_out & ~visits.always))
         bits[..., : words.shape[-1]] = words
         write_control(control, call, sizes)
     return out, lse
@@ -81,41 +74,6 @@ def skipped_tiles(call: Call, bits: torch.Tensor, initial_mask: torch.Tensor | N
         start = unpack_bits(initial_mask[:batch, :, :q_tiles], k_tiles)
         return start.expand(batch, heads, q_tiles, k_tiles).clone()
     return torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=bits.device)
-
-
-class _Visits(NamedTuple):
-    """The tiles that each row visits. All but `always` and `excluded` are [B, Hq, q_tiles, k_tiles]."""
-
-    order: torch.Tensor  # int64, k-tiles in visiting order
-    visited: torch.Tensor  # bool, in that order
-    always: torch.Tensor  # bool [k_tiles], named by must_do
-    excluded: torch.Tensor  # bool [B, k_tiles, tile_n], keys that take no part
-    masked: torch.Tensor  # bool [B, Hq, q_tiles]: some key of a visited tile is excluded
-
-    def by_tile(self, voted: torch.Tensor) -> torch.Tensor:
-        """Return what is voted out, bool [B, Hq, q_tiles, k_tiles], from a vote for each visit, bool [visits]."""
-        in_order = torch.zeros_like(self.visited).masked_scatter_(self.visited, voted)
-        return torch.zeros_like(in_order).scatter_(-1, self.order, in_order) & ~self.always
-
-
-def _visits(
-    skipped: torch.Tensor,
-    must_do: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    sizes: tuple[int, int, int],
-    tile_m: int,
-    tile_n: int,
-) -> _Visits:
-    """Return what a call at (batch, seq_q, seq_k) visits; the tensors are those of the op."""
-    (batch, seq_q, seq_k), (q_tiles, k_tiles), device = sizes, skipped.shape[2:], skipped.device
-    allowed = torch.ones(1, seq_k, dtype=torch.bool, device=device) if key_mask is None else key_mask
-    allowed = allowed_in_tiles(allowed, tile_n).expand(batch, k_tiles, tile_n)
-    always = skipped.new_zeros(k_tiles) if must_do is None else unpack_bits(must_do, k_tiles)
-    visited = (~skipped | always) & allowed.any(-1)[:, None, None]
-    masked = (visited & ~allowed.all(-1)[:, None, None]).any(-1)
-    orders = [visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in range(q_tiles)]
-    order = torch.tensor(orders, device=device).expand_as(visited)
-    return _Visits(order, visited.gather(-1, order), always, ~allowed, masked)
 
 
 def _limits(call: Call, threshold: torch.Tensor, heads: int) -> list[float]:
@@ -138,120 +96,31 @@ def _vote(tile_max: torch.Tensor, limit: float, voted: torch.Tensor) -> None:
 
 
 def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visits: _Visits,
+    operands: Operands,
+    visits: Visits,
     limits: list[float],
     out: torch.Tensor,
     lse: torch.Tensor,
-    to_log2: float,
-    weights_in: torch.dtype | None,
     tile_m: int,
 ) -> torch.Tensor:
     """Fill out and lse; return a vote for each visit, bool [visits], row by row in visiting order."""
-    (batch, seq_q, heads, _), group = q.shape, q.shape[2] // k.shape[2]
     dtype = torch.promote_types(out.dtype, torch.float32)
-    counts = visits.visited.sum(-1)
+    by_row = visits.split(visits.visited)
     # One tensor for all votes, and one memory for all rows: small tensors that stay between large ones that go would
     # leave holes in the heap, as many as there are rows.
-    voted = torch.zeros(int(counts.sum()), dtype=torch.bool, device=q.device)
-    rows = zip(
-        visits.order[visits.visited].split(counts.flatten().tolist()),
-        voted.split(counts.flatten().tolist()),
-        visits.masked.flatten().tolist(),
-        strict=True,
-    )
-    memory = _Memory.of(min(tile_m, seq_q), int(counts.max()) * visits.excluded.shape[2], q, v, dtype)
-    for b, h in itertools.product(range(batch), range(heads)):
-        if h % group == 0:
-            k_in_tiles, v_in_tiles = (_in_tiles(x[b, :, h // group].to(dtype), visits.excluded[b]) for x in (k, v))
-        q_head = q[b, :, h].to(dtype) * to_log2
-        weighted = torch.zeros(seq_q, v.shape[3], dtype=dtype, device=q.device)
-        total = torch.zeros(seq_q, dtype=dtype, device=q.device)
-        row_max = torch.full_like(total, -math.inf)
-        for first in range(0, seq_q, tile_m):
+    voted = torch.zeros(sum(map(len, by_row)), dtype=torch.bool, device=out.device)
+    rows = zip(by_row, voted.split([*map(len, by_row)]), visits.masked.flatten().tolist(), strict=True)
+    memory = RowMemory.of(min(tile_m, out.shape[1]), max(map(len, by_row)) * visits.excluded.shape[2], operands, dtype)
+    for head in heads_of(operands, visits.excluded, dtype):
+        sums = Sums.nothing(head)
+        for first in range(0, len(head.q), tile_m):
             tiles, votes, masked = next(rows)
             if len(tiles) == 0:
                 continue
             some = slice(first, first + tile_m)
-            excluded = visits.excluded[b] if masked else None
-            row = _attend_row(q_head[some], k_in_tiles, v_in_tiles, excluded, tiles, weights_in, memory)
-            weighted[some], total[some], row_max[some] = row.weighted, row.total, row.row_max
-            _vote(row.tile_max, limits[h], votes)
-        out[b, :, h] = weighted / total.where(total != 0, 1).unsqueeze(-1)
-        lse[b, h] = (row_max + total.log2()) / LOG2_E
+            excluded = head.excluded if masked else None
+            row = attend_row(head.q[some], head.k, head.v, excluded, tiles, operands.weights_in, memory)
+            sums.put(some, row)
+            _vote(row.tile_max, limits[head.at[1]], votes)
+        out[head.at[0], :, head.at[1]], lse[head.at] = sums.output(), operands.whole(sums.lse(), head.at)
     return voted
-
-
-def _in_tiles(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return [tiles, tile_n, D], zeros past the end, from [seq, D]; `like` is [tiles, tile_n]."""
-    return torch.nn.functional.pad(x, (0, 0, 0, like.numel() - len(x))).view(*like.shape, -1)
-
-
-class _Memory(NamedTuple):
-    """Where the large tensors of a row lie, flat, with room for the longest row."""
-
-    scores: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: int, keys: int, q: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> _Memory:
-        """Return memory for so many rows and keys; q and v tell the head dims and the device."""
-        return cls(*(torch.empty(keys * dim, dtype=dtype, device=q.device) for dim in (rows, q.shape[3], v.shape[3])))
-
-
-class _Row(NamedTuple):
-    """What one q-tile computes; everything in log2 units."""
-
-    weighted: torch.Tensor  # [m, Dv], not yet divided by total
-    total: torch.Tensor  # [m]
-    row_max: torch.Tensor  # [m]
-    tile_max: torch.Tensor  # [m, tiles], in visiting order
-
-
-def _attend_row(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    excluded: torch.Tensor | None,
-    tiles: torch.Tensor,
-    weights_in: torch.dtype | None,
-    memory: _Memory,
-) -> _Row:
-    """Attend from one q-tile to the chosen k-tiles.
-
-    Args:
-        q: [m, D], scaled so that scores come out in log2 units.
-        k: [k_tiles, tile_n, D].
-        v: [k_tiles, tile_n, Dv].
-        excluded: bool [k_tiles, tile_n], keys that take no part; None if all of these tiles' keys do.
-        tiles: k-tiles to visit, in order.
-        weights_in: dtype that weights are rounded to; None = not rounded.
-        memory: written over.
-    """
-    k_tiles, tile_n, _ = k.shape
-    everything = len(tiles) == k_tiles  # then a look at k and v as they lie saves a copy
-    if not everything:
-        k, v = _chosen(k, tiles, memory.k), _chosen(v, tiles, memory.v)
-        excluded = None if excluded is None else excluded.index_select(0, tiles)
-    scores = memory.scores[: len(q) * len(tiles) * tile_n].view(len(q), -1)
-    torch.mm(q, k.flatten(0, 1).T, out=scores)
-    if excluded is not None:
-        scores.masked_fill_(excluded.view(-1), -math.inf)
-    tile_max = scores.view(len(q), -1, tile_n).amax(-1)
-    row_max = tile_max.amax(-1)
-    scores -= row_max.clamp(min=torch.finfo(scores.dtype).min).unsqueeze(-1)
-    weights = scores.exp2_()
-    if weights_in is not None:
-        round_weights_(weights, weights_in)
-    if everything:
-        tile_max = tile_max.index_select(1, tiles)
-    return _Row(weights @ v.flatten(0, 1), weights.sum(-1), row_max, tile_max)
-
-
-def _chosen(x: torch.Tensor, tiles: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """Return x[tiles], in that memory."""
-    shape = (len(tiles), *x.shape[1:])
-    return torch.index_select(x, 0, tiles, out=memory[: math.prod(shape)].view(shape))

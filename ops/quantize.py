@@ -45,6 +45,7 @@ __all__ = [
     "key_mean",
     "quantize_key",
     "quantize_query",
+    "quantize_rows",
     "quantize_value",
     "zero_excluded",
 ]
@@ -114,6 +115,16 @@ def quantize_value(v: torch.Tensor, key_mask: torch.Tensor | None) -> tuple[torc
     values = torch.nn.functional.pad(values, (0, -v.shape[1] % FP8_KEYS))
     values = values.unflatten(3, (-1, *_KEYS_OF_16)).transpose(4, 5).flatten(3)
     return values.to(torch.float8_e4m3fn, memory_format=torch.contiguous_format), largest / LARGEST_FP8
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x [..., D] in e4m3 and its scales [...], the largest magnitude of a row / 448.
+
+    A NaN or an infinity makes its row NaN.
+    """
+    largest = x.abs().amax(-1)
+    values = _scaled(x, _factors(largest, LARGEST_FP8).unsqueeze(-1), LARGEST_FP8)
+    return values.to(torch.float8_e4m3fn), largest / LARGEST_FP8
 
 
 def zero_excluded(x: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:

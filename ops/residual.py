@@ -1,12 +1,29 @@
-"""The CPU kernel of `lite_attention::residual_attention`."""
+"""The CPU kernel of `lite_attention::residual_attention` in plain PyTorch, one q-tile row at a time.
+
+A full step computes a row in two parts, the kept tiles and the rest: attention over the first alone, and over both, are
+what the residual is the difference of. A sparse step computes the first part alone.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 
+from lite_attention.ops import control as c
+from lite_attention.ops.allocate import empty_output
+from lite_attention.ops.bitmask import WORD_BITS, pack_bits, unpack_bits
 from lite_attention.ops.check_calls import check_residual_call
+from lite_attention.ops.choice import chosen_tiles
+from lite_attention.ops.plan import DECIDING, SPARSE
 from lite_attention.ops.quantization import check_quantization
+from lite_attention.ops.residual_store import Residuals
+from lite_attention.ops.rows import Head, Operands, Row, RowMemory, Sums, Visits, attend_row, heads_of, visits_of
 from lite_attention.ops.signature import call_signature
+from lite_attention.ops.tiles import ceil_div, diagonal_tile
+from lite_attention.ops.units import LOG2_E
 
 __all__ = ["residual_attention_reference"]
 
@@ -36,4 +53,174 @@ def residual_attention_reference(
     state = (skip_mask, control, plan, keep, times, residual, residual_scale, row_lse, initial_mask)
     check_residual_call(call_signature((q, k, v, *state, must_do, key_mask), scale, tile_m, tile_n))
     check_quantization(quantization)
-    raise NotImplementedError("lite_attention::residual_attention: its CPU kernel comes with the next commit")
+    (batch, seq_q, heads, _), seq_k = q.shape, k.shape[1]
+    sizes = (batch, seq_q, seq_k)
+    call = c.read_control(control, skip_mask.shape[0], sizes)
+    step = _Step.of(call, control, plan, keep)
+    planes = residual.shape[1]
+    q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
+    bits = skip_mask[call.slot, :, :batch, :, :q_tiles, : ceil_div(k_tiles, WORD_BITS)]
+
+    barred = q.new_zeros((batch, heads, q_tiles, k_tiles), dtype=torch.bool)
+    if initial_mask is not None:
+        barred |= unpack_bits(initial_mask[:batch, :, :q_tiles], k_tiles)
+    visits = visits_of(barred, must_do, key_mask, sizes, tile_m, tile_n)
+    kept = _kept(visits, bits[step.mask % 2]) if step.mask else visits.visited
+    operands = Operands.of(q, k, v, key_mask, scale=scale, tile_n=tile_n, quantization=quantization)
+    masses = _Masses.of(step, visits, operands, row_lse[call.slot, 0, :batch, :, :seq_q]) if step.deciding else None
+    stored = Residuals.of(residual, residual_scale, row_lse, call.slot, batch, seq_q)
+    now, factor = _time_and_factor(times[call.slot], call.step, min(step.residuals, planes))
+
+    out, lse = empty_output(q, v), torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)
+    for head, of_kept, of_all in _attend(operands, visits, kept, masses, tile_m, out.dtype, whole=step.full):
+        result, total = of_all.output(), operands.whole(of_all.lse(), head.at)
+        if not step.full:
+            visitable = visits.visited[head.at].any(-1).repeat_interleave(tile_m)[:seq_q]
+            result, total = _recovered(result, total, stored, step.residuals, factor, head.at)
+            result, total = result.where(visitable.unsqueeze(-1), 0), total.where(visitable, -math.inf)
+        elif step.mask:
+            kept_lse = operands.whole(of_kept.lse(), head.at)
+            left_out = torch.where(kept_lse == -math.inf, total, total - kept_lse)
+            stored.put(step.residuals % planes, *head.at, result - of_kept.output(), left_out)
+        out[head.at[0], :, head.at[1]], lse[head.at] = result, total
+    if call.dense:
+        return out, lse
+
+    row_lse[call.slot, 0, :batch, :, :seq_q] = lse
+    if masses is not None:
+        first = visits.always | _diagonals(visits, sizes, tile_m, tile_n)
+        chosen = chosen_tiles(masses.shares(), visits.by_tile(visits.visited), first, step.keep)
+        bits[(step.decided + 1) % 2] = pack_bits(~chosen)
+    stores = int(step.full and step.mask > 0)
+    if stores:
+        times[call.slot, 2] = times[call.slot, 1]
+        times[call.slot, 1] = now
+    c.write_control(control, call, sizes, (step.residuals + stores, step.decided + int(step.deciding), step.mask))
+    return out, lse
+
+
+# ---- what a step does ----------------------------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """What the state says that a call is to do."""
+
+    full: bool
+    deciding: bool
+    mask: int  # the number of the mask in use; 0 = none
+    residuals: int  # stored of that mask
+    decided: int  # number of masks
+    keep: float
+
+    @classmethod
+    def of(cls, call: c.Call, control: torch.Tensor, plan: torch.Tensor, keep: torch.Tensor) -> _Step:
+        if call.dense:
+            return cls(full=True, deciding=False, mask=0, residuals=0, decided=0, keep=1.0)
+        kind, share = (int(plan[min(call.step, len(plan) - 1)]), float(keep[min(call.step, len(keep) - 1)]))
+        first = c.slot_word(call.slot, c.RESIDUALS)
+        residuals, decided, mask = (0, 0, 0) if call.fresh else control[first : first + 3].tolist()
+        full = call.fresh or kind != SPARSE or residuals == 0
+        if full and decided > mask:
+            residuals, mask = 0, decided
+        return cls(full, full and (kind == DECIDING or decided == 0), mask, residuals, decided, share)
+
+
+def _time_and_factor(times: torch.Tensor, step: int, known: int) -> tuple[float, float]:
+    """Return the time of a step, and how far it lies past the last of so many known residuals, in distances of two."""
+    now, last, before = times.to("cpu", copy=True)
+    now = now.where(~now.isnan(), step)
+    factor = float((now - last) / (last - before))
+    return float(now), factor if known > 1 and math.isfinite(factor) else 0.0
+
+
+def _kept(visits: Visits, bits: torch.Tensor) -> torch.Tensor:
+    """Return which visits a mask keeps, bool [B, Hq, q_tiles, k_tiles] in visiting order."""
+    k_tiles = visits.order.shape[3]
+    keeps = ~unpack_bits(bits, k_tiles) | visits.always
+    return visits.visited & keeps.gather(-1, visits.order)
+
+
+def _diagonals(visits: Visits, sizes: tuple[int, int, int], tile_m: int, tile_n: int) -> torch.Tensor:
+    """Return bool [q_tiles, k_tiles], True on the diagonal, for a call at (batch, seq_q, seq_k)."""
+    (q_tiles, k_tiles), device = visits.order.shape[2:], visits.order.device
+    diagonals = [diagonal_tile(i, *sizes[1:], tile_m, tile_n) for i in range(q_tiles)]
+    return torch.tensor(diagonals, device=device).unsqueeze(-1) == torch.arange(k_tiles, device=device)
+
+
+class _Masses(NamedTuple):
+    """How much each tile matters in a deciding step."""
+
+    sums: torch.Tensor  # float32 [B, Hq, q_tiles, k_tiles]
+    norms: torch.Tensor | None  # [B, Hq, Sq], log2 of what a row is divided by; None = its first tile tells
+
+    @classmethod
+    def of(cls, step: _Step, visits: Visits, operands: Operands, last_lse: torch.Tensor) -> _Masses:
+        norms = None
+        if step.decided:  # then there was a step before
+            norms = (last_lse if operands.lse_shift is None else last_lse - operands.lse_shift) * LOG2_E
+        return cls(torch.zeros_like(visits.visited, dtype=torch.float32), norms)
+
+    def add(self, at: tuple[int, int], i: int, some: slice, tiles: torch.Tensor, row: Row) -> None:
+        """Take in what one q-tile gave some tiles; its first part is that of the tile visited first."""
+        assert row.tile_sums is not None
+        norms = row.tile_max[:, 0] if self.norms is None else self.norms[at][some]
+        norms = norms.where(norms.isfinite(), math.inf)  # such a row counts for nothing
+        weights = (row.sums.row_max - norms).exp2().unsqueeze(-1)
+        self.sums[at][i, tiles] = (row.tile_sums * weights).sum(0).to(torch.float32)
+
+    def shares(self) -> torch.Tensor:
+        """Return each tile's share of its q-tile."""
+        return self.sums / self.sums.sum(-1, keepdim=True)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _attend(
+    operands: Operands,
+    visits: Visits,
+    kept: torch.Tensor,
+    masses: _Masses | None,
+    tile_m: int,
+    out_dtype: torch.dtype,
+    *,
+    whole: bool,
+) -> Iterator[tuple[Head, Sums, Sums]]:
+    """Yield for each head the sums over the kept tiles and, where the whole is asked for, over all, else the same."""
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    rest = visits.visited & ~kept if whole else torch.zeros_like(kept)
+    parts = [visits.split(some) for some in (kept, rest)]
+    rows = zip(*parts, visits.masked.flatten().tolist(), strict=True)
+    longest = max(len(tiles) for part in parts for tiles in part)
+    seq_q = operands.q.shape[1]
+    memory = RowMemory.of(min(tile_m, seq_q), longest * visits.excluded.shape[2], operands, dtype)
+    for head in heads_of(operands, visits.excluded, dtype):
+        sums = [Sums.nothing(head) for _ in parts]
+        for i in range(ceil_div(seq_q, tile_m)):
+            some = slice(i * tile_m, (i + 1) * tile_m)
+            *of_row, masked = next(rows)
+            for part, tiles in zip(sums, of_row, strict=True):
+                if len(tiles) == 0:
+                    continue
+                row = attend_row(
+                    head.q[some], head.k, head.v, head.excluded if masked else None, tiles, operands.weights_in,
+                    memory, by_tile=masses is not None,
+                )  # fmt: skip
+                part.put(some, row)
+                if masses is not None:
+                    masses.add(head.at, i, some, tiles, row)
+        yield head, sums[0], sums[0].plus(sums[1]) if whole else sums[0]
+
+
+def _recovered(
+    kept: torch.Tensor, kept_lse: torch.Tensor, stored: Residuals, residuals: int, factor: float, at: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return output and LSE of a head with what the skipped tiles gave, extended to this step."""
+    planes = len(stored.values)
+    residual, left_out = stored.get((residuals - 1) % planes, *at)
+    if factor:
+        before, left_out_before = stored.get((residuals - 2) % planes, *at)
+        residual = residual + factor * (residual - before)
+        change = factor * (left_out - left_out_before)
+        left_out = left_out + change.where(change.isfinite(), 0)
+    return kept + residual, torch.where(kept_lse == -math.inf, left_out, kept_lse + left_out)
