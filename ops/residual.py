@@ -7,7 +7,7 @@ what the residual is the difference of. A sparse step computes the first part al
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from lite_attention.ops.quantization import check_quantization
 from lite_attention.ops.residual_store import Residuals
 from lite_attention.ops.rows import Head, Operands, Row, RowMemory, Sums, Visits, attend_row, heads_of, visits_of
 from lite_attention.ops.signature import call_signature
-from lite_attention.ops.tiles import ceil_div, diagonal_tile
+from lite_attention.ops.tiles import ceil_div, diagonal_tile, sampled_tiles
 from lite_attention.ops.units import LOG2_E
 
 __all__ = ["residual_attention_reference"]
@@ -54,7 +54,7 @@ def residual_attention_reference(
     check_residual_call(call_signature((q, k, v, *state, must_do, key_mask), scale, tile_m, tile_n))
     check_quantization(quantization)
     (batch, seq_q, heads, _), seq_k = q.shape, k.shape[1]
-    sizes = (batch, seq_q, seq_k)
+    sizes, geometry = (batch, seq_q, seq_k), (seq_q, seq_k, tile_m, tile_n)
     call = c.read_control(control, skip_mask.shape[0], sizes)
     step = _Step.of(call, control, plan, keep)
     planes = residual.shape[1]
@@ -67,7 +67,10 @@ def residual_attention_reference(
     visits = visits_of(barred, must_do, key_mask, sizes, tile_m, tile_n)
     kept = _kept(visits, bits[step.mask % 2]) if step.mask else visits.visited
     operands = Operands.of(q, k, v, key_mask, scale=scale, tile_n=tile_n, quantization=quantization)
-    masses = _Masses.of(step, visits, operands, row_lse[call.slot, 0, :batch, :, :seq_q]) if step.deciding else None
+    masses = None
+    if step.deciding:
+        sampled = _table(q_tiles, k_tiles, lambda i: sampled_tiles(i, *geometry), q.device)
+        masses = _Masses.of(step, visits, operands, row_lse[call.slot, 0, :batch, :, :seq_q], sampled)
     stored = Residuals.of(residual, residual_scale, row_lse, call.slot, batch, seq_q)
     now, factor = _time_and_factor(times[call.slot], call.step, min(step.residuals, planes))
 
@@ -88,7 +91,7 @@ def residual_attention_reference(
 
     row_lse[call.slot, 0, :batch, :, :seq_q] = lse
     if masses is not None:
-        first = visits.always | _diagonals(visits, sizes, tile_m, tile_n)
+        first = visits.always | _table(q_tiles, k_tiles, lambda i: [diagonal_tile(i, *geometry)], q.device)
         chosen = chosen_tiles(masses.shares(), visits.by_tile(visits.visited), first, step.keep)
         bits[(step.decided + 1) % 2] = pack_bits(~chosen)
     stores = int(step.full and step.mask > 0)
@@ -140,31 +143,38 @@ def _kept(visits: Visits, bits: torch.Tensor) -> torch.Tensor:
     return visits.visited & keeps.gather(-1, visits.order)
 
 
-def _diagonals(visits: Visits, sizes: tuple[int, int, int], tile_m: int, tile_n: int) -> torch.Tensor:
-    """Return bool [q_tiles, k_tiles], True on the diagonal, for a call at (batch, seq_q, seq_k)."""
-    (q_tiles, k_tiles), device = visits.order.shape[2:], visits.order.device
-    diagonals = [diagonal_tile(i, *sizes[1:], tile_m, tile_n) for i in range(q_tiles)]
-    return torch.tensor(diagonals, device=device).unsqueeze(-1) == torch.arange(k_tiles, device=device)
+def _table(q_tiles: int, k_tiles: int, tiles_of: Callable[[int], list[int]], device: torch.device) -> torch.Tensor:
+    """Return bool [q_tiles, k_tiles], True for the k-tiles that a function names for a q-tile."""
+    table = torch.zeros(q_tiles, k_tiles, dtype=torch.bool, device="cpu")
+    for i in range(q_tiles):
+        table[i, tiles_of(i)] = True
+    return table.to(device)
 
 
 class _Masses(NamedTuple):
     """How much each tile matters in a deciding step."""
 
     sums: torch.Tensor  # float32 [B, Hq, q_tiles, k_tiles]
-    norms: torch.Tensor | None  # [B, Hq, Sq], log2 of what a row is divided by; None = its first tile tells
+    norms: torch.Tensor | None  # [B, Hq, Sq], the LSE before in log2 units; None = the sample tells
+    sampled: torch.Tensor  # bool [q_tiles, k_tiles]
 
     @classmethod
-    def of(cls, step: _Step, visits: Visits, operands: Operands, last_lse: torch.Tensor) -> _Masses:
+    def of(
+        cls, step: _Step, visits: Visits, operands: Operands, last_lse: torch.Tensor, sampled: torch.Tensor
+    ) -> _Masses:
         norms = None
         if step.decided:  # then there was a step before
             norms = (last_lse if operands.lse_shift is None else last_lse - operands.lse_shift) * LOG2_E
-        return cls(torch.zeros_like(visits.visited, dtype=torch.float32), norms)
+        return cls(torch.zeros_like(visits.visited, dtype=torch.float32), norms, sampled)
 
     def add(self, at: tuple[int, int], i: int, some: slice, tiles: torch.Tensor, row: Row) -> None:
-        """Take in what one q-tile gave some tiles; its first part is that of the tile visited first."""
+        """Take in what one q-tile gave some tiles, in a step without a mask all of them."""
         assert row.tile_sums is not None
-        norms = row.tile_max[:, 0] if self.norms is None else self.norms[at][some]
-        norms = norms.where(norms.isfinite(), math.inf)  # such a row counts for nothing
+        if self.norms is None:
+            norms = row.sums.row_max + row.tile_sums[:, self.sampled[i, tiles]].sum(-1).log2()
+        else:
+            norms = self.norms[at][some]
+        norms = norms.where(norms != -math.inf, math.inf)  # such a row has no weight
         weights = (row.sums.row_max - norms).exp2().unsqueeze(-1)
         self.sums[at][i, tiles] = (row.tile_sums * weights).sum(0).to(torch.float32)
 

@@ -7,9 +7,11 @@ import torch
 from lite_attention.ops.targets import target_of
 
 __all__ = [
+    "SAMPLE_EVERY",
     "allowed_in_tiles",
     "ceil_div",
     "diagonal_tile",
+    "sampled_tiles",
     "tile_shape",
     "visit_order",
 ]
@@ -48,6 +50,18 @@ def diagonal_tile(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int)
     """Return the k-tile on the diagonal of a q-tile: the one visited first."""
     k_tiles = ceil_div(seq_k, tile_n)
     return min(k_tiles - 1, (2 * q_tile + 1) * tile_m * seq_k // (2 * seq_q * tile_n))
+
+
+SAMPLE_EVERY = 16
+
+
+def sampled_tiles(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> list[int]:
+    """Return the k-tiles that tell the LSE of a q-tile's rows about, where no step before has told it.
+
+    The tile on the diagonal, every 16th counted from it, the first and the last one.
+    """
+    diagonal, last = diagonal_tile(q_tile, seq_q, seq_k, tile_m, tile_n), ceil_div(seq_k, tile_n) - 1
+    return sorted({0, last, *range(diagonal % SAMPLE_EVERY, last + 1, SAMPLE_EVERY)})
 
 
 def visit_order(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> list[int]:
