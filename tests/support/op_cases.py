@@ -15,9 +15,9 @@ from lite_attention.ops.oracle import OracleResult, skip_attention_oracle
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Of what the op computes in float32 and stores once; float64 is computed in float64.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 # Of e4m3, which moves a weight by up to 1/16, and one below its range by a sliver: so a sum, and an output by twice it.
-_FP8_TOLERANCE = 1 / 14
+FP8_TOLERANCE = 1 / 14
 
 
 def clustered_qkv(
@@ -83,12 +83,12 @@ def assert_step(
         *given, *others, scale=given_scale, quantization=quantization, **tiles
     )
 
-    tol = _TOLERANCE[dtype] if quantization == "none" else max(_TOLERANCE[dtype], _TOLERANCE[torch.float32])
-    tol = 2 * _FP8_TOLERANCE if fp8 else tol
+    tol = TOLERANCE[dtype] if quantization == "none" else max(TOLERANCE[dtype], TOLERANCE[torch.float32])
+    tol = 2 * FP8_TOLERANCE if fp8 else tol
     reach = max(1.0, float(v.double().abs().max()))
     torch.testing.assert_close(out.double(), want.out, rtol=tol, atol=tol * reach, equal_nan=True)
     lse_tol = 1e-6 if dtype == torch.float64 and lse_shift is None else 1e-4  # stored in float32 either way
-    lse_tol = _FP8_TOLERANCE if fp8 else lse_tol
+    lse_tol = FP8_TOLERANCE if fp8 else lse_tol
     torch.testing.assert_close(lse.double(), want.lse, rtol=lse_tol, atol=lse_tol, equal_nan=True)
     assert torch.equal(state.control, want.control)
 
