@@ -22,8 +22,9 @@ from examples.moving_shapes.sample import time_steps
 from examples.moving_shapes.scenes import NULL_PROMPT, Scenes, Size, draw_scenes
 from lite_attention import masks, schedules
 from lite_attention.inspection import named_states
-from lite_attention.ops import SkipState, tile_shape
+from lite_attention.ops import tile_shape
 from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.tiles import ceil_div, diagonal_tile
 
 RENDERED = "rendered"
@@ -196,7 +197,7 @@ class RandomSkips(SkipShares):
                 state.skip_mask.copy_(pack_bits(ranks < count.view(1, -1, 1, 1, 1)))
         super().after_step(step)
 
-    def _order(self, site: int, state: SkipState) -> torch.Tensor:
+    def _order(self, site: int, state: SiteState) -> torch.Tensor:
         """Return the places of tiles in a random order, (slots, B, heads, q_tiles, k_tiles); the diagonal is last."""
         _, heads, seq_q, seq_k = state.capacity
         q_tiles, k_tiles = ceil_div(seq_q, state.tile_m), ceil_div(seq_k, state.tile_n)

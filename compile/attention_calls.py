@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from lite_attention.compile.provenance import name_of, value_of, written_between
+from lite_attention.ops.methods import METHOD_OF_OP
 
 __all__ = [
     "ATTENTION_OPS",
@@ -28,10 +29,7 @@ SDPA: tuple[Any, ...] = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-SKIP_ATTENTION_OPS = (
-    torch.ops.lite_attention.skip_attention.default,
-    torch.ops.lite_attention.skip_attention_reference.default,
-)
+SKIP_ATTENTION_OPS = tuple(METHOD_OF_OP)
 ATTENTION_OPS = (*SKIP_ATTENTION_OPS, torch.ops.lite_attention.attention.default)
 
 _BHSD_TO_BSHD = (0, 2, 1, 3)

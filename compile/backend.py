@@ -18,11 +18,7 @@ from lite_attention.compile.sites import GraphSite, Names, find_sites, log_sites
 from lite_attention.compile.store import StateStore
 from lite_attention.compile.swap import swap_site
 from lite_attention.ops import Session, default_session
-from lite_attention.ops.bitmask import WORD_BITS
-from lite_attention.ops.control import control_words
 from lite_attention.ops.site import Site
-from lite_attention.ops.state import STATE_BUFFERS
-from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import (
     FakeModes,
     backend_named,
@@ -181,20 +177,10 @@ def _add_state_inputs(
 ) -> tuple[list[fx.Node | None], list[torch.Tensor]]:
     """Add the state of a site as inputs with a static address, after all others."""
     site = found.site
-    batch, seq_q, heads, _ = site.q_shape
-    tile_m, tile_n = settings.tile_shape_for(site)
-    tiles = (ceil_div(seq_q, tile_m), ceil_div(ceil_div(site.k_shape[1], tile_n), WORD_BITS))
-    steps = settings.table_steps
-    shapes: list[tuple[tuple[Any, ...], torch.dtype] | None] = [
-        ((settings.slots, batch, heads, *tiles), torch.int32),
-        ((control_words(settings.slots),), torch.int32),
-        ((settings.slots, steps, heads), torch.float32),
-        ((batch, heads, *tiles), torch.int32) if settings.initial_mask is not None else None,
-    ]
     nodes: list[fx.Node | None] = []
     fakes = []
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for name, spec in zip(STATE_BUFFERS, shapes, strict=True):
+    for name, spec in settings.buffers(site).items():
         if spec is None:
             nodes.append(None)
             continue

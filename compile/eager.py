@@ -25,7 +25,8 @@ from lite_attention.compile.runner import NOT_PICKLED
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
 from lite_attention.compile.store import SiteRecord, StateStore
-from lite_attention.ops import attention, skip_attention
+from lite_attention.ops import attention
+from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site import Site
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import is_op, op_name, plain_call, traced_call, tree_leaves
@@ -197,7 +198,7 @@ class _EagerSwap(TorchFunctionMode):
         else:
             state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
             self.store.note(record, state)
-            out = skip_attention(
+            out = METHODS[self.settings.method].attend(
                 q, k, v, state, scale=scale, key_mask=key_mask, quantization=self.settings.quantization,
                 implementation=self.settings.implementation,
             )  # fmt: skip

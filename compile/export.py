@@ -11,15 +11,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from lite_attention.compile.attention_calls import SKIP_ATTENTION_OPS, is_skip_attention
 from lite_attention.compile.other_attention import sites_of_ops
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.swap import swap_site
-from lite_attention.ops import SkipState
+from lite_attention.ops.methods import METHOD_OF_OP
 from lite_attention.ops.site import Site
-from lite_attention.ops.state import STATE_BUFFERS
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import AUTO_FUNCTIONALIZED, fake_mode_of, upper_bound
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ class SkipAwareProgram(ExportedProgram):
     def module(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """Return a module that runs the program, with skip states of its own that begin fresh."""
         module: fx.GraphModule = super().module(*args, **kwargs)
-        for owner in list(module.modules()):
-            for name, buffer in list(owner.named_buffers(recurse=False)):
-                if name in STATE_BUFFERS:
+        for path, owner in [*module.named_modules()]:
+            if path.rpartition(".")[2].rstrip("_") == _STATE_MODULE:
+                for name, buffer in [*owner.named_buffers(recurse=False)]:
                     setattr(owner, name, buffer.clone())
         return module
 
@@ -57,7 +56,7 @@ class SkipAwareProgram(ExportedProgram):
 def make_skip_aware(exported_program: ExportedProgram, **settings: Unpack[SkipOptions]) -> SkipAwareProgram:
     """Swap the self-attention of an exported program, and add the skip states as buffers.
 
-    The states are buffers `<module>.lite_attention.skip_mask`, `.control` and `.threshold`, not persistent, so the
+    The states are buffers `<module>.lite_attention.skip_mask`, `.control` and so on, not persistent, so the
     `state_dict` keeps the model's keys. `lite_attention.branch` cannot reach a program that was loaded elsewhere: write
     the slot and step into `control` (see `lite_attention.ops.control`), or use `skip_states(module)`.
 
@@ -160,7 +159,7 @@ def _add_buffers(program: SkipAwareProgram, found: GraphSite, settings: SkipSett
         owner += "_"
     position = sum(spec.kind is not InputKind.USER_INPUT for spec in specs)
     nodes: list[fx.Node | None] = []
-    for name in STATE_BUFFERS:
+    for name in state.BUFFERS:
         buffer = getattr(state, name)
         if buffer is None:
             nodes.append(None)
@@ -176,11 +175,11 @@ def _add_buffers(program: SkipAwareProgram, found: GraphSite, settings: SkipSett
     return nodes
 
 
-def skip_states(module: nn.Module) -> dict[str, SkipState]:
+def skip_states(module: nn.Module) -> dict[str, SiteState]:
     """Return the skip states of a running skip-aware program, by the path of the module that holds their buffers.
 
-    The states share the program's buffers: what is written to them (slot, step, threshold, reset) is what the program
-    sees at its next call.
+    The states share the program's buffers: what is written to them (slot, step, threshold, time, reset) is what the
+    program sees at its next call. Each is a `SkipState` or a `ResidualState`, as the program's method is.
 
     Args:
         module: `program.module()` of a program from `make_skip_aware`, also one that was saved and loaded.
@@ -191,23 +190,22 @@ def skip_states(module: nn.Module) -> dict[str, SkipState]:
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: expected program.module(), got {type(module).__name__}")
     graph = getattr(module, "graph", None)
-    states = {}
+    states: dict[str, SiteState] = {}
     for node in graph.nodes if isinstance(graph, fx.Graph) else []:
-        mask = _mask_of(node)
-        if mask is not None:
+        op, mask = _state_of(node)
+        if op is not None:
             path, _, _ = str(mask.target).rpartition(".")
             owner = module.get_submodule(path)
             tile_m, tile_n = int(node.kwargs["tile_m"]), int(node.kwargs["tile_n"])
-            states[path] = SkipState.over(dict(owner.named_buffers(recurse=False)), tile_m, tile_n)
+            states[path] = METHOD_OF_OP[op].state.over(dict(owner.named_buffers(recurse=False)), tile_m, tile_n)
     return states
 
 
-def _mask_of(node: fx.Node) -> fx.Node | None:
-    """Return the skip mask that a call of our op gets, decomposed or not."""
-    mask: Any = None
-    if is_skip_attention(node):
-        mask = node.args[3]
-    elif node.target is AUTO_FUNCTIONALIZED and node.args[0] in SKIP_ATTENTION_OPS:
+def _state_of(node: fx.Node) -> tuple[Any, Any]:
+    """Return which op of ours a node calls, decomposed or not, and its skip mask; None of any other node."""
+    if node.op == "call_function" and node.target in METHOD_OF_OP:
+        return node.target, node.args[3]
+    if node.target is AUTO_FUNCTIONALIZED and node.args[0] in METHOD_OF_OP:
         bases: Any = node.kwargs["_all_bases"]
-        mask = bases[node.kwargs["_skip_mask_base_index"]]
-    return mask if isinstance(mask, fx.Node) else None
+        return node.args[0], bases[node.kwargs["_skip_mask_base_index"]]
+    return None, None

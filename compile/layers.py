@@ -15,9 +15,10 @@ from torch import fx
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.sites import GraphSite, choice_reason
 from lite_attention.compile.store import Resolved, SiteRecord, StateStore
-from lite_attention.ops import DEFAULT_THRESHOLD, SkipState
+from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.site import Site
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import example_of, running_module
 
 __all__ = ["LayerStates", "RuntimeSite", "runtime_sites"]
@@ -113,7 +114,7 @@ class LayerStates:
         self._asks_who_runs = any(not site.owner_inputs and not site.fixed_owners for site in sites)
         self._readers = [reader for site in sites for reader in site.sizes]
         self._calls: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}  # of a layer, by owners
-        self._idle: dict[tuple[int, ...], SkipState] = {}  # by site and sizes, where other layers skip
+        self._idle: dict[tuple[Any, ...], SiteState] = {}  # by shapes, where other layers skip
 
     def buffers(self, args: Sequence[Any]) -> list[torch.Tensor]:
         """Return the buffers of the states for one run, in the order of the graph's inputs."""
@@ -131,7 +132,7 @@ class LayerStates:
 
     def _resolve(self, args: Sequence[Any], before: dict[tuple[int, ...], int]) -> Resolved:
         found, buffers = [], []
-        for i, site in enumerate(self._sites):
+        for site in self._sites:
             owners = site.owners(args)
             key = (site.region, site.ordinal + before.get(tuple(map(id, owners)), 0))
             record = self._store.record(owners, key, site.site)
@@ -143,7 +144,7 @@ class LayerStates:
                 if reason is None:
                     used = state = self._store.state(record, (batch, seq_q, seq_k), site.site.device)
                 else:
-                    used = self._idle_state(site.site, i, (batch, seq_q, seq_k))
+                    used = self._idle_state(site.site, (batch, seq_q, seq_k))
                 buffers += used.present_buffers()
             found.append((record, state, reason))
         return found, buffers
@@ -159,9 +160,9 @@ class LayerStates:
             record.site = replace(record.site, reason=reason)
         return reason
 
-    def _idle_state(self, site: Site, index: int, sizes: tuple[int, int, int]) -> SkipState:
+    def _idle_state(self, site: Site, sizes: tuple[int, int, int]) -> SiteState:
         """Return a state by which the op visits everything and remembers nothing."""
-        key = (index, *sizes)
+        key = (sizes, *site.q_shape[2:], site.v_shape[3], site.dtype, site.device)
         state = self._idle.get(key)
         if state is None:
             given = self._store.settings

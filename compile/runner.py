@@ -7,6 +7,7 @@ and generation that is; behind it, it says, once for each cause, what went other
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from lite_attention.compile.store import StateStore
 from lite_attention.ops import Session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.control import FLAG_DENSE, FLAGS
+from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.site import Site
 from lite_attention.ops.torch_internals import fake_mode_of, is_fake, plain_call
 
@@ -57,6 +59,7 @@ class Runner:
         run: the model with its attention swapped.
         clock: returns the clock of the calling thread.
         checks: called before each forward.
+        scheduler_time: returns the flow's time that the scheduler of the pipeline is at, None if it does not tell.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class Runner:
         run: Callable[..., Any],
         clock: Callable[[], Clock],
         checks: Sequence[Check] = (),
+        scheduler_time: Callable[[], float | None] | None = None,
     ) -> None:
         self.store, self.clock = store, clock
         self._model, self._run, self._checks = model, run, checks
+        self._scheduler_time = scheduler_time
         self._attention = attention_modules(model)
         names = [*inspect.signature(type(model).forward).parameters][1:]
         self._timestep = next((name for name in _TIMESTEPS if name in names), None)
@@ -96,13 +101,15 @@ class Runner:
     def _placed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
         """Tell the states where the forward is; one that fails leaves no step half done."""
         session, clock = self.store.session, self.clock()
-        name, step = session.told[-1] if session.told else (None, None)
+        name, step, told = session.told[-1] if session.told else (None, None, {})
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             session.let_the_op_count()  # a replay runs nothing of this but the branch that is captured
             with session.branch(name, step) if name is not None else nullcontext():
                 yield
             return
-        place = clock.place(name, step, self._timestep_of(args, kwargs) if step is None else None)
+        timestep = self._timestep_of(args, kwargs) if step is None else None
+        place = clock.place(name, step, timestep)
+        place = place._replace(times=self._times(told, clock, timestep))
         if place.generation != session.generation:
             self.store.forget_other_sizes()
         try:
@@ -110,9 +117,10 @@ class Runner:
                 yield
                 session.leave(place)
             else:
+                slots = self.store.settings.slots
                 self.store.say(
-                    f"a step has more than {self.store.settings.slots} passes: the others are dense. Give enable() "
-                    "slots= as many, or lite_attention.branch(name) around each pass"
+                    f"a step has more than {slots} passes: the others are dense. Give enable() slots={slots + 1}, or "
+                    "as many as there are, or lite_attention.branch(name) around each pass"
                 )
                 with _dense(session):
                     yield
@@ -120,16 +128,23 @@ class Runner:
             clock.begin(is_told=False)
             raise
 
+    def _times(self, told: Mapping[str, Any], clock: Clock, timestep: float | None) -> dict[str, float]:
+        """Return the flow's time by who tells it, the surest first; only a forecast asks."""
+        if not self.store.settings.forecasts:
+            return {}
+        of_scheduler = self._scheduler_time() if self._scheduler_time and clock.in_loop else None
+        times = {
+            BRANCH_TIME: told.get(BRANCH_TIME), "cache_context": _number(told.get("cache_context")),
+            "scheduler": of_scheduler, "timestep": timestep,
+        }  # fmt: skip
+        return {source: time for source, time in times.items() if time is not None and math.isfinite(time)}
+
     def _timestep_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
         """Return the timestep that the model is given, the largest of several; reading it waits for the device."""
         if self._timestep is None:
             return None
         value = kwargs.get(self._timestep, args[self._position] if self._position < len(args) else None)
-        if isinstance(value, torch.Tensor):
-            numbers = value.is_floating_point() or value.dtype in _INTEGERS
-            is_one = numbers and value.dim() <= _TIMESTEPS[self._timestep]
-            return float(value.max()) if is_one and value.numel() and not is_fake(value) else None
-        return float(value) if isinstance(value, (int, float)) else None
+        return _number(value, _TIMESTEPS[self._timestep])
 
     def _look_back(self) -> None:
         """Say, once for each cause, what a forward did that the user may not expect."""
@@ -150,6 +165,15 @@ class Runner:
                 "the pipeline tells neither branch nor timestep, so every call of the model counts as a step of one "
                 "branch; if it calls it twice a step, use lite_attention.branch(name) around each"
             )
+
+
+def _number(value: object, dims: int = 1) -> float | None:
+    """Return a number as it is, or the largest of a tensor of at most so many dimensions; None of anything else."""
+    if isinstance(value, torch.Tensor):
+        numbers = value.is_floating_point() or value.dtype in _INTEGERS
+        is_one = numbers and value.dim() <= dims
+        return float(value.max()) if is_one and value.numel() and not is_fake(value) else None
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def nothing_swapped(sites: Sequence[Site]) -> str:
@@ -185,3 +209,4 @@ def _dense(session: Session) -> Iterator[None]:
             word.copy_(old)
         for state in {*session.states}.difference(there):  # born in the slot of another pass
             state.skip_mask.zero_()
+            state.start_fresh()

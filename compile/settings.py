@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, Literal, TypedDict
 
 import torch
 
-from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, SkipState, tile_shape
+from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, tile_shape
 from lite_attention.ops.arguments import check_count
+from lite_attention.ops.buffers import Buffers, Sizes, residual_buffers, vote_buffers
+from lite_attention.ops.options import RESIDUAL_DTYPES
 from lite_attention.ops.quantization import QuantizationName, quantization_of
+from lite_attention.ops.residual_settings import UNKNOWN_STEPS, ResidualSettings, residual_of
+from lite_attention.ops.residual_state import ResidualState
 from lite_attention.ops.site import Site, SiteThreshold, Threshold
+from lite_attention.ops.site_state import SiteState
+from lite_attention.ops.state import SkipState
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import holds_unless_unknown
 from lite_attention.ops.validate import check_threshold
@@ -35,6 +42,14 @@ class CommonOptions(TypedDict, total=False):
     implementation: Literal["reference"] | None
     dense: Literal["sdpa", "kernel"]
     allow_positive: bool
+    method: Literal["votes", "residual"]
+    keep: float | torch.Tensor | None
+    full_every: int | None
+    first_full: int | None
+    decide_every: int | None
+    forecast: bool | None
+    residual_dtype: Literal["fp8", "bf16", "fp32"] | None
+    memory: Literal["device", "host"] | None
 
 
 class OtherOptions(CommonOptions, total=False):
@@ -49,13 +64,17 @@ class SkipOptions(OtherOptions, total=False):
     threshold: SiteThreshold
 
 
+_OF_RESIDUAL = tuple(field.name for field in fields(ResidualSettings))
+
+
 @dataclass(frozen=True)
 class SkipSettings:
     """Options of the swap.
 
     Args:
-        threshold: log2 units, at most 0: a number, or a tensor that broadcasts to (slots, steps, heads), or a callable
-            that returns one of these for a `Site` whose sizes are numbers, called when its state is born.
+        threshold: of method "votes": log2 units, at most 0: a number, or a tensor that broadcasts to
+            (slots, steps, heads), or a callable that returns one of these for a `Site` whose sizes are numbers, called
+            when its state is born. None = -10.
         num_steps: denoising steps of a generation; None = unknown.
         slots: branches (cond, uncond, ...) that have a memory of their own; `enable` gives 3 unless told.
         refresh: every so many steps starts fresh; None = only the first.
@@ -76,14 +95,24 @@ class SkipSettings:
         implementation: None, or "reference" for the CPU kernel on any device; of the sites that skip.
         dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
             `lite_attention::attention` in place of those that it computes exactly.
-        allow_positive: accept thresholds above 0.
+        allow_positive: of method "votes": accept thresholds above 0.
+        method: "votes" skips tiles that every row of a q-tile votes out; "residual" keeps a share of the tiles, and
+            what the others gave.
+        keep: of method "residual", as are the others below; None = what `ops.residual_settings.ResidualSettings` says,
+            here 0.3.
+        full_every: likewise 3.
+        first_full: likewise 2.
+        decide_every: likewise 2.
+        forecast: likewise True.
+        residual_dtype: likewise "fp8" on CUDA, and "bf16" elsewhere.
+        memory: likewise "device".
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option out of range, or one of the other method.
         TypeError: an option that is none of these.
     """
 
-    threshold: SiteThreshold = DEFAULT_THRESHOLD
+    threshold: SiteThreshold | None = None
     num_steps: int | None = None
     slots: int = DEFAULT_SLOTS
     refresh: int | None = None
@@ -91,17 +120,24 @@ class SkipSettings:
     min_tiles: int = 2
     tile_shape: tuple[int, int] | None = None
     initial_mask: Callable[[Site], torch.Tensor | None] | None = None
-    max_steps: int = 200
+    max_steps: int = UNKNOWN_STEPS
     quantization: str = "none"
     use_int8: bool = False
     use_fp8: bool = False
     implementation: str | None = None
     dense: str = "sdpa"
     allow_positive: bool = field(default=False, repr=False)
+    method: str = "votes"
+    keep: float | torch.Tensor | None = None
+    full_every: int | None = None
+    first_full: int | None = None
+    decide_every: int | None = None
+    forecast: bool | None = None
+    residual_dtype: str | None = None
+    memory: str | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.threshold):
-            check_threshold(self.threshold, allow_positive=self.allow_positive)
+        self._check_method()
         quantization = quantization_of(self.use_int8, self.use_fp8, self.quantization)
         object.__setattr__(self, "quantization", quantization)
         for name, choices in (("implementation", (None, "reference")), ("dense", ("sdpa", "kernel"))):
@@ -123,6 +159,24 @@ class SkipSettings:
             for size in sizes:
                 check_count("tile_shape", size)
 
+    def _check_method(self) -> None:
+        if self.residual is None:
+            threshold = DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+            object.__setattr__(self, "threshold", threshold)
+            if not callable(threshold):
+                check_threshold(threshold, allow_positive=self.allow_positive)
+
+    @cached_property
+    def residual(self) -> ResidualSettings | None:
+        """The options of the method "residual"; None = the other one."""
+        of_votes = {"threshold": self.threshold, "allow_positive": self.allow_positive or None}
+        return residual_of(self.method, of_votes, {name: getattr(self, name) for name in _OF_RESIDUAL})
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether the flow's time matters."""
+        return self.residual is not None and self.residual.forecast
+
     def check_schedule(self, threshold: Threshold) -> None:
         """Check the values and the number of steps of a threshold for states that are to come.
 
@@ -138,8 +192,9 @@ class SkipSettings:
 
     @property
     def table_steps(self) -> int:
-        """Steps of the threshold table of every state. Compiled code is made for it: no later threshold changes it."""
+        """Steps of the tables of every state. Compiled code is made for it: nothing that is set later changes it."""
         rows = self.threshold.shape[-2] if isinstance(self.threshold, torch.Tensor) and self.threshold.dim() > 1 else 1
+        rows = rows if self.residual is None else self.residual.steps
         return max(rows, self.num_steps or self.max_steps)
 
     def tile_shape_for(self, site: Site) -> tuple[int, int]:
@@ -158,16 +213,27 @@ class SkipSettings:
             v_shape=(batch, seq_k, kv_heads, value_dim), tile_shape=tiles,
         )  # fmt: skip
 
-    def new_state(self, site: Site, sizes: tuple[int, int, int], threshold: SiteThreshold | None = None) -> SkipState:
+    def new_state(self, site: Site, sizes: tuple[int, int, int], threshold: SiteThreshold | None = None) -> SiteState:
         """Return a fresh state for a site at (batch, seq_q, seq_k); a threshold given here goes before the settings'.
 
         Raises:
             ValueError: the threshold, or the initial mask, does not fit the site.
+            RuntimeError: there is not enough memory for it.
         """
-        batch, seq_q, seq_k = sizes
-        tile_m, tile_n = tiles = self.tile_shape_for(site)
-        site = self.sized(site, sizes, tiles)
-        heads = site.q_shape[2]
+        site = self.sized(site, sizes, self.tile_shape_for(site))
+        common = self._state_options(site)
+        if self.residual is not None:
+            options = self.residual.options(self.table_steps, site.device)
+            return self._begun(ResidualState(**common, **options, value_dim=site.value_dim))
+        state = SkipState(**common, allow_positive=self.allow_positive)
+        value = self.threshold if threshold is None else threshold
+        assert value is not None
+        state.set_threshold(value(site) if callable(value) else value)
+        return self._begun(state)
+
+    def _state_options(self, site: Site) -> dict[str, Any]:
+        """Return what the states of all methods are made with."""
+        (batch, seq_q, heads, _), seq_k, (tile_m, tile_n) = site.q_shape, site.k_shape[1], site.tile_shape or (0, 0)
         mask = None
         if self.initial_mask is not None:
             # One shape for all, since it is part of compiled code.
@@ -176,15 +242,28 @@ class SkipSettings:
                 mask = torch.zeros(1, 1, ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n), dtype=torch.bool)
             if mask.dim() == 4:
                 mask = mask.expand(batch, heads, *mask.shape[2:])
-        if threshold is None:
-            threshold = self.threshold
-        state = SkipState(
-            batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=tile_m, tile_n=tile_n, slots=self.slots,
-            num_steps=self.table_steps, refresh=self.refresh, initial_mask=mask, allow_positive=self.allow_positive,
-            device=site.device,
-        )  # fmt: skip
+        return {
+            "batch": batch, "heads": heads, "seq_q": seq_q, "seq_k": seq_k, "tile_m": tile_m, "tile_n": tile_n,
+            "slots": self.slots, "num_steps": self.table_steps, "refresh": self.refresh, "initial_mask": mask,
+            "device": site.device,
+        }  # fmt: skip
+
+    def buffers(self, site: Site) -> Buffers:
+        """Return shapes and dtypes of the buffers of a site's state, in the order of the op's arguments."""
+        (batch, seq_q, heads, _), seq_k = site.q_shape, site.k_shape[1]
+        sizes = Sizes(batch, heads, seq_q, seq_k, *self.tile_shape_for(site))
+        common: dict[str, Any] = {
+            "slots": self.slots, "steps": self.table_steps, "has_initial_mask": self.initial_mask is not None,
+        }  # fmt: skip
+        if self.residual is None:
+            return vote_buffers(sizes, **common)
+        dtype = RESIDUAL_DTYPES[self.residual.dtype_on(site.device)]
+        forecast = self.residual.forecast
+        return residual_buffers(sizes, **common, value_dim=site.value_dim, forecast=forecast, dtype=dtype)
+
+    def _begun(self, state: SiteState) -> SiteState:
+        """Let the tables have room for more steps than a generation may have."""
         state.set_num_steps(self.num_steps or self.max_steps)
-        state.set_threshold(threshold(site) if callable(threshold) else threshold)
         return state
 
     def unsupported_reason(self, site: Site) -> str | None:

@@ -18,7 +18,9 @@ from torch import nn
 
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.ops import Session, SkipState
+from lite_attention.ops.residual_settings import require_votes
 from lite_attention.ops.site import Site, SiteThreshold
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import WRAPPED
 
@@ -36,9 +38,9 @@ class SiteRecord:
 
     site: Site
     owners: tuple[weakref.ref[object], ...]
-    states: dict[StateKey, SkipState] = field(default_factory=dict)
-    last: SkipState | None = None  # of the latest call that skipped
-    recent: dict[int, SkipState] = field(default_factory=dict)  # the same for each session, by id
+    states: dict[StateKey, SiteState] = field(default_factory=dict)
+    last: SiteState | None = None  # of the latest call that skipped
+    recent: dict[int, SiteState] = field(default_factory=dict)  # the same for each session, by id
     ran_in: int = 0  # the latest forward that ran it
     ran_dense: str | None = None  # why the latest call did not skip
 
@@ -79,7 +81,7 @@ def _renamed(name: str, then: str, now: str) -> str:
 
 # The sites of one run of a graph, each with its state or why it does not skip; and the states' buffers in the order of
 # the graph's inputs.
-Resolved = tuple[list[tuple[SiteRecord, SkipState | None, str | None]], list[torch.Tensor]]
+Resolved = tuple[list[tuple[SiteRecord, SiteState | None, str | None]], list[torch.Tensor]]
 
 
 @dataclass
@@ -165,7 +167,7 @@ class StateStore:
             forward.calls.update(calls)
         return before
 
-    def note(self, record: SiteRecord, state: SkipState | None, reason: str | None = None) -> None:
+    def note(self, record: SiteRecord, state: SiteState | None, reason: str | None = None) -> None:
         """Note that a site has run, with its state, or dense for a reason.
 
         Says, once for each reason, that one which skips did not; the report has them all.
@@ -231,7 +233,7 @@ class StateStore:
             self.note(record, state, reason)
         return found[1]
 
-    def state(self, record: SiteRecord, sizes: Sizes, device: torch.device) -> SkipState:
+    def state(self, record: SiteRecord, sizes: Sizes, device: torch.device) -> SiteState:
         """Return the state of a site at a size for this thread, allocated on first use.
 
         Raises:
@@ -306,8 +308,10 @@ class StateStore:
             prefix: of the sites' names.
 
         Raises:
-            ValueError: a threshold that does not fit; or, before there are states, that none of this store could hold.
+            ValueError: a threshold that does not fit; or, before there are states, that none of this store could hold;
+                or the method has none.
         """
+        require_votes(self.settings.residual)
         if not callable(threshold):
             self.settings.check_schedule(threshold)
         found, paths = [], paths_of(model)
@@ -315,6 +319,7 @@ class StateStore:
             site = replace(record.site, name=prefix + record.name_among(paths))
             for (sizes, device, tiles, _), state in [*record.states.items()]:  # threads add to them
                 sized = self.settings.sized(replace(site, device=device), sizes, tiles)
+                assert isinstance(state, SkipState)
                 found.append((state, state.threshold_table(threshold(sized) if callable(threshold) else threshold)))
         return found
 

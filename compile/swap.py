@@ -12,7 +12,8 @@ from torch import fx
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import GraphSite
-from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
+from lite_attention.ops.methods import METHODS
+from lite_attention.ops.schema import ATTENTION
 
 __all__ = ["emit_call", "swap_site"]
 
@@ -37,9 +38,9 @@ def swap_site(
     Args:
         graph: changed in place.
         found: the site.
-        state: nodes of the state's buffers, in the order of STATE_BUFFERS, None for one that is absent; no state at all
+        state: nodes of the state's buffers, in the order of its `BUFFERS`, None for one that is absent; no state at all
             means the dense op.
-        settings: tile sizes, quantization and implementation.
+        settings: method, tile sizes, quantization and implementation.
         meta_key: where this kind of graph keeps fake values: "example_value" (dynamo) or "val" (export).
     """
     call, aten = found.call, torch.ops.aten
@@ -70,7 +71,7 @@ def swap_site(
             pair = emit(ATTENTION, q, k, v, key_mask, scale=scale)
         else:
             tile_m, tile_n = settings.tile_shape_for(found.site)
-            op, must_do = IMPLEMENTATIONS[settings.implementation], None
+            op, must_do = METHODS[settings.method].implementations[settings.implementation], None
             pair = emit(
                 op, q, k, v, *state, must_do, key_mask, scale=scale, tile_m=tile_m, tile_n=tile_n,
                 quantization=settings.quantization,

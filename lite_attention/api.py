@@ -16,10 +16,13 @@ from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
+from lite_attention.flow_time import SchedulerTime
 from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, set_thresholds, sites_of
-from lite_attention.ops import DEFAULT_THRESHOLD, Session, default_session
+from lite_attention.ops import Session, default_session
+from lite_attention.ops.arguments import check_time
 from lite_attention.ops.clock import Clock
+from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.threshold_table import ThresholdTable, loaded, threshold_from
@@ -36,7 +39,9 @@ __all__ = ["branch", "default_session", "disable", "enable", "reset", "set_thres
 
 _Target = TypeVar("_Target")
 
-_SLOTS = 3  # as many passes as pipelines of diffusers make in a step: LTX-2 has three, most have one or two
+# Of votes as many as pipelines of diffusers make passes in a step: LTX-2 has three, most have one or two. Residuals
+# take too much memory for a branch that may not come.
+_SLOTS = {"votes": 3, "residual": 2}
 
 # Of models that were freed while they were enabled: the classes of their modules, and the backend. Dynamo forgets them
 # at the next `enable`, since it may be compiling when garbage is collected.
@@ -53,7 +58,7 @@ def enable(
     dynamic: bool | None = None,
     inner: str | Callable[..., Any] = "inductor",
     token_order: str | Sequence[int] | None = None,
-    threshold: SiteThreshold | ThresholdTable | str | Path = DEFAULT_THRESHOLD,
+    threshold: SiteThreshold | ThresholdTable | str | Path | None = None,
     **settings: Unpack[OtherOptions],
 ) -> _Target:
     """Make a model, or the transformers of a diffusers pipeline, skip attention that does not matter.
@@ -74,10 +79,11 @@ def enable(
         token_order: "tile3d" reorders the tokens of Wan and LTX-Video within the model so that a tile is a block of the
             video, see `lite_attention.token_order`; (frames, rows, columns) gives the size of the block. An
             `initial_mask` out of `lite_attention.masks` follows; any other is one of the reordered sequence.
-        threshold: log2 units, at most 0: a number, a tensor that broadcasts to (slots, steps, heads), a callable that
-            returns one of these for a `Site`, whose name is that which `report` prints, or a `ThresholdTable` or the
-            path of its file.
-        settings: see `lite_attention.compile.SkipSettings`; here `slots` is 3 unless given.
+        threshold: of method "votes": log2 units, at most 0: a number, a tensor that broadcasts to
+            (slots, steps, heads), a callable that returns one of these for a `Site`, whose name is that which `report`
+            prints, or a `ThresholdTable` or the path of its file. None = -10.
+        settings: see `lite_attention.compile.SkipSettings`: `method`, `keep`, `num_steps` and so on. Here `slots` is 3
+            unless given, and 2 with method "residual".
 
     Returns:
         The argument, changed in place.
@@ -90,7 +96,7 @@ def enable(
     """
     from lite_attention.compile.settings import SkipSettings
 
-    of_sites = threshold_from(threshold, settings.get("num_steps"))
+    of_sites = None if threshold is None else threshold_from(threshold, settings.get("num_steps"))
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
     for name, model in parts_of(model_or_pipe).items():
@@ -102,7 +108,7 @@ def enable(
             )
         if token_order is not None:
             order.check(token_order, model)
-    settings.setdefault("slots", _SLOTS)
+    settings.setdefault("slots", _SLOTS.get(settings.get("method", "votes"), 1))
     mask = settings.get("initial_mask")
     if token_order is not None and isinstance(mask, Pattern):
         settings["initial_mask"] = replace(mask, token_order=token_order)
@@ -113,9 +119,10 @@ def enable(
             disable(within)
     how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
+    time = None if isinstance(model_or_pipe, nn.Module) else SchedulerTime(model_or_pipe)
     try:
         for part, model in models_of(model_or_pipe).items():
-            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock)
+            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, time)
             _enable(model, wiring, how, f"{part}." if part else "")
         if not isinstance(model_or_pipe, nn.Module):
             _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))
@@ -243,30 +250,34 @@ def disable(model_or_pipe: _Target) -> _Target:
 
 
 @contextlib.contextmanager
-def branch(name: str, step: int | None = None, *, model: Any = None) -> Iterator[None]:
+def branch(name: str, step: int | None = None, *, time: float | None = None, model: Any = None) -> Iterator[None]:
     """Run what is inside as one branch of the denoising step, with a memory of its own.
 
     Args:
         name: any name, such as "cond"; each new one takes the next slot.
         step: denoising step from 0 on, if known; it holds for all calls inside, and one that goes backwards begins a
             new generation.
+        time: the flow's time, such as the noise level sigma, in any unit; what residuals are forecast by. It holds for
+            all calls inside. A generation that begins with it should tell it throughout: a step without it forecasts
+            nothing.
         model: a model or pipeline; None = all that runs inside in this thread, enabled or not.
 
     Raises:
-        ValueError: one branch more than there are slots, a step out of range, or `model` is neither a model nor a
-            pipeline. An enabled model that runs inside without `model=` may raise it at its forward.
+        ValueError: one branch more than there are slots, a step out of range, a time that is no finite number, or
+            `model` is neither a model nor a pipeline.
         RuntimeError: another thread is inside a branch of what is not enabled.
     """
     with contextlib.ExitStack() as stack:
         if model is None:
-            stack.enter_context(default_session.branch(name, step))
+            times = {} if time is None else {BRANCH_TIME: check_time(time)}
+            stack.enter_context(default_session.branch(name, step, time))
             for found in wirings.keyrefs():  # a list, whatever other threads enable meanwhile
                 part = found()
                 wiring = None if part is None else wirings.get(part)
                 if wiring is not None:
-                    stack.enter_context(wiring.session().telling(name, step))
+                    stack.enter_context(wiring.session().telling(name, step, times))
         for part in [] if model is None else models_of(model).values():
-            stack.enter_context(session_of(part).branch(name, step))
+            stack.enter_context(session_of(part).branch(name, step, time))
         yield
 
 

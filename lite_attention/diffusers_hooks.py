@@ -152,7 +152,9 @@ def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> Un
 
     @contextlib.contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-        with inner(name, **kwargs), session().telling(name, kwargs.get("step_index")):
+        time = kwargs.get("timestep") if kwargs.get("sigma") is None else kwargs["sigma"]
+        times = {} if time is None else {"cache_context": time}
+        with inner(name, **kwargs), session().telling(name, kwargs.get("step_index"), times):
             yield
 
     return _override(model, "cache_context", cache_context)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lite_attention.diffusers_hooks import Undo
+from lite_attention.flow_time import SchedulerTime
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.threads import PerThread
@@ -27,6 +28,7 @@ class Wiring:
 
     session: PerThread[Session]
     clock: PerThread[Clock]
+    scheduler_time: SchedulerTime | None = None  # of its pipeline
     undo: list[Undo] = field(default_factory=list)
     store: StateStore | None = None
 
@@ -34,7 +36,7 @@ class Wiring:
         """Return what runs the model with this session and clock."""
         from lite_attention.compile.runner import Runner
 
-        return Runner(model, store, run, self.clock, checks)
+        return Runner(model, store, run, self.clock, checks, self.scheduler_time)
 
 
 wirings: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()

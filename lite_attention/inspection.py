@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from lite_attention.model_sites import ModelSite, sites_of
-from lite_attention.ops import SkipState
+from lite_attention.ops.site_state import SiteState
 from lite_attention.tables import text_table
 
 __all__ = ["Report", "ReportRow", "SparsityLog", "named_states", "report"]
@@ -27,7 +27,7 @@ class ReportRow:
     k_shape: tuple[Any, ...]
     reason: str | None  # why it does not skip; None = skip-aware
     dense_kernel: bool  # `lite_attention::attention` runs it; otherwise, with a reason, it was left alone
-    state: SkipState | None = field(repr=False)  # of the latest call that skipped; None before the first
+    state: SiteState | None = field(repr=False)  # of the latest call that skipped; None before the first
     note: str | None = None  # what was otherwise in the last forward of the model
 
     @property
@@ -104,7 +104,7 @@ class SparsityLog:
         return torch.tensor(rows).view(len(rows), len(self.steps))
 
 
-def named_states(model_or_pipe: Any) -> dict[str, SkipState]:
+def named_states(model_or_pipe: Any) -> dict[str, SiteState]:
     """Return the states of the latest calls of all skip-aware sites, those that have one, by the sites' names.
 
     Calls of one module have one name; the last of them stands for all.

@@ -17,6 +17,7 @@ from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.site import Site, SiteThreshold
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import unwrapped
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class ModelSite:
         return self.reason is None
 
     @property
-    def states(self) -> list[SkipState]:
+    def states(self) -> list[SiteState]:
         """The states there are, of all sizes and threads."""
         if self.record is not None:
             return [*self.record.states.values()]
@@ -71,7 +72,7 @@ class ModelSite:
         return [] if self.module.state is None else [self.module.state]
 
     @property
-    def last(self) -> SkipState | None:
+    def last(self) -> SiteState | None:
         """The state of the latest call, None before the first."""
         if self.record is not None:
             return self.record.last
@@ -123,11 +124,11 @@ class ModelSite:
 
     @property
     def rows(self) -> int | None:
-        """Steps that the threshold tables of its states have room for; None without a state."""
-        return min((state.threshold.shape[1] for state in self.states), default=None)
+        """Steps that the threshold tables of its states have room for; None without one."""
+        return min((state.threshold.shape[1] for state in self.states if isinstance(state, SkipState)), default=None)
 
     def reset(self) -> None:
-        """Begin a new generation: forget all votes, and the states of all sizes but the last."""
+        """Begin a new generation: forget all that was learned, and the states of all sizes but the last."""
         if self.store is not None and self.record is not None:
             self.store.reset([self.record])
         elif self.module is not None:
@@ -206,7 +207,8 @@ def set_thresholds(model_or_pipe: Any, threshold: SiteThreshold) -> None:
             one of these for a `Site`.
 
     Raises:
-        ValueError: no attention of ours in it, or a threshold that does not fit. Nothing is changed then.
+        ValueError: no attention of ours in it, some with a method that has no thresholds, or a threshold that does not
+            fit. Nothing is changed then.
     """
     sites, models = sites_of(model_or_pipe), models_of(model_or_pipe)
     stores = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -13,22 +13,27 @@ from torch import nn
 from lite_attention.ops import (
     DEFAULT_SLOTS,
     DEFAULT_THRESHOLD,
+    ResidualState,
     SkipState,
     default_session,
-    skip_attention,
     tile_shape,
 )
 from lite_attention.ops.arguments import check_count, check_switch, require
 from lite_attention.ops.control import FLAG_DENSE
-from lite_attention.ops.options import StateOptions, check_options
+from lite_attention.ops.methods import METHODS
+from lite_attention.ops.options import check_options
 from lite_attention.ops.quantization import quantization_of
+from lite_attention.ops.residual_settings import UNKNOWN_STEPS, require_votes, residual_of
 from lite_attention.ops.site import Site
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor
 from lite_attention.ops.validate import check_inputs, check_threshold, is_bshd
 
 __all__ = ["LiteAttention"]
 
 _log = logging.getLogger("lite_attention")
+
+_Value = TypeVar("_Value")
 
 
 class LiteAttention(nn.Module):
@@ -41,8 +46,8 @@ class LiteAttention(nn.Module):
 
     Args:
         enable_skipping: False computes everything and learns nothing, until `enable_skip_optimization(True)`.
-        threshold: log2 units, at most 0; more negative skips less. A number, or a tensor that broadcasts to
-            (slots, steps, heads).
+        threshold: of method "votes": log2 units, at most 0; more negative skips less. A number, or a tensor that
+            broadcasts to (slots, steps, heads). None = -10.
         use_int8: compute scores, and so votes, from INT8 queries and keys. On a GPU the head dims that its table in
             `lite_attention.ops.targets` has; on the CPU, for comparison, all.
         use_fp8: with `use_int8`, multiply weights and values in FP8 (e4m3) too; votes stay the same.
@@ -54,16 +59,29 @@ class LiteAttention(nn.Module):
         auto_step: the op counts calls as steps. `lite_attention.branch(name, step=...)` turns it off by itself.
         initial_mask: bool (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start.
         persistent_state: save the state in the `state_dict` of a model that holds this module.
-        allow_positive: accept thresholds above 0.
+        allow_positive: of method "votes": accept thresholds above 0.
         implementation: None, or "reference" for the CPU kernel on any device.
+        method: "votes" skips tiles that every row of a q-tile votes out; "residual" keeps a share of the tiles, and
+            what the others gave.
+        keep: of method "residual", as are the others below, see `lite_attention.ops.residual_settings`: the share of
+            tiles that a sparse step computes. None = 0.3.
+        full_every: every so many steps computes everything; None = 3.
+        first_full: so many steps at the beginning do too; None = 2.
+        decide_every: every so many full steps decide which tiles are kept; None = 2.
+        forecast: extend what skipped tiles gave along the flow's time, see `lite_attention.branch`; None = True.
+        residual_dtype: "fp8", "bf16" or "fp32"; None = "fp8" on CUDA, else "bf16".
+        memory: where residuals live, "device" or "host"; None = "device".
+
+    Raises:
+        ValueError: an option out of range, or one of the other method.
     """
 
-    state: SkipState | None
+    state: SiteState | None
 
     def __init__(
         self,
         enable_skipping: bool = True,
-        threshold: float | torch.Tensor = DEFAULT_THRESHOLD,
+        threshold: float | torch.Tensor | None = None,
         use_int8: bool = False,
         num_steps: int | None = None,
         *,
@@ -76,16 +94,36 @@ class LiteAttention(nn.Module):
         persistent_state: bool = False,
         allow_positive: bool = False,
         implementation: str | None = None,
+        method: Literal["votes", "residual"] = "votes",
+        keep: float | torch.Tensor | None = None,
+        full_every: int | None = None,
+        first_full: int | None = None,
+        decide_every: int | None = None,
+        forecast: bool | None = None,
+        residual_dtype: Literal["fp8", "bf16", "fp32"] | None = None,
+        memory: Literal["device", "host"] | None = None,
     ) -> None:
         super().__init__()
-        options: StateOptions = {
-            "threshold": threshold, "num_steps": num_steps, "slots": slots, "refresh": refresh, "auto_step": auto_step,
-            "initial_mask": initial_mask, "persistent": persistent_state, "allow_positive": allow_positive,
+        self.residual = residual_of(
+            method,
+            {"threshold": threshold, "allow_positive": allow_positive or None},
+            {
+                "keep": _own(keep), "full_every": full_every, "first_full": first_full, "decide_every": decide_every,
+                "forecast": forecast, "residual_dtype": residual_dtype, "memory": memory,
+            },
+        )  # fmt: skip
+        self.method = method
+        options: dict[str, Any] = {
+            "num_steps": num_steps, "slots": slots, "refresh": refresh, "auto_step": auto_step,
+            "initial_mask": initial_mask, "persistent": persistent_state,
         }  # fmt: skip
+        if self.residual is None:
+            threshold = DEFAULT_THRESHOLD if threshold is None else _own(threshold)
+            options |= {"threshold": threshold, "allow_positive": allow_positive}
         check_options(**options)
         check_switch("enable_skipping", enable_skipping)
         require(implementation in (None, "reference"), "implementation", "None or 'reference'", repr(implementation))
-        self._options: StateOptions = {**options, "threshold": _own(threshold)}
+        self._options = options
         self.skipping_enabled = enable_skipping
         self.quantization = quantization_of(use_int8, use_fp8, quantization)
         self.implementation = implementation
@@ -100,6 +138,7 @@ class LiteAttention(nn.Module):
         head_dim: int,
         *,
         kv_seq_len: int | None = None,
+        value_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> LiteAttention:
@@ -111,6 +150,7 @@ class LiteAttention(nn.Module):
             heads: query heads, exactly.
             head_dim: width of a head; with dtype, device and quantization it decides the tile sizes.
             kv_seq_len: key tokens, at most; None = as many as queries.
+            value_dim: width of a value vector; None = that of a head. Only residuals need it.
             dtype: dtype of the query.
             device: device of the query.
 
@@ -118,15 +158,22 @@ class LiteAttention(nn.Module):
             ValueError: a size or an option out of range, or a head dim that the device cannot quantize.
         """
         tile_m, tile_n = tile_shape(check_count("head_dim", head_dim), dtype, device, self.quantization)
-        self._adopt(
-            SkipState(
-                batch=batch, heads=heads, seq_q=seq_len, seq_k=seq_len if kv_seq_len is None else kv_seq_len,
-                tile_m=tile_m, tile_n=tile_n, device=device, **self._options,
-            )
-        )  # fmt: skip
+        sizes = {
+            "batch": batch, "heads": heads, "seq_q": seq_len, "seq_k": seq_len if kv_seq_len is None else kv_seq_len,
+            "tile_m": tile_m, "tile_n": tile_n,
+        }  # fmt: skip
+        self._adopt(self._new_state(sizes, head_dim if value_dim is None else value_dim, device, self._options))
         return self
 
-    def _adopt(self, state: SkipState) -> None:
+    def _new_state(
+        self, sizes: dict[str, Any], value_dim: int, device: torch.device | str, options: dict[str, Any]
+    ) -> SiteState:
+        if self.residual is None:
+            return SkipState(**sizes, device=device, **options)
+        planned = self.residual.options(self.num_steps or UNKNOWN_STEPS, device)
+        return ResidualState(**sizes, value_dim=value_dim, device=device, **planned, **options)
+
+    def _adopt(self, state: SiteState) -> None:
         state.set_flag(FLAG_DENSE, not self.skipping_enabled)
         default_session.follow(state)  # which may refuse
         self.state = state
@@ -161,18 +208,18 @@ class LiteAttention(nn.Module):
 
         Raises:
             ValueError: an argument does not fit.
-            RuntimeError: traced without a state that fits (call `allocate` first), a gradient is required, or another
-                thread is inside a call.
+            RuntimeError: no memory for its state, traced without a state that fits (call `allocate` first), a gradient
+                is required, or another thread is inside a call.
         """
         state = self.state
-        if state is None or not self._fits(state, query, key):
+        if state is None or not self._fits(state, query, key, value):
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "LiteAttention is being traced without a skip state that fits: call "
                     ".allocate(batch, seq_len, heads, head_dim, dtype=..., device=...) on it beforehand"
                 )
             state = self._allocate_for(query, key, value)
-        return skip_attention(
+        return METHODS[self.method].attend(
             query,
             key,
             value,
@@ -187,8 +234,10 @@ class LiteAttention(nn.Module):
             implementation=self.implementation,
         )
 
-    def _fits(self, state: SkipState, query: torch.Tensor, key: torch.Tensor) -> bool:
+    def _fits(self, state: SiteState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         if not (is_bshd(query) and is_bshd(key)):
+            return False
+        if isinstance(state, ResidualState) and value.shape[-1] != state.value_dim:
             return False
         batch, heads, seq_q, seq_k = state.capacity
         sizes = (query.shape[0], query.shape[1], key.shape[1])
@@ -201,11 +250,11 @@ class LiteAttention(nn.Module):
             and state.is_usable_with(query)
         )  # fmt: skip
 
-    def _allocate_for(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SkipState:
+    def _allocate_for(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SiteState:
         check_inputs(query, key, value)  # a call in error must not cost the old state
         if isinstance(query, FakeTensor):  # shapes alone are asked for; what the mode makes is of no use after it
             with query.fake_mode:
-                return SkipState.for_inputs(query, key, quantization=self.quantization)
+                return self._fake_state(query, key, value)
         if self.state is not None:
             _log.info(
                 "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",
@@ -214,9 +263,18 @@ class LiteAttention(nn.Module):
         elif self._options["num_steps"] is None and self._options["auto_step"] and not self._is_told:
             default_session.say_unknown()
         batch, seq_len, heads, head_dim = query.shape
-        self.allocate(batch, seq_len, heads, head_dim, kv_seq_len=key.shape[1], dtype=query.dtype, device=query.device)
+        self.allocate(
+            batch, seq_len, heads, head_dim, kv_seq_len=key.shape[1], value_dim=value.shape[3], dtype=query.dtype,
+            device=query.device,
+        )  # fmt: skip
         assert self.state is not None
         return self.state
+
+    def _fake_state(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SiteState:
+        if self.residual is None:
+            return SkipState.for_inputs(query, key, quantization=self.quantization)
+        options = self.residual.options(1, query.device)
+        return ResidualState.for_inputs(query, key, value, quantization=self.quantization, **options)
 
     def reset_skip_state(self) -> None:
         """Forget everything: the next call begins a new generation."""
@@ -228,16 +286,18 @@ class LiteAttention(nn.Module):
         """Set the threshold, in place on the device: neither a recompile nor a new graph.
 
         Raises:
-            ValueError: NaN, above 0 without `allow_positive`, or a table that does not fit the state.
+            ValueError: NaN, above 0 without `allow_positive`, or a table that does not fit the state; or the method has
+                no thresholds.
         """
         self.check_threshold(threshold)
-        if self.state is not None:
+        if isinstance(self.state, SkipState):
             self.state.set_threshold(threshold)
         self._options["threshold"] = _own(threshold)
 
     def check_threshold(self, threshold: float | torch.Tensor) -> None:
         """Raise what `set_threshold` would raise, and change nothing."""
-        if self.state is not None:
+        require_votes(self.residual)
+        if isinstance(self.state, SkipState):
             self.state.threshold_table(threshold)
         else:
             check_threshold(threshold, allow_positive=self._options["allow_positive"])
@@ -261,10 +321,11 @@ class LiteAttention(nn.Module):
     @property
     def num_steps(self) -> int | None:
         """Denoising steps of a generation, as given."""
-        return self._options["num_steps"]
+        num_steps: int | None = self._options["num_steps"]
+        return num_steps
 
     def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
-        """Return the share of tiles that the next call skips, see `SkipState.sparsity`; 0 before the first call."""
+        """Return the share of tiles that the next call skips, see `SiteState.sparsity`; 0 before the first call."""
         return torch.zeros(()) if self.state is None else self.state.sparsity(per)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -273,13 +334,12 @@ class LiteAttention(nn.Module):
             # Taken out, so that the state is not loaded once more, over the flags and the slot that hold here.
             saved = {key.removeprefix(prefix + "state."): state_dict.pop(key) for key in names}
             device = None if self.state is None else self.state.control.device
-            allow_positive = self._options["allow_positive"] or bool((saved["threshold"] > 0).any())
-            self._adopt(
-                SkipState.from_state_dict(
-                    saved, device=device, persistent=True, allow_positive=allow_positive,
-                    auto_step=self._options["auto_step"],
-                )
-            )  # fmt: skip
+            options = {"device": device, "persistent": True, "auto_step": self._options["auto_step"]}
+            if self.residual is not None:
+                options["memory"] = self.residual.memory
+            elif self._options["allow_positive"]:
+                options["allow_positive"] = True
+            self._adopt(METHODS[self.method].state.from_state_dict(saved, **options))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LiteAttention:
@@ -311,11 +371,11 @@ class LiteAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options that matter most."""
-        threshold, num_steps = self._options["threshold"], self._options["num_steps"]
-        shown = f"enable_skipping={self.skipping_enabled}, threshold={threshold}, num_steps={num_steps}"
+        how = f"threshold={self._options['threshold']}" if self.residual is None else f"{self.residual}"
+        shown = f"enable_skipping={self.skipping_enabled}, {how}, num_steps={self.num_steps}"
         return shown if self.quantization == "none" else f"{shown}, quantization={self.quantization}"
 
 
-def _own(threshold: float | torch.Tensor) -> float | torch.Tensor:
-    """Return a threshold that stays as it is when the user's tensor is written to or trained."""
-    return threshold.detach().clone() if isinstance(threshold, torch.Tensor) else threshold
+def _own(value: _Value) -> _Value | torch.Tensor:
+    """Return a value that stays as it is when the user's tensor is written to or trained."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

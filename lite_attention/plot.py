@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lite_attention.inspection import SparsityLog, named_states
-from lite_attention.ops import SkipState
 from lite_attention.ops import control as c
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.threshold_table import ThresholdTable
 
@@ -81,7 +81,7 @@ def skip_maps(
     """Draw which tiles the next step computes: a row for each site, a column for each head, of the first sample.
 
     Args:
-        model_or_states: a model or pipeline that has run, or a dict of `SkipState` by site name.
+        model_or_states: a model or pipeline that has run, or a dict of states by site name.
         sites: their names, as `report` prints them; None = four, spread evenly.
         heads: their numbers; None = the first four, or as many as all of the sites have.
         slot: the branch; 0 is the first that ran.
@@ -300,7 +300,7 @@ def _heat_map_size(rows: Sequence[str], steps: int) -> tuple[float, float]:
     return 6 + 0.1 * steps, 3 + 0.18 * len(rows)
 
 
-def _kept(site: str, state: SkipState, heads: Sequence[int], slot: int) -> torch.Tensor:
+def _kept(site: str, state: SiteState, heads: Sequence[int], slot: int) -> torch.Tensor:
     """Return bool (heads, q_tiles, k_tiles) of a state's first sample, the tiles that its last call had."""
     count = state.capacity[1]
     if not 0 <= slot < state.slots or not all(0 <= head < count for head in heads):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
 
-__all__ = ["check_count", "check_has_values", "check_step", "check_switch", "require", "threshold_values"]
+__all__ = [
+    "check_count",
+    "check_has_values",
+    "check_step",
+    "check_switch",
+    "check_time",
+    "require",
+    "threshold_values",
+]
 
 _LARGEST = 2**31 - 1  # of what the device holds in 32 bits
 
@@ -41,6 +50,21 @@ def check_step(step: object) -> int:
         ValueError: no integer from 0 to 2**31 - 1.
     """
     return check_count("step", step, least=0, most=_LARGEST)
+
+
+def check_time(time: object) -> float:
+    """Return a time of the flow as a float.
+
+    Raises:
+        ValueError: no finite number.
+    """
+    expected = "a finite number"
+    try:
+        value = math.nan if isinstance(time, (bool, str)) else float(time)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = math.nan
+    require(math.isfinite(value), "time", expected, repr(time))
+    return value
 
 
 def check_switch(name: str, value: object) -> None:

@@ -31,9 +31,10 @@ class Clock:
         self.is_blind = False  # nothing told the last forward from a step of its own
         self.is_endless = False  # nothing will tell where its generation ends
         self.has_loop = False  # a pipeline has announced its loop
+        self.in_loop = False  # the last forward's generation began with it
         self._num_steps, self._max_steps = num_steps, max_steps
         self._total: int | None = None  # steps that the loop has announced
-        self._begins = True
+        self._begins, self._loop_begins = True, False
         self._step = 0
         self._ran: set[str | int] = set()  # branches, in this step
         self._timestep: float | None = None
@@ -51,7 +52,7 @@ class Clock:
     def begin_loop(self, total: int | None = None) -> None:
         """Let the next forward begin the loop of a pipeline, of `total` steps as far as known."""
         self.begin()
-        self._total, self.has_loop = total, True
+        self._total, self.has_loop, self._loop_begins = total, True, True
 
     def place(self, name: str | None = None, step: int | None = None, timestep: float | None = None) -> Place:
         """Return where the next forward is.
@@ -80,7 +81,8 @@ class Clock:
 
     def _begin(self, step: int) -> None:
         self.generation += 1
-        self._begins, self._direction = False, 0.0
+        self.in_loop = self._loop_begins
+        self._begins, self._loop_begins, self._direction = False, False, 0.0
         self._step, self._ran = step, set()
 
     def _go_to(self, step: int) -> None:

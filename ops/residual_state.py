@@ -13,10 +13,11 @@ from lite_attention.ops import control as c
 from lite_attention.ops import host_memory
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.bitmask import WORD_BITS
+from lite_attention.ops.buffers import MASKS, Sizes, residual_buffers
 from lite_attention.ops.options import RESIDUAL_DTYPES, ResidualOptions, check_residual_options
 from lite_attention.ops.plan import keep_values, plan_values
 from lite_attention.ops.site_state import DEFAULT_SLOTS, SiteState
-from lite_attention.ops.tiles import ceil_div, tile_shape
+from lite_attention.ops.tiles import tile_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +28,6 @@ RESIDUAL_BUFFERS = (  # as the op takes them; the scale and the last may be None
     "skip_mask", "control", "plan", "keep", "times", "residual", "residual_scale", "row_lse", "initial_mask",
 )  # fmt: skip
 
-_MASKS = 2  # of a slot: one in use, one decided or old
 _ON_HOST = ("residual", "residual_scale")  # with memory="host"
 
 
@@ -125,39 +125,24 @@ class ResidualState(SiteState):
         self.memory = memory
         kinds, shares = plan_values(plan), keep_values(keep)
         steps = max(len(kinds), len(shares), int(num_steps or 0))
-        sizes = {"slots": slots, "forecast": forecast, "residual_dtype": residual_dtype}
+        options = {"slots": slots, "forecast": forecast, "residual_dtype": residual_dtype}
+        layout = residual_buffers(
+            self.sizes, slots=int(slots), steps=steps, has_initial_mask=initial_mask is not None,
+            value_dim=self.value_dim, forecast=forecast, dtype=RESIDUAL_DTYPES[residual_dtype],
+        )  # fmt: skip
         # A state born in inference mode could not be written outside of it.
-        with torch.inference_mode(False), self._told_what_needs_less(sizes):
-            buffers = self._common_buffers(
-                slots=slots, masks=(_MASKS,), num_steps=num_steps, refresh=refresh, initial_mask=initial_mask,
-                device=device,
-            )  # fmt: skip
-            mask = buffers["skip_mask"]
-            assert mask is not None
-            buffers |= self._residual_buffers(int(slots), forecast, RESIDUAL_DTYPES[residual_dtype], mask.device)
-            buffers |= {
-                "plan": torch.empty(steps, dtype=torch.int32, device=mask.device),
-                "keep": torch.empty(steps, dtype=torch.float32, device=mask.device),
-                "times": torch.full((int(slots), 3), math.nan, dtype=torch.float32, device=mask.device),
-            }
+        with torch.inference_mode(False), self._told_what_needs_less(options):
+            buffers = self._new_buffers(
+                layout, slots=slots, num_steps=num_steps, refresh=refresh, initial_mask=initial_mask, device=device
+            )
         self._hold(buffers)
+        self.times.fill_(math.nan)
         self.set_plan(kinds)
         self.set_keep(shares)
 
-    def _residual_buffers(
-        self, slots: int, forecast: bool, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, torch.Tensor | None]:
-        planes = 2 if forecast else 1
-        batch, heads, seq_q, _ = self.capacity
-        rows = (batch, heads, seq_q)
-        zeros = host_memory.zeros if self._is_on_host(device) else torch.zeros
-        scale = dtype == torch.float8_e4m3fn
-        shape = (slots, planes, *rows)
-        return {
-            "residual": zeros((*shape, self.value_dim), dtype=dtype, device=device),
-            "residual_scale": zeros(shape, dtype=torch.float32, device=device) if scale else None,
-            "row_lse": torch.zeros((slots, 1 + planes, *rows), dtype=torch.float32, device=device),
-        }
+    def _zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        zeros = host_memory.zeros if name in _ON_HOST and self._is_on_host(device) else torch.zeros
+        return zeros(shape, dtype=dtype, device=device)
 
     @classmethod
     def for_inputs(
@@ -202,15 +187,13 @@ class ResidualState(SiteState):
     ) -> ResidualBytes:
         """Return the bytes of a state of this size, without making it; the arguments are those of the class."""
         check_residual_options(slots=slots, forecast=forecast, residual_dtype=residual_dtype)
-        planes, dtype = 2 if forecast else 1, RESIDUAL_DTYPES[residual_dtype]
-        rows = slots * batch * heads * seq_q
-        words = ceil_div(ceil_div(seq_k, tile_n), WORD_BITS)
-        return ResidualBytes(
-            mask=4 * slots * _MASKS * batch * heads * ceil_div(seq_q, tile_m) * words,
-            residual=rows * planes * value_dim * dtype.itemsize,
-            scale=4 * rows * planes if dtype == torch.float8_e4m3fn else 0,
-            lse=4 * rows * (1 + planes),
-        )
+        layout = residual_buffers(
+            Sizes(batch, heads, seq_q, seq_k, tile_m, tile_n), slots=slots, steps=1, has_initial_mask=False,
+            value_dim=value_dim, forecast=forecast, dtype=RESIDUAL_DTYPES[residual_dtype],
+        )  # fmt: skip
+        names = ("skip_mask", "residual", "residual_scale", "row_lse")
+        sizes = (0 if like is None else math.prod(like[0]) * like[1].itemsize for like in map(layout.get, names))
+        return ResidualBytes(*sizes)
 
     @contextmanager
     def _told_what_needs_less(self, options: dict[str, Any]) -> Iterator[None]:
@@ -281,7 +264,7 @@ class ResidualState(SiteState):
         """Return int32 [slots, B, Hq, q_tiles, k_words], 1 = skipped by a sparse step, with the mask in use."""
         taken = self.control[c.slot_word(0, 0) :].view(self.slots, c.SLOT_WORDS)[:, c.TAKEN]
         slots = torch.arange(self.slots, device=taken.device)
-        in_use: torch.Tensor = self.skip_mask[slots, taken % _MASKS]
+        in_use: torch.Tensor = self.skip_mask[slots, taken % MASKS]
         return in_use * (taken > 0).to(in_use.dtype).view(-1, 1, 1, 1, 1)
 
     # ---- saving, loading, moving -------------------------------------------------------------------------------------

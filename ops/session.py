@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
 from lite_attention.ops import control as c
-from lite_attention.ops.arguments import check_step
-from lite_attention.ops.state import SkipState
+from lite_attention.ops.arguments import check_step, check_time
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import add_to_each, zero_each
 
-__all__ = ["Place", "Session", "default_session"]
+__all__ = ["BRANCH_TIME", "STEP_TIME", "Place", "Session", "Told", "default_session"]
+
+# Who tells the flow's time: `branch(time=)`, or, where nobody does, the number of the step stands for it.
+BRANCH_TIME, STEP_TIME = "branch", "step"
+
+_TIMES = 3  # floats of a slot in the buffer `times`; the first is the time now
 
 
 class Place(NamedTuple):
@@ -26,6 +33,15 @@ class Place(NamedTuple):
     step: int
     generation: int  # another one than before: everything starts fresh
     is_told: bool  # the caller says the step, and will say the next one
+    times: Mapping[str, float] = MappingProxyType({})  # the flow's time, by who tells it, the surest first
+
+
+class Told(NamedTuple):
+    """What a caller says of the forwards inside a branch."""
+
+    branch: str
+    step: int | None
+    times: dict[str, Any]  # the flow's time, by who tells it: a number, or a tensor that holds one
 
 
 class Session:
@@ -45,28 +61,30 @@ class Session:
     def clear(self) -> None:
         """Forget everything: names, steps, and who follows."""
         self.branches: dict[str, int] = {}  # name -> slot
-        self.told: list[tuple[str, int | None]] = []  # branches entered, innermost last, with their steps
+        self.told: list[Told] = []  # branches entered, innermost last
         self.is_told = False  # somebody says where generations begin
         self._said = False  # that nobody does
         self._passes: dict[int, int] = {}  # passes of this generation that have no name -> slot
         self._ran: set[str] = set()  # names that ran in it
-        self._states: weakref.WeakSet[SkipState] = weakref.WeakSet()
+        self._states: weakref.WeakSet[SiteState] = weakref.WeakSet()
         self._controls: list[torch.Tensor | None] = []  # of the states, when these views were made:
-        self._views: dict[int, list[torch.Tensor]] = {}  # by word
+        self._views: dict[tuple[str, int], list[torch.Tensor]] = {}  # by buffer and element
         self._slot = 0
         self._steps: dict[int, int] = {}  # slot -> step on the device, while the host writes it
         self._told_steps: dict[int, int] = {}  # slot -> the last step that the caller said
+        self.time_sources: dict[int, str] = {}  # slot -> who tells the flow's time in this generation
+        self._times: dict[int, float] = {}  # slot -> the flow's time on the device, where it was ever written
         self._counting = True  # the op counts the steps; False: the host writes them
         self._driven = False  # by `enter` and `leave`, forward by forward
         self.generation = 0  # of the last forward that was placed
         self._thread: int | None = None  # inside a branch
 
     @property
-    def states(self) -> list[SkipState]:
+    def states(self) -> list[SiteState]:
         """The states that follow, in no particular order."""
         return list(self._states)
 
-    def follow(self, state: SkipState) -> None:
+    def follow(self, state: SiteState) -> None:
         """Let a state follow from now on, and tell it where the session is.
 
         Raises:
@@ -81,23 +99,31 @@ class Session:
             state.set_flag(c.FLAG_AUTO_STEP, False)
             for slot, step in self._steps.items():
                 state.set_step(step, slot)
+        times = state._buffers.get("times")
+        if times is not None:
+            for slot, time in self._times.items():
+                times[slot : slot + 1, 0] = time
 
     # ---- branches by hand ------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def branch(self, name: str, step: int | None = None) -> Iterator[int]:
+    def branch(self, name: str, step: int | None = None, time: float | None = None) -> Iterator[int]:
         """Enter a branch; every call inside uses its slot.
 
         Args:
             name: any name; each new one takes the next free slot.
             step: denoising step. Given, it is written to the states, and holds for all calls inside; one that goes
                 backwards begins a new generation. None: the op counts the calls.
+            time: the flow's time, in any unit, for what forecasts. A generation that begins with it should tell it
+                throughout: where it is missing, nothing is forecast.
 
         Raises:
-            ValueError: one branch more than the states have slots, or a step out of range.
+            ValueError: one branch more than the states have slots, a step out of range, or a time that is no finite
+                number.
             RuntimeError: another thread is inside a branch.
         """
         step = None if step is None else check_step(step)
+        times = {} if time is None else {BRANCH_TIME: check_time(time)}
         slot = self._slot_of(name)
         self._check_slots(slot)
         if not self._states and self._thread not in (None, threading.get_ident()):
@@ -114,20 +140,31 @@ class Session:
                 self._told_steps.pop(slot, None)  # the op moves on from here
             self._count(step is None and not self._driven)
             try:
-                with self.telling(name, step):
+                with self.telling(name, step, times):
+                    self._tell_by_hand(slot)
                     yield slot
             finally:
                 self._enter(before)
                 self._count(counting)
+                self._tell_by_hand(slot)
 
     @contextlib.contextmanager
-    def telling(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Name the branch, and perhaps the step, of the forwards that a runner places inside; nothing is written."""
-        self.told.append((name, step))
+    def telling(self, name: str, step: int | None = None, times: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """Name the branch, and perhaps step and time, of the forwards that a runner places inside; nothing is written.
+
+        A time holds for all that is inside, unless another one is told there.
+        """
+        outer = self.told[-1].times if self.told else {}
+        self.told.append(Told(name, step, {**outer, **(times or {})}))
         try:
             yield
         finally:
             self.told.pop()
+
+    def _tell_by_hand(self, slot: int) -> None:
+        told = self.told[-1].times.get(BRANCH_TIME) if self.told else None
+        if not self._driven:
+            self._tell_time(slot, {} if told is None else {BRANCH_TIME: told})
 
     @contextlib.contextmanager
     def _of_one_thread(self) -> Iterator[None]:
@@ -167,9 +204,6 @@ class Session:
 
         Returns:
             Whether the states have a slot for the branch; without one nothing is written.
-
-        Raises:
-            ValueError: a name for which the states have no slot.
         """
         if place.generation != self.generation:
             self.generation = place.generation
@@ -179,12 +213,11 @@ class Session:
             self._steps.clear()
         self._count(False)
         slot = self._slot_of(place.branch)
+        if slot >= self._room(self._states, slot + 1):
+            return False
         if isinstance(place.branch, int):
-            if slot >= self._room(self._states, slot + 1):
-                return False
             self._passes[place.branch] = slot
         else:
-            self._check_slots(slot)
             self.branches[place.branch] = slot
             self._ran.add(place.branch)
         self._enter(slot)
@@ -192,6 +225,7 @@ class Session:
             self._move(slot, place.step)
         elif self._steps.get(slot) != place.step:
             self._write_step(slot, place.step)
+        self._tell_time(slot, place.times)
         return True
 
     def leave(self, place: Place) -> None:
@@ -207,6 +241,25 @@ class Session:
         """Leave the steps to the op: a CUDA graph is captured, which the host will not see run."""
         self._driven = False
         self._count(True)
+        for slot in range(self._room(self._states, 1)):
+            self.time_sources[slot] = STEP_TIME
+            self._write_time(slot, math.nan)
+
+    # ---- the flow's time -------------------------------------------------------------------------------------------
+
+    def _tell_time(self, slot: int, times: Mapping[str, float]) -> None:
+        """Write the flow's time of a slot. Who tells it first in a generation tells it for all of it.
+
+        Times of two sources have two units: where that one is silent, infinity says that nothing is to be forecast.
+        """
+        source = self.time_sources.setdefault(slot, next(iter(times), STEP_TIME))
+        time = math.nan if source == STEP_TIME else times.get(source, math.inf)
+        if slot in self._times or not math.isnan(time):  # which is there from the start
+            self._write_time(slot, time)
+
+    def _write_time(self, slot: int, time: float) -> None:
+        self._times[slot] = time
+        _fill_each(self._words(slot * _TIMES, "times"), time)
 
     # ---- slots and words -------------------------------------------------------------------------------------------
 
@@ -221,11 +274,11 @@ class Session:
             known = None if known in self._passes.values() else known
         return next(slot for slot in range(len(taken) + 1) if slot not in taken) if known is None else known
 
-    def _room(self, states: Iterable[SkipState], otherwise: int) -> int:
+    def _room(self, states: Iterable[SiteState], otherwise: int) -> int:
         """Return the slots that all states have, or will have, if that is known."""
         return self._slots or min((state.slots for state in states), default=otherwise)
 
-    def _check_slots(self, slot: int, states: Iterable[SkipState] | None = None) -> None:
+    def _check_slots(self, slot: int, states: Iterable[SiteState] | None = None) -> None:
         slots = self._room(self._states if states is None else states, slot + 1)
         if slot >= slots:
             raise ValueError(
@@ -238,6 +291,7 @@ class Session:
         self._ran.clear()
         self._steps.clear()
         self._told_steps.clear()
+        self.time_sources.clear()
         states = [*self._states]
         if states:
             zero_each([state.skip_mask for state in states])
@@ -258,6 +312,7 @@ class Session:
         last = self._told_steps.get(slot)
         if last is None or step < last:
             self._write(c.slot_word(slot, c.FRESH), 1)
+            self.time_sources.pop(slot, None)
         if self._counting or self._steps.get(slot) != step:
             self._write_step(slot, step)
         self._told_steps[slot] = step
@@ -268,21 +323,25 @@ class Session:
 
     def _write(self, word: int, value: int) -> None:
         """Write one word of all control tensors: two launches, however many states there are."""
-        words = self._words(word)
-        if words:
-            zero_each(words)
-            add_to_each(words, value)
+        _fill_each(self._words(word), value)
 
-    def _words(self, word: int) -> list[torch.Tensor]:
-        """Return views of one word of all control tensors, kept from call to call: each takes 4 us to make."""
+    def _words(self, word: int, name: str = "control") -> list[torch.Tensor]:
+        """Return views of one word of a buffer of all states, kept from call to call: each takes 4 us to make."""
         controls = [state._buffers["control"] for state in self._states]
         if len(controls) != len(self._controls) or any(
             a is not b for a, b in zip(controls, self._controls, strict=True)
         ):
             self._controls, self._views = controls, {}  # who follows has changed, or has been moved
-        if word not in self._views:
-            self._views[word] = [c[word : word + 1] for c in controls if c is not None and c.shape[0] > word]
-        return self._views[word]
+        if (name, word) not in self._views:
+            buffers = [buffer.view(-1) for state in self._states if (buffer := state._buffers.get(name)) is not None]
+            self._views[name, word] = [b[word : word + 1] for b in buffers if b.shape[0] > word]
+        return self._views[name, word]
+
+
+def _fill_each(words: list[torch.Tensor], value: float) -> None:
+    if words:
+        zero_each(words)
+        add_to_each(words, value)
 
 
 default_session = Session()

@@ -33,6 +33,11 @@ class Site:
     owner_paths: tuple[str, ...] = ()  # of the parameters that tell its layer, where its graph was compiled, as `name`
 
     @property
+    def value_dim(self) -> Any:
+        """Width of a value vector."""
+        return self.v_shape[3]
+
+    @property
     def swapped(self) -> bool:
         """Whether the skip-aware op took the place of the original attention."""
         return self.reason is None

@@ -11,7 +11,8 @@ from torch import nn
 
 from lite_attention.ops import control as c
 from lite_attention.ops.arguments import check_count, check_has_values, check_step
-from lite_attention.ops.bitmask import WORD_BITS, pack_bits, unpack_bits
+from lite_attention.ops.bitmask import pack_bits, unpack_bits
+from lite_attention.ops.buffers import Buffers, Sizes
 from lite_attention.ops.memory import Memory
 from lite_attention.ops.options import check_options
 from lite_attention.ops.tiles import ceil_div
@@ -59,21 +60,28 @@ class SiteState(Memory):
         """Number of q-tiles and of k-tiles."""
         return ceil_div(self.capacity[2], self.tile_m), ceil_div(self.capacity[3], self.tile_n)
 
-    def _common_buffers(
-        self, *, slots: int, masks: tuple[int, ...], num_steps: int | None, refresh: int | None,
+    @property
+    def sizes(self) -> Sizes:
+        """What it has room for, and the tiles."""
+        return Sizes(*self.capacity, self.tile_m, self.tile_n)
+
+    def _new_buffers(
+        self, layout: Buffers, *, slots: int, num_steps: int | None, refresh: int | None,
         initial_mask: torch.Tensor | None, device: torch.device | str | None,
     ) -> dict[str, torch.Tensor | None]:  # fmt: skip
-        """Return new buffers that all methods have; a slot has so many masks."""
-        packed = None if initial_mask is None else self._pack_initial_mask(initial_mask)
-        words = ceil_div(self.tiles[1], WORD_BITS)
-        shape = (int(slots), *masks, *self.capacity[:2], self.tiles[0], words)
-        skip_mask = torch.zeros(shape, dtype=torch.int32, device=device)
+        """Return buffers of a layout, filled as the state of a site that was not called yet."""
+        device = torch.empty(0, device=device).device
         counts = {"num_steps": int(num_steps or 0), "refresh": int(refresh or 0)}
+        # An initial mask may be one for all samples and heads.
+        mask = None if initial_mask is None else self._pack_initial_mask(initial_mask).to(device)
         return {
-            "skip_mask": skip_mask,
-            "control": c.new_control(shape[0], **counts, auto_step=self.auto_step, device=skip_mask.device),
-            "initial_mask": None if packed is None else packed.to(skip_mask.device),
+            **{name: None if like is None else self._zeros(name, *like, device) for name, like in layout.items()},
+            "control": c.new_control(int(slots), **counts, auto_step=self.auto_step, device=device),
+            "initial_mask": mask,
         }
+
+    def _zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     def _hold(self, buffers: Mapping[str, torch.Tensor | None]) -> None:
         for name in self.BUFFERS:

@@ -9,6 +9,7 @@ import torch
 
 from lite_attention.ops.arguments import threshold_values
 from lite_attention.ops.bitmask import WORD_BITS
+from lite_attention.ops.buffers import vote_buffers
 from lite_attention.ops.options import StateOptions, check_options
 from lite_attention.ops.site_state import DEFAULT_SLOTS, SiteState
 from lite_attention.ops.tiles import tile_shape
@@ -88,11 +89,10 @@ class SkipState(SiteState):
         steps = max(steps, int(num_steps or 0))
         # A state born in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            buffers = self._common_buffers(
-                slots=slots, masks=(), num_steps=num_steps, refresh=refresh, initial_mask=initial_mask, device=device
+            layout = vote_buffers(self.sizes, slots=int(slots), steps=steps, has_initial_mask=initial_mask is not None)
+            buffers = self._new_buffers(
+                layout, slots=slots, num_steps=num_steps, refresh=refresh, initial_mask=initial_mask, device=device
             )
-            shape = (int(slots), steps, self.capacity[1])
-            buffers["threshold"] = torch.empty(shape, dtype=torch.float32, device=device)
         self._hold(buffers)
         self.set_threshold(threshold)
 

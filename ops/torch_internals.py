@@ -113,7 +113,7 @@ def zero_each(tensors: list[torch.Tensor]) -> None:
     torch._foreach_zero_(tensors)
 
 
-def add_to_each(tensors: list[torch.Tensor], value: int) -> None:
+def add_to_each(tensors: list[torch.Tensor], value: float) -> None:
     """Add a number to tensors, in place: one launch for all."""
     torch._foreach_add_(tensors, value)
 

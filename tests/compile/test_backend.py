@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import lite_attention
 from lite_attention.compile import LiteAttentionBackend
 from lite_attention.ops import Session, default_session
+from lite_attention.ops.methods import METHODS
 from tests.support.toys import (
-    THRESHOLD,
+    ENOUGH,
+    OPTIONS,
     TILE,
     Attention,
     Block,
@@ -39,14 +41,14 @@ def assert_steps(
     reference: Reference,
     backend: LiteAttentionBackend,
     *,
-    steps: int = 3,
+    steps: int | None = None,
     branches: tuple[str, ...] = ("",),
     batch: int = 1,
     seq: int = 96,
 ) -> None:
     """Run denoising steps through a compiled model and the reference: outputs and states are the same."""
     session = backend.store.session
-    for step, (index, name) in itertools.product(range(steps), enumerate(branches)):
+    for step, (index, name) in itertools.product(range(steps or ENOUGH[reference.method]), enumerate(branches)):
         x, c = tokens(step, batch, seq, seed=index), context(batch)
         with torch.no_grad(), session.branch(name) if name else nullcontext():
             out = model(x, c)
@@ -56,24 +58,28 @@ def assert_steps(
 
 
 HOW = pytest.mark.parametrize("how", ["whole", "blocks"])
+METHOD = pytest.mark.parametrize("method", OPTIONS)
 
 
 @HOW
-def test_layers_have_their_own_states(how: str) -> None:
+@METHOD
+def test_layers_have_their_own_states(how: str, method: str) -> None:
     inner = Inner("aot_eager")
-    model, backend = Toy(4), toy_backend(inner)
-    reference = Reference(model)
+    model, backend = Toy(4), toy_backend(inner, method=method)
+    reference = Reference(model, method=method)
     assert_steps(compile_toy(model, backend, how, fullgraph=True), reference, backend)
     assert len(inner.graphs) == 1
-    assert len(inner.calls()) == (4 if how == "whole" else 1)
+    assert len(inner.calls(METHODS[method].implementations[None])) == (4 if how == "whole" else 1)
     assert len(reference.states) == 4
 
 
 @HOW
-def test_branches(how: str) -> None:
+@METHOD
+def test_branches(how: str, method: str) -> None:
     inner = Inner("aot_eager")
-    model, backend = Toy(2), toy_backend(inner)
-    assert_steps(compile_toy(model, backend, how), Reference(model), backend, branches=("cond", "uncond"))
+    model, backend = Toy(2), toy_backend(inner, method=method)
+    reference = Reference(model, method=method)
+    assert_steps(compile_toy(model, backend, how), reference, backend, branches=("cond", "uncond"))
     assert len(inner.graphs) == 1
 
 
@@ -113,19 +119,21 @@ def test_a_state_born_in_a_branch_starts_in_its_slot() -> None:
     ("how", "dynamic", "inner", "most_graphs"),
     [("blocks", True, "eager", 1), ("blocks", None, "aot_eager", 3), ("whole", None, "eager", 3)],
 )
-def test_sizes_change_and_come_back(how: str, dynamic: bool | None, inner: str, most_graphs: int) -> None:
+@METHOD
+def test_sizes_change_and_come_back(how: str, dynamic: bool | None, inner: str, most_graphs: int, method: str) -> None:
     graphs = Inner(inner)
-    model, backend = Toy(2), toy_backend(graphs)
-    reference = Reference(model)
+    model, backend = Toy(2), toy_backend(graphs, method=method)
+    reference = Reference(model, method=method)
     compile_toy(model, backend, how, dynamic=dynamic)
     for batch, seq in [(2, 96), (3, 96), (3, 64), (2, 130), (2, 96)]:
-        assert_steps(model, reference, backend, steps=2, batch=batch, seq=seq)
+        assert_steps(model, reference, backend, steps=ENOUGH[method] - 1, batch=batch, seq=seq)
     assert len(graphs.graphs) <= most_graphs
 
 
-def test_reset_drops_states_of_other_sizes() -> None:
-    model, backend = Toy(1), toy_backend("eager")
-    reference = Reference(model)
+@METHOD
+def test_reset_drops_states_of_other_sizes(method: str) -> None:
+    model, backend = Toy(1), toy_backend("eager", method=method)
+    reference = Reference(model, method=method)
     compile_toy(model, backend, dynamic=True)
     for seq in (130, 96):
         assert_steps(model, reference, backend, seq=seq)
@@ -156,10 +164,11 @@ def test_two_models_with_one_backend() -> None:
     assert all(reference.skipped for reference in references)
 
 
-def test_a_shared_norm_does_not_make_layers_one() -> None:
+@METHOD
+def test_a_shared_norm_does_not_make_layers_one(method: str) -> None:
     inner = Inner("aot_eager")
-    model, backend = Toy(3, share_norm=True), toy_backend(inner)
-    assert_steps(compile_toy(model, backend, "blocks"), Reference(model), backend)
+    model, backend = Toy(3, share_norm=True), toy_backend(inner, method=method)
+    assert_steps(compile_toy(model, backend, "blocks"), Reference(model, method=method), backend)
     assert len(inner.graphs) == 1
 
 
@@ -189,15 +198,16 @@ def test_states_vanish_with_the_model() -> None:
     assert backend.store.records == []
 
 
-def test_cond_and_uncond_in_one_function() -> None:
-    model, backend = Toy(2), toy_backend()
-    reference = Reference(model)
+@METHOD
+def test_cond_and_uncond_in_one_function(method: str) -> None:
+    model, backend = Toy(2), toy_backend(method=method)
+    reference = Reference(model, method=method)
 
     def both(x: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return model(x, c), model(x.flip(1), c)
 
     compiled = torch.compile(both, backend=backend, fullgraph=True)
-    for step in range(3):
+    for step in range(ENOUGH[method]):
         x = tokens(step)
         with torch.no_grad():
             cond, uncond = compiled(x, context())
@@ -243,10 +253,11 @@ def _break(model: Toy, *, before: bool = False, after: bool = False) -> Toy:
 
 
 @HOW
+@METHOD
 @pytest.mark.parametrize("side", ["before", "after"])
-def test_graph_break_on_one_side(how: str, side: str) -> None:
-    model, backend = _break(Toy(2), **{side: True}), toy_backend("eager")
-    assert_steps(compile_toy(model, backend, how), Reference(model), backend)
+def test_graph_break_on_one_side(how: str, side: str, method: str) -> None:
+    model, backend = _break(Toy(2), **{side: True}), toy_backend("eager", method=method)
+    assert_steps(compile_toy(model, backend, how), Reference(model, method=method), backend)
 
 
 @HOW
@@ -291,13 +302,14 @@ class _Looped(nn.Module):
         self.attention.compile(**options)
 
 
+@METHOD
 @pytest.mark.parametrize(("how", "breaks"), [(True, False), (True, True), ("blocks", False)])
-def test_calls_of_one_module_in_a_forward_are_told_apart(how: bool | str, breaks: bool) -> None:
+def test_calls_of_one_module_in_a_forward_are_told_apart(how: bool | str, breaks: bool, method: str) -> None:
     def run(how: bool | str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         torch.manual_seed(0)
         model = _Looped(breaks)
         inner = {"inner": "eager"} if how else {}
-        lite_attention.enable(model, compile=how, threshold=THRESHOLD, tile_shape=TILE, num_steps=9, **inner)
+        lite_attention.enable(model, compile=how, tile_shape=TILE, num_steps=9, **inner, **OPTIONS[method])
         with torch.no_grad():
             outs = [model(tokens(step)) for step in range(4)]
         states = [row.state for row in lite_attention.report(model, file=io.StringIO()).swapped if row.state]
@@ -347,12 +359,13 @@ def test_regions_are_left_alone_with_a_reason(kind: str, op: str, caplog: pytest
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
+@METHOD
 @pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
-def test_inference_mode_and_no_grad_share_states(first: type) -> None:
+def test_inference_mode_and_no_grad_share_states(first: type, method: str) -> None:
     modes = [torch.no_grad, torch.inference_mode]
     second = modes[1 - modes.index(first)]
-    model, backend = Toy(1), toy_backend()
-    reference = Reference(model)
+    model, backend = Toy(1), toy_backend(method=method)
+    reference = Reference(model, method=method)
     compile_toy(model, backend)
     for step, mode in enumerate([first, second, first, second]):
         with mode():

@@ -10,12 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-import lite_attention
 from lite_attention.compile import LiteAttentionBackend
-from lite_attention.ops import Session, SkipState
+from lite_attention.ops import ResidualState, Session, SkipState, step_plan
+from lite_attention.ops.methods import METHODS
+from lite_attention.ops.site_state import SiteState
 
 TILE = (16, 16)
 THRESHOLD = -4.0
+KEEP = 0.4
+# What the swap is asked for, by method.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "votes": {"threshold": THRESHOLD},
+    "residual": {"method": "residual", "keep": KEEP},
+}
+ENOUGH = {"votes": 3, "residual": 8}  # steps after which the methods have done all that they do
 
 Attend = Callable[..., torch.Tensor]
 
@@ -96,12 +104,17 @@ class Reference:
     """A model with explicit states: one per attention other than `attn2`, branch and size; `reset` drops them."""
 
     def __init__(
-        self, model: nn.Module, threshold: float | torch.Tensor = THRESHOLD, quantization: str = "none"
+        self,
+        model: nn.Module,
+        threshold: float | torch.Tensor = THRESHOLD,
+        quantization: str = "none",
+        method: str = "votes",
     ) -> None:
         self.model = copy.deepcopy(model)
         self.threshold = threshold
         self.quantization = quantization
-        self.states: dict[tuple[str, str, int, int], SkipState] = {}  # path, branch, batch, seq
+        self.method = method
+        self.states: dict[tuple[str, str, int, int], SiteState] = {}  # path, branch, batch, seq
         self.branch = ""
         for path, module in self.model.named_modules():
             if isinstance(module, Attention) and not path.endswith("attn2"):
@@ -114,16 +127,23 @@ class Reference:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             key = (path, self.branch, q.shape[0], q.shape[1])
             if key not in self.states:
-                self.states[key] = SkipState(
-                    batch=q.shape[0], heads=q.shape[2], seq_q=q.shape[1], seq_k=k.shape[1], tile_m=TILE[0],
-                    tile_n=TILE[1], slots=1, threshold=self.threshold,
-                )  # fmt: skip
+                self.states[key] = self._new_state(q, k, v)
             key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
-            return lite_attention.skip_attention(
-                q, k, v, self.states[key], key_mask=key_mask, quantization=self.quantization
-            ).transpose(1, 2)
+            attention = METHODS[self.method].attend
+            return attention(q, k, v, self.states[key], key_mask=key_mask, quantization=self.quantization).transpose(
+                1, 2
+            )
 
         return attend
+
+    def _new_state(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> SiteState:
+        sizes: dict[str, Any] = {
+            "batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1], "tile_m": TILE[0],
+            "tile_n": TILE[1], "slots": 1,
+        }  # fmt: skip
+        if self.method == "votes":
+            return SkipState(**sizes, threshold=self.threshold)
+        return ResidualState(**sizes, value_dim=v.shape[3], plan=step_plan(100), keep=KEEP, residual_dtype="bf16")
 
     @torch.no_grad()
     def __call__(self, *args: torch.Tensor, branch: str = "", **kwargs: torch.Tensor) -> torch.Tensor:
@@ -155,10 +175,10 @@ class Inner:
 
 
 def toy_backend(inner: str | Inner = "aot_eager", **options: Any) -> LiteAttentionBackend:
-    """Return a backend with the toy's threshold and tiles, and a session of its own."""
+    """Return a backend with the toy's threshold, or share to keep, and tiles, and a session of its own."""
+    of_method = OPTIONS[options.get("method", "votes")]
     return LiteAttentionBackend(
-        inner=inner,
-        **{"session": Session(), "threshold": THRESHOLD, "tile_shape": TILE, "num_steps": 100, **options},
+        inner=inner, **{"session": Session(), "tile_shape": TILE, "num_steps": 100, **of_method, **options}
     )
 
 
@@ -179,4 +199,8 @@ def assert_same_states(backend: LiteAttentionBackend, model: nn.Module, referenc
         assert sizes == {(batch, seq) for at, _, batch, seq in reference.states if at == path}
     for (path, branch, batch, seq), expected in reference.states.items():
         (state,) = (s for (sizes, *_), s in records[path].states.items() if sizes[:2] == (batch, seq))
-        assert torch.equal(state.kept_tiles()[slots.get(branch, 0)], expected.kept_tiles()[0]), (path, branch)
+        slot = slots.get(branch, 0)
+        assert torch.equal(state.kept_tiles()[slot], expected.kept_tiles()[0]), (path, branch)
+        if isinstance(state, ResidualState) and isinstance(expected, ResidualState):
+            assert torch.equal(state.control[8 + 8 * slot :][:8], expected.control[8:16]), (path, branch)
+            torch.testing.assert_close(state.residual[slot], expected.residual[0], rtol=2e-2, atol=1e-3)
