@@ -221,7 +221,7 @@ class ResidualState(SiteState):
             advice.append(f'memory="host" moves {_readable(now.residual + now.scale)} from the GPU to the host')
         return (
             f"ResidualState: expected {_readable(now.total)} of memory for this site, got less: "
-            f"{'; '.join(advice)}; keep= saves time and no memory"
+            f"{'; '.join([*advice, 'keep= saves time and no memory'])}"
         )
 
     # ---- what a user reads and writes --------------------------------------------------------------------------------
@@ -298,11 +298,22 @@ class ResidualState(SiteState):
         return super()._placed(name, buffer, device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied or pickled. Of memory on the host a copy on the CPU, which finds its place later."""
-        if not self._is_on_host(self._device):
-            return self.__dict__
-        on_cpu = {name: None if x is None else x.cpu() for name in _ON_HOST for x in (self._buffers[name],)}
-        return {**self.__dict__, "_buffers": {**self._buffers, **on_cpu}}
+        """Return what is copied or pickled: of memory on the host a copy on the CPU, which finds its place later."""
+        buffers = {**self._buffers}
+        for name in _ON_HOST:
+            buffer = buffers[name]
+            if buffer is not None:
+                buffer = buffer.cpu() if self._is_on_host(buffer.device) else buffer
+                # pickle does not know FP8.
+                buffers[name] = buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was copied or pickled."""
+        buffers = {**state["_buffers"]}
+        if buffers["residual"].dtype == torch.uint8:
+            buffers["residual"] = buffers["residual"].view(torch.float8_e4m3fn)
+        super().__setstate__({**state, "_buffers": buffers})
 
     def extra_repr(self) -> str:
         """Return the geometry in short."""
@@ -321,7 +332,7 @@ def _fill(name: str, buffer: torch.Tensor, values: torch.Tensor) -> None:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _readable(nbytes: int) -> str:
