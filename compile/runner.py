@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -50,6 +50,18 @@ _INTEGERS = (torch.int32, torch.int64)
 Check = Callable[[Sequence[Any], Mapping[str, Any]], None]
 
 
+class Scheduler(Protocol):
+    """What moves a pipeline from step to step; None where it does not say."""
+
+    @property
+    def step(self) -> int | None:
+        """The call of the model that is to come."""
+
+    @property
+    def time(self) -> float | None:
+        """The flow's time of that call."""
+
+
 class Runner:
     """Runs a model as `enable` has it.
 
@@ -59,7 +71,7 @@ class Runner:
         run: the model with its attention swapped.
         clock: returns the clock of the calling thread.
         checks: called before each forward.
-        scheduler_time: returns the flow's time that the scheduler of the pipeline is at, None if it does not tell.
+        scheduler: that of the pipeline, if there is one.
     """
 
     def __init__(
@@ -69,11 +81,11 @@ class Runner:
         run: Callable[..., Any],
         clock: Callable[[], Clock],
         checks: Sequence[Check] = (),
-        scheduler_time: Callable[[], float | None] | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.store, self.clock = store, clock
         self._model, self._run, self._checks = model, run, checks
-        self._scheduler_time = scheduler_time
+        self._scheduler = scheduler
         self._attention = attention_modules(model)
         names = [*inspect.signature(type(model).forward).parameters][1:]
         self._timestep = next((name for name in _TIMESTEPS if name in names), None)
@@ -108,7 +120,7 @@ class Runner:
                 yield
             return
         timestep = self._timestep_of(args, kwargs) if step is None else None
-        place = clock.place(name, step, timestep)
+        place = clock.place(name, step, timestep, self._scheduler.step if self._scheduler and clock.in_loop else None)
         place = place._replace(times=self._times(told, clock, timestep))
         if place.generation != session.generation:
             self.store.forget_other_sizes()
@@ -132,7 +144,7 @@ class Runner:
         """Return the flow's time by who tells it, the surest first; only a forecast asks."""
         if not self.store.settings.forecasts:
             return {}
-        of_scheduler = self._scheduler_time() if self._scheduler_time and clock.in_loop else None
+        of_scheduler = self._scheduler.time if self._scheduler and clock.in_loop else None
         times = {
             BRANCH_TIME: told.get(BRANCH_TIME), "cache_context": _number(told.get("cache_context")),
             "scheduler": of_scheduler, "timestep": timestep,

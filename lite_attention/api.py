@@ -16,7 +16,6 @@ from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
-from lite_attention.flow_time import SchedulerTime
 from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, set_thresholds, sites_of
 from lite_attention.ops import Session, default_session
@@ -25,6 +24,7 @@ from lite_attention.ops.clock import Clock
 from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
+from lite_attention.pipeline_scheduler import PipelineScheduler
 from lite_attention.threshold_table import ThresholdTable, loaded, threshold_from
 
 if TYPE_CHECKING:
@@ -119,10 +119,10 @@ def enable(
             disable(within)
     how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
-    time = None if isinstance(model_or_pipe, nn.Module) else SchedulerTime(model_or_pipe)
+    scheduler = None if isinstance(model_or_pipe, nn.Module) else PipelineScheduler(model_or_pipe)
     try:
         for part, model in models_of(model_or_pipe).items():
-            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, time)
+            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, scheduler)
             _enable(model, wiring, how, f"{part}." if part else "")
         if not isinstance(model_or_pipe, nn.Module):
             _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))

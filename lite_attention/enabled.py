@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lite_attention.diffusers_hooks import Undo
-from lite_attention.flow_time import SchedulerTime
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.threads import PerThread
+from lite_attention.pipeline_scheduler import PipelineScheduler
 
 if TYPE_CHECKING:
     from lite_attention.compile.runner import Check, Runner
@@ -28,7 +28,7 @@ class Wiring:
 
     session: PerThread[Session]
     clock: PerThread[Clock]
-    scheduler_time: SchedulerTime | None = None  # of its pipeline
+    scheduler: PipelineScheduler | None = None  # of its pipeline
     undo: list[Undo] = field(default_factory=list)
     store: StateStore | None = None
 
@@ -36,7 +36,7 @@ class Wiring:
         """Return what runs the model with this session and clock."""
         from lite_attention.compile.runner import Runner
 
-        return Runner(model, store, run, self.clock, checks, self.scheduler_time)
+        return Runner(model, store, run, self.clock, checks, self.scheduler)
 
 
 wirings: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()

@@ -13,7 +13,8 @@ class Clock:
     What a step is, from the surest to the vaguest:
 
     1. The caller says it (`branch(name, step)`, or diffusers' `cache_context` with a `step_index`).
-    2. It ends where the timestep that the model is given changes.
+    2. It ends where the timestep that the model is given changes, or where the scheduler of the pipeline has moved on:
+       a solver of second order comes twice to a timestep.
     3. It ends where a named branch runs that has run in it.
     4. Every forward is one.
 
@@ -38,6 +39,7 @@ class Clock:
         self._step = 0
         self._ran: set[str | int] = set()  # branches, in this step
         self._timestep: float | None = None
+        self._index: int | None = None
         self._direction = 0.0
 
     def begin(self, *, is_told: bool = True) -> None:
@@ -54,13 +56,16 @@ class Clock:
         self.begin()
         self._total, self.has_loop, self._loop_begins = total, True, True
 
-    def place(self, name: str | None = None, step: int | None = None, timestep: float | None = None) -> Place:
+    def place(
+        self, name: str | None = None, step: int | None = None, timestep: float | None = None, index: int | None = None
+    ) -> Place:
         """Return where the next forward is.
 
         Args:
             name: its branch, if told.
             step: its step, if told.
             timestep: that the model is given, in any units; None = it has none.
+            index: number of this call, as the scheduler counts those of one branch; None = it does not say.
         """
         self.is_blind = name is None and step is None and timestep is None
         turned = timestep is not None and self._turns(timestep)
@@ -69,11 +74,11 @@ class Clock:
             self._begin(step or 0)
         elif step is not None:
             self._go_to(step)
-        elif self._is_next_step(name, timestep):
+        elif self._is_next_step(name, timestep, index):
             self._go_to(self._step + 1)
             if self._step >= self._limit():
                 self._begin(0)
-        self._timestep = timestep
+        self._timestep, self._index = timestep, index
         self.is_endless = timestep is None and not self.is_told and self._num_steps is None
         branch = name if name is not None else sum(isinstance(ran, int) for ran in self._ran)
         self._ran.add(branch)
@@ -99,7 +104,9 @@ class Clock:
         self._direction = way
         return False
 
-    def _is_next_step(self, name: str | None, timestep: float | None) -> bool:
+    def _is_next_step(self, name: str | None, timestep: float | None, index: int | None) -> bool:
+        if index is not None and index != self._index:
+            return True
         beside_told = name is not None and self._timestep is None  # the last forward told its step
         if timestep is not None and timestep != self._timestep and not beside_told:
             return True

@@ -225,7 +225,7 @@ class Session:
             self._move(slot, place.step)
         elif self._steps.get(slot) != place.step:
             self._write_step(slot, place.step)
-        self._tell_time(slot, place.times)
+        self._tell_time(slot, place.times, binds=place.step > 0)
         return True
 
     def leave(self, place: Place) -> None:
@@ -247,12 +247,15 @@ class Session:
 
     # ---- the flow's time -------------------------------------------------------------------------------------------
 
-    def _tell_time(self, slot: int, times: Mapping[str, float]) -> None:
+    def _tell_time(self, slot: int, times: Mapping[str, float], binds: bool = True) -> None:
         """Write the flow's time of a slot. Who tells it first in a generation tells it for all of it.
 
         Times of two sources have two units: where that one is silent, infinity says that nothing is to be forecast.
+        The first step does not bind: it leaves no residual, and schedulers tell nothing before it is over.
         """
-        source = self.time_sources.setdefault(slot, next(iter(times), STEP_TIME))
+        source = self.time_sources.get(slot, next(iter(times), STEP_TIME))
+        if binds:
+            self.time_sources[slot] = source
         time = math.nan if source == STEP_TIME else times.get(source, math.inf)
         if slot in self._times or not math.isnan(time):  # which is there from the start
             self._write_time(slot, time)

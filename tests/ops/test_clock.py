@@ -8,8 +8,9 @@ import pytest
 
 from lite_attention.ops.clock import Clock
 
-# What a forward is told: (name, step, timestep). What it is: (branch, step, generation).
-Told = tuple[str | None, int | None, float | None]
+# What a forward is told: (name, step, timestep), and perhaps the scheduler's index. What it is: (branch, step,
+# generation).
+Told = tuple[Any, ...]
 Is = tuple[str | int, int, int]
 
 
@@ -54,6 +55,14 @@ CASES: dict[str, tuple[list[Told], list[Is]]] = {
         named("c", 9, 5, 5, 1),
         [("c", 0, 1), ("c", 1, 1), ("c", 2, 1), ("c", 3, 1)],
     ),
+    "two passes of a solver of second order": (
+        [(None, None, t, i) for t, i in ((9, None), (5, 1), (5, 2), (1, 3), (1, 4), (9, None)) for _ in range(2)],
+        [(branch, step, 1) for step in range(5) for branch in (0, 1)] + [(0, 0, 2), (1, 0, 2)],
+    ),
+    "a scheduler that stands still": (
+        [(None, None, t, 7) for t in (9, 9, 5, 5)],
+        [(0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)],
+    ),
     "nothing at all": (bare(None, None, None), [(0, 0, 1), (0, 1, 1), (0, 2, 1)]),
     "told now and counted then": (
         [("c", 0, None), ("c", 1, None), ("c", None, None)],
@@ -68,7 +77,7 @@ def test_places(case: str) -> None:
     clock = Clock()
     places = [clock.place(*one) for one in told]
     assert [tuple(place)[:3] for place in places] == want
-    assert [place.is_told for place in places] == [step is not None for _, step, _ in told]
+    assert [place.is_told for place in places] == [step is not None for _, step, *_ in told]
 
 
 @pytest.mark.parametrize(

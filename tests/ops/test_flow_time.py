@@ -106,10 +106,21 @@ def test_forwards_that_are_placed(case: str) -> None:
     for generation in (1, 2):
         got = []
         for step, times in enumerate(told):
-            assert session.enter(Place("cond", step, generation, False, times))
+            assert session.enter(Place("cond", 1 + step, generation, False, times))
             got.append(_now(state))
         assert _same(got, want)
         assert session.time_sources == {0: source}
+
+
+def test_the_first_step_does_not_bind() -> None:
+    session, state = Session(), _state()
+    session.follow(state)
+    got = []
+    for step, times in enumerate([{"timestep": 900.0}, {"scheduler": 0.5, "timestep": 500.0}, {"timestep": 250.0}]):
+        session.enter(Place("cond", step, 1, False, times))
+        got.append(_now(state))
+    assert _same(got, [900.0, 0.5, INF])
+    assert session.time_sources == {0: "scheduler"}
 
 
 def test_each_branch_has_a_source_of_its_own() -> None:
