@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import lite_attention
-from benchmarks.quality_methods import CALIBRATION, Setup, sample
+from benchmarks.quality_setup import CALIBRATION, Setup, sample
 from examples.moving_shapes.arguments import VideoSize
 from examples.moving_shapes.model import WEIGHTS, Config, VideoDiT, load_weights
 from lite_attention.calibration import CalibrationResult

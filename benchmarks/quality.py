@@ -1,41 +1,58 @@
 """What each way of saving attention costs in quality, on the moving shapes, whose truth is known.
 
     python -m benchmarks.quality --weights WEIGHTS --judge JUDGE --out DIR [--prompts 64] [--seeds 2] [--steps 20]
-        [--size 32 64 64] [--methods METHOD ...] [--tables FILE ...] [--calibrate error=0.05 ...]
-        [--markdown FILE] [--json FILE] [--plot FILE] [--frames FILE] [--report-only] [--tiny]
+        [--solver euler] [--size 32 64 64] [--methods METHOD ...] [--tables FILE ...] [--calibrate error=0.05 ...]
+        [--budget SECONDS] [--markdown FILE] [--json FILE] [--plot FILE] [--cost-plot FILE] [--frames FILE]
+        [--report-only] [--tiny]
 
-From the root of the repository. What DIR/results.jsonl holds is not computed again. Where there is no VMAF (pip install
+From the root of the repository. What DIR/results.jsonl holds is not computed again, so a run that `--budget` stopped
+goes on where it was; methods run in the order in which they are named. Where there is no VMAF (pip install
 imageio-ffmpeg), `--keep` the videos and measure it elsewhere with `--report-only`. `--tiny` is an untrained model, for
 trying the script out on a CPU. Methods:
 
     dense                     PyTorch's attention; what all else is held against
-    rendered                  no sample, but a rendered scene of the prompt: the truest there can be
-    threshold:T[,STEPS]       LiteAttention, the first so many steps dense and without votes; -inf skips nothing, and
-                              shows what another kernel's rounding does
+    steps:N                   dense with N steps
+    residual:KEEP,EVERY[,OPTION...]
+                              LiteAttention by the residual: sparse steps compute the share KEEP of the tiles, and every
+                              so many steps is full. Options: no-forecast; decide=N, every so many full steps decides
+                              what is kept (2); bf16, fp8, fp32, storage of the residual; tile3d, tokens in blocks of
+                              the video; steps=N
+    residual-int8:...         likewise, with scores from INT8 queries and keys
+    residual-fp8:...          likewise, with weights and values in FP8 besides
+    cached:EVERY[,OPTION...]  likewise, keeping but the diagonal: attention's whole output is cached, and forecast
+    preset:NAME               LiteAttention by a preset
+    threshold:T[,STEPS]       LiteAttention by votes, the first so many steps dense and without votes; -inf skips
+                              nothing, and shows what another kernel's rounding does
     tile3d:T[,STEPS]          likewise, with the tokens in blocks of the video, see lite_attention.token_order
     int8:T[,STEPS]            likewise, with scores from INT8 queries and keys
     fp8:T[,STEPS]             likewise, with weights and values in FP8 besides
-    table:NAME                LiteAttention with the thresholds of the file NAME.toml out of --tables or --calibrate
+    table:NAME                votes with the thresholds of the file NAME.toml out of --tables or --calibrate
+    mean-keys:KEEP,EVERY[,OPTION...]
+                              simulated in PyTorch: masks and steps of the residual, but mean keys and values of skipped
+                              tiles stand in for them. Options: parts=N of a tile that have means; decide, tile3d, steps
+    maximum:KEEP,EVERY[,OPTION...]
+                              simulated in PyTorch: the residual, but tiles are chosen by their largest score
     radial[:MIN_WIDTH]        the pattern of lite_attention.masks alone, at threshold -inf
     spatial-temporal[:FRAMES[,TOKENS]]    likewise; which head is which is found on a calibration prompt
     window:FRAMES,ROWS,COLUMNS            likewise
-    random:METHOD             random tiles, as many as METHOD skips of each video in each step and site; never the
-                              diagonal, and once skipped always skipped
-    steps:N, steps:METHOD     dense with N steps, or with so many that attention computes about as many tiles as METHOD
+    random:METHOD             random tiles, as many as METHOD, which votes, skips of each video in each step and site;
+                              never the diagonal, and once skipped always skipped
+    rendered                  no sample, but a rendered scene of the prompt: the truest there can be
+
+Prompts from 1000 on are reported: those below were looked at while methods were made. Tables are calibrated on those
+from 1000000 on, and presets chosen on those from 2000000 on (`--first-prompt`).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import hashlib
 import json
 import math
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,166 +61,29 @@ import torch
 
 import lite_attention
 from benchmarks import quality_report as reporting
-from benchmarks.quality_methods import (
-    CALIBRATION,
-    RENDERED,
-    RandomSkips,
-    Setup,
-    SkipShares,
-    check,
-    pattern_of,
-    sample,
-    scene,
-    schedule_of,
-    to_bytes,
-    to_floats,
-)
-from benchmarks.quality_metrics import Pair, fidelity
-from benchmarks.quality_report import DENSE, FIDELITY, TRUTH, VOTING, Record, Results, Videos
+from benchmarks.quality_bench import Bench, Budget, run_all
+from benchmarks.quality_equal_cost import base_of, comparisons
+from benchmarks.quality_methods import RENDERED, check
+from benchmarks.quality_metrics import Pair
+from benchmarks.quality_plot import draw
+from benchmarks.quality_report import DENSE, FIDELITY, TRUTH, Results, Videos
+from benchmarks.quality_setup import CALIBRATION, REPORTED, Setup, sample
+from benchmarks.quality_solvers import SOLVERS
 from examples.moving_shapes.arguments import VideoSize
-from examples.moving_shapes.judge import Judge, load_judge, measure, path_distance
+from examples.moving_shapes.judge import Judge, load_judge
 from examples.moving_shapes.model import Config, VideoDiT, load_weights
-from lite_attention import masks
 from lite_attention.cli.arguments import add_device, integer, number
-from lite_attention.token_order import block_of, tile3d_order
 
-METHODS = (
-    RENDERED, DENSE, *(f"threshold:{t}" for t in ("-inf", "-6", "-4", "-3", "-2", "-1", "-3,4", "-1,4")),
-    "tile3d:-3", "tile3d:-1", "int8:-inf", "int8:-3", "fp8:-inf", "fp8:-3",
-    "radial", "spatial-temporal:4", "window:12,16,16", "window:8,16,16", "window:4,16,16", "random:threshold:-6",
-    "random:threshold:-3", "random:threshold:-1", "steps:threshold:-6", "steps:threshold:-3", "steps:threshold:-1",
+METHODS = (  # what says most comes first
+    "steps:10", "residual:0.3,3", "residual:0.2,3", "steps:12", "threshold:-1", "steps:14", "steps:8", "threshold:-2",
+    "residual:0.5,3", "residual:0.3,2", "residual:0.1,3", "cached:3", "cached:2", "residual:0.2,5", "threshold:-3",
+    "threshold:-0.5", "threshold:0", "residual:0.3,3,no-forecast", "residual:0.3,3,tile3d", "residual-int8:0.3,3",
+    "residual-fp8:0.3,3", "residual:0.3,3,bf16", "residual:0.3,3,decide=1", "residual:0.3,3,decide=4",
+    "residual:0.2,2,steps=14", "maximum:0.3,3", "mean-keys:0.3,3", "mean-keys:0.3,3,parts=4", "steps:17",
+    "threshold:-4", "threshold:-6", "threshold:-inf", "threshold:-3,4", "threshold:-1,4", "tile3d:-3", "tile3d:-1",
+    "int8:-inf", "int8:-3", "fp8:-inf", "fp8:-3", "random:threshold:-6", "random:threshold:-3", "random:threshold:-1",
+    "radial", "spatial-temporal:4", "window:12,16,16", "window:8,16,16", "window:4,16,16", RENDERED,
 )  # fmt: skip
-_TWINS = ("random", "steps")
-
-
-class Bench:
-    """Runs methods, and adds what is measured to the results.
-
-    Args:
-        setup: what is generated.
-        results: where the records go.
-        videos: where the dense videos, and some others, are kept.
-        computes: False = whatever is missing stays so.
-    """
-
-    def __init__(self, setup: Setup, results: Results, videos: Videos, computes: bool = True) -> None:
-        self.setup, self.results, self.videos, self.computes = setup, results, videos, computes
-
-    def resolved(self, method: str, pairs: Sequence[Pair]) -> str:
-        """Return "steps:13" for "steps:threshold:-3", from the records of "threshold:-3"; other methods as they are."""
-        family, _, value = method.partition(":")
-        if family != "steps" or value.isdigit():
-            return method
-        computed = 1 - reporting.saved(self.results, value, pairs)
-        return f"steps:{max(1, round(self.setup.steps * computed))}"
-
-    def run(self, method: str, pairs: Sequence[Pair]) -> None:
-        """Compute what there are no records of yet, a batch at a time; dense ones go first."""
-        missing = self.results.missing(method, pairs)
-        if not missing or not self.computes:
-            return
-        if method != DENSE:
-            self.run(DENSE, pairs)
-            self._restore([pair for pair in missing if not self.videos.has(DENSE, pair)])
-        start = time.monotonic()
-        for batch in self._batches(missing):
-            videos, shares = self._videos_of(method, batch)
-            records = []
-            for pair, video, share in zip(batch, videos, shares, strict=True):
-                if method == DENSE or pair[0] < self.setup.keep:
-                    self.videos.save(method, pair, video)
-                records.append(self._measured(method, pair, video, share))
-            self.results.add(records)
-        print(f"{method}: {len(missing)} videos in {time.monotonic() - start:.0f} s", flush=True)
-
-    def _restore(self, pairs: Sequence[Pair]) -> None:
-        """Make dense videos again whose records were brought here without them."""
-        for batch in self._batches(pairs):
-            for pair, video in zip(batch, self._videos_of(DENSE, batch)[0], strict=True):
-                self.videos.save(DENSE, pair, video)
-
-    def _batches(self, pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
-        return [pairs[i : i + self.setup.batch] for i in range(0, len(pairs), self.setup.batch)]
-
-    def _videos_of(self, method: str, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return uint8 videos (B, 3, F, H, W), and the share of tiles skipped, (B, sites, steps)."""
-        setup, model = self.setup, self.setup.model
-        family, _, value = method.partition(":")
-        model.order = None
-        if family == "tile3d":
-            tile_m = max(tile_m for tile_m, _ in setup.tile_shapes.values())  # there is only one up to head dim 128
-            model.order = tile3d_order(*setup.grid, block_of("tile3d", tile_m), setup.device)
-        if family == RENDERED:
-            rendered = [scene(prompt).render(setup.size) for prompt, _ in pairs]
-            return to_bytes(torch.cat(rendered)).to(setup.device), torch.zeros(len(pairs), 1, 1)
-        if family in (DENSE, "steps"):
-            lite_attention.disable(model)
-            steps = int(value) if family == "steps" else setup.steps
-            return sample(setup, pairs, steps), torch.zeros(len(pairs), 1, steps)
-        self._enable(method)
-        shares = SkipShares(model, len(pairs), setup.steps)
-        if family == "random":
-            twin = self.results.of(value)
-            shares = RandomSkips(model, torch.tensor([twin[pair]["shares"] for pair in pairs]), pairs)
-        return sample(setup, pairs, setup.steps, shares.after_step), shares.shares
-
-    def _enable(self, method: str) -> None:
-        family, _, value = method.partition(":")
-        options: dict[str, Any] = {"num_steps": self.setup.steps, "compile": False, "tile_shape": self.setup.tile}
-        options |= {"use_int8": family in ("int8", "fp8"), "use_fp8": family == "fp8"}
-        options["threshold"] = schedule_of(value) if family in VOTING else -math.inf
-        if family in ("radial", "spatial-temporal", "window"):
-            options["initial_mask"] = self._pattern(method)
-        lite_attention.enable(self.setup.model, **options)
-        if family == "table":
-            path = self.setup.tables[value]
-            lite_attention.LiteAttentionRegistry.from_model(self.setup.model, mode="load", filename=path)
-
-    @functools.cached_property
-    def _pattern(self) -> Callable[[str], masks.Pattern]:
-        return functools.lru_cache(lambda method: pattern_of(self.setup, method))
-
-    def _measured(self, method: str, pair: Pair, video: torch.Tensor, shares: torch.Tensor) -> Record:
-        """Return the record of a video, from the shares (sites, steps) that it skipped."""
-        record: Record = {"method": method, "prompt": pair[0], "seed": pair[1]}
-        if method != RENDERED:
-            record["skipped"] = float(shares.mean())
-            record["attention"] = float(1 - shares.mean()) * shares.shape[1] / self.setup.steps
-        if method.startswith((*VOTING, "table")):
-            record["shares"] = [[round(share, 5) for share in site] for site in shares.tolist()]
-        floats = to_floats(video).unsqueeze(0)
-        if method not in (DENSE, RENDERED):
-            dense = self.videos.load(DENSE, pair).to(video.device)
-            record |= fidelity(video, dense)
-            if self.setup.judge:
-                record["path_to_dense"] = path_distance(self.setup.judge, floats, to_floats(dense).unsqueeze(0))
-        if self.setup.judge:
-            record |= measure(self.setup.judge, floats, scene(pair[0]).prompt().to(video.device))
-        return record
-
-
-def run_all(bench: Bench, methods: Sequence[str], pairs: Sequence[Pair]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Run methods, those first that others are made equal to.
-
-    Returns:
-        The methods as they ran, and (twin, method) for each that was made equal to one.
-    """
-    ran: list[str] = []
-    twins = []
-    for method in [DENSE, *sorted(methods, key=lambda name: name.startswith(_TWINS))]:
-        family, _, value = method.partition(":")
-        has_twin = family in _TWINS and not value.isdigit()
-        if has_twin:
-            bench.run(value, pairs)
-        ran += [value] if has_twin else []
-        name = bench.resolved(method, pairs)
-        if name == f"steps:{bench.setup.steps}":
-            print(f"{method}: left out, since {value} saves less than a step does", flush=True)
-            continue
-        bench.run(name, pairs)
-        ran.append(name)
-        twins += [(name, value)] if has_twin else []
-    return list(dict.fromkeys(ran)), twins
 
 
 # ---- calibration ---------------------------------------------------------------------------------------------------
@@ -250,18 +130,19 @@ def markdown(
     prompts, seeds = (len(set(numbers)) for numbers in zip(*pairs, strict=True))
     lines = [
         f"{prompts} prompts x {seeds} seeds, {size} (frames x height x width), {results.about['tokens']} tokens, "
-        f"{results.about['steps']} steps, guidance {results.about['guidance']}; {where}.",
+        f"{results.about['steps']} steps by {results.about['solver']}, guidance {results.about['guidance']}; {where}.",
         "",
         "`skipped` is the share of tiles, the mean over blocks, which all cost the same, and over steps, the first one "
-        f"included; `attention computed` is held against dense attention with {results.about['steps']} steps. In "
-        "brackets: 95 % intervals, bootstrapped over prompts with all their seeds, not corrected for how many there "
-        "are.",
+        f"included; `attention computed`, the cost, is held against dense attention with {results.about['steps']} "
+        "steps. In brackets: 95 % intervals, bootstrapped over prompts with all their seeds, not corrected for how "
+        "many there are.",
         "",
         "## Fidelity to the dense video of the same prompt and seed",
         "",
         reporting.table(results, [m for m in methods if m not in (DENSE, RENDERED)], FIDELITY, pairs),
         "",
-        "PSNR (100 = equal) and SSIM (Wang et al. 2004, luma) of pixels from 0 to 255. What `threshold:-inf` loses is "
+        "PSNR (100 = equal) and SSIM (Wang et al. 2004, luma) of pixels from 0 to 255; the feature distance is that of "
+        "LPIPS (Zhang et al. 2018) in the judge's layers, without learned weights. What `threshold:-inf` loses is "
         "another kernel's rounding: no method can be told to be better than that. "
         + reporting.vmaf_note(results, methods, pairs),
     ]  # fmt: skip
@@ -276,8 +157,9 @@ def markdown(
             "",
             reporting.table(results, methods, TRUTH, pairs),
         ]
+    lines += comparisons(results, methods, pairs)
     found = reporting.verdicts(results, twins, (*FIDELITY, *TRUTH), pairs)
-    lines += ["", "## At equal attention", "", *(f"* {line}" for line in reporting.sentences(found))] if found else []
+    lines += ["", "## Random skipping", "", *(f"* {line}" for line in reporting.sentences(found))] if found else []
     return "\n".join(lines) + "\n"
 
 
@@ -310,11 +192,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--judge", type=Path, help="what judge.py wrote; without it the truth is not judged")
     parser.add_argument("--out", type=Path, required=True, help="folder of results, videos and tables")
     parser.add_argument("--prompts", type=integer(1), help="64; with --tiny 3")
+    parser.add_argument("--first-prompt", type=integer(0), default=REPORTED, help="number of the first of them")
     parser.add_argument("--seeds", type=integer(1), help="of noise, for each prompt: 2; with --tiny 1")
     parser.add_argument("--steps", type=integer(1), help="20; with --tiny 4")
+    parser.add_argument("--solver", choices=SOLVERS, default="euler", help="of the flow, for all methods")
     parser.add_argument("--size", action=VideoSize, help="of the videos: 32 64 64; with --tiny 6 24 24")
     parser.add_argument("--guidance", type=number(), default=3.0, help="of classifier-free guidance")
-    parser.add_argument("--batch", type=integer(1), default=16, help="videos at a time")
+    parser.add_argument("--batch", type=integer(1), default=32, help="videos at a time")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="see above")
     parser.add_argument("--tables", type=Path, nargs="*", default=[], help="threshold files, run as table:NAME")
     parser.add_argument("--calibrate", nargs="*", default=[], help="error=E, budget=E or sparsity=S: make a table, too")
@@ -323,9 +207,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep", type=integer(0), default=1, help="prompts of which the videos of all methods are kept"
     )
+    parser.add_argument("--budget", type=number(above=0), help="seconds, after which no more videos are begun")
     parser.add_argument("--markdown", type=Path, help="write the report there, too")
     parser.add_argument("--json", type=Path, help="write means and intervals there")
-    parser.add_argument("--plot", type=Path, help="draw quality against attention saved there")
+    parser.add_argument("--plot", type=Path, help="draw all metrics over attention computed there")
+    parser.add_argument("--cost-plot", type=Path, help="draw PSNR alone there")
     parser.add_argument("--frames", type=Path, help="draw frames of the first video there")
     parser.add_argument("--report-only", action="store_true", help="of what is there; only missing VMAF is measured")
     parser.add_argument("--tiny", action="store_true", help="an untrained model, for trying it out on a CPU")
@@ -343,6 +229,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report as the command line asks."""
     args = parse(arguments)
+    budget = Budget(args.budget)
     judge: Judge | None
     if args.tiny:
         model, judge = tiny()
@@ -353,13 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.device.startswith("cuda"):
         model.bfloat16()
     setup = Setup(
-        model, judge.to(args.device) if judge else None, args.size, args.steps, args.guidance, args.batch,
-        (16, 16) if args.tiny else None, args.keep,
+        model, judge.to(args.device) if judge else None, args.size, args.steps, args.solver, args.guidance, args.batch,
+        (16, 16) if args.tiny else None, range(args.first_prompt, args.first_prompt + args.keep),
     )  # fmt: skip
     weights = hashlib.sha256(args.weights.read_bytes()).hexdigest()[:12] if args.weights else "untrained"
     about = {
         "weights": weights, "model": asdict(model.config), "size": args.size, "tokens": math.prod(setup.grid),
-        "steps": args.steps, "guidance": args.guidance, "tiles": setup.tile_shapes,
+        "steps": args.steps, "solver": args.solver, "guidance": args.guidance, "tiles": setup.tile_shapes,
         "dtype": str(model.to_patch.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU",
         "date": datetime.date.today().isoformat(),
@@ -378,8 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for method in methods:
         check(method, setup.tables)
 
-    pairs = [(prompt, seed) for prompt in range(args.prompts) for seed in range(args.seeds)]
-    ran, twins = run_all(Bench(setup, results, videos, not args.report_only), methods, pairs)
+    prompts = range(args.first_prompt, args.first_prompt + args.prompts)
+    pairs = [(prompt, seed) for seed in range(args.seeds) for prompt in prompts]
+    ran, twins = run_all(Bench(setup, results, videos, not args.report_only, budget), methods, pairs)
     results.fill_vmaf(videos)
     where = ", ".join(
         f"{'torch ' * (key == 'torch')}{results.about[key]}" for key in ("dtype", "device", "torch", "date")
@@ -397,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         args.json.write_text(json.dumps(content, indent=2) + "\n")
     if args.plot:
-        reporting.draw(results, ran, (*FIDELITY, *TRUTH), pairs, args.plot)
+        draw(results, ran, (*FIDELITY, *TRUTH), pairs, args.plot)
+    if args.cost_plot:
+        draw(results, [m for m in ran if base_of(m, ran) is None], FIDELITY[:1], pairs, args.cost_plot)
     if args.frames:
         draw_frames(videos, ran, pairs[0], args.frames)
 

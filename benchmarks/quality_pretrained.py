@@ -2,22 +2,25 @@
 
     python -m benchmarks.quality_pretrained --pipeline PATH --out DIR [--prompts FILE] [--seeds 1] [--steps 50]
         [--height 480] [--width 832] [--frames 81] [--guidance 5] [--methods METHOD ...] [--tables FILE ...]
-        [--compile blocks] [--markdown FILE] [--json FILE] [--plot FILE]
+        [--compile blocks] [--budget SECONDS] [--markdown FILE] [--json FILE] [--plot FILE]
 
 From the root of the repository. PATH is a folder in diffusers' format; nothing is downloaded. Every method is compared
-with the dense video of the same prompt and seed. What DIR/results.jsonl holds is not computed again. Methods:
+with the dense video of the same prompt and seed. What DIR/results.jsonl holds is not computed again. Methods run in the
+order in which they are named, and mean what they do in `benchmarks.quality`:
 
-    dense          PyTorch's attention
-    threshold:T    LiteAttention; -inf skips nothing, and shows what another kernel's rounding does
-    table:NAME     LiteAttention with the thresholds of the file NAME.toml out of --tables
+    dense, steps:N                                                   PyTorch's attention
+    residual:KEEP,EVERY[,OPTION...], residual-int8:..., residual-fp8:..., cached:EVERY[,OPTION...], preset:NAME
+    threshold:T[,STEPS], tile3d:T[,STEPS], int8:T[,STEPS], fp8:T[,STEPS]
+    table:NAME                                                       the file NAME.toml out of --tables
+    mean-keys:KEEP,EVERY[,OPTION...], maximum:KEEP,EVERY[,OPTION...] simulated in PyTorch, which takes hours
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
-import math
 import shlex
 import sys
 import time
@@ -29,8 +32,14 @@ import torch
 
 import lite_attention
 from benchmarks import quality_report as reporting
+from benchmarks.quality_bench import Budget
+from benchmarks.quality_equal_cost import comparisons
+from benchmarks.quality_methods import check, enable_options, is_reordered, residual_of, simulated, steps_of
 from benchmarks.quality_metrics import Pair, fidelity
-from benchmarks.quality_report import DENSE, FIDELITY, Metric, Record, Results, Videos
+from benchmarks.quality_plot import draw
+from benchmarks.quality_report import DENSE, FIDELITY, RESIDUAL, SIMULATED, VOTING, Metric, Record, Results, Videos
+from benchmarks.quality_shares import DenseShares, ResidualShares, SkipShares
+from benchmarks.quality_simulation import Simulation
 from lite_attention.cli.arguments import add_device, integer, number
 from lite_attention.model_sites import parts_of
 
@@ -40,22 +49,15 @@ PROMPTS = (
     "A chef slices vegetables on a wooden board in a bright kitchen, close-up of the hands",
     "A tram drives through a rainy city street at night, neon lights reflected on the asphalt",
 )
-METHODS = tuple(f"threshold:{threshold}" for threshold in ("-inf", "-10", "-6", "-4", "-3"))
-METRICS = (*FIDELITY[:3], Metric("seconds", "time of a video (s)", 1, -1))
+METHODS = (
+    "steps:25", "residual:0.3,3", "residual:0.2,3", "steps:30", "threshold:-3", "residual:0.2,5", "threshold:-6",
+    "cached:3", "steps:20", "steps:35", "residual:0.3,3,no-forecast", "residual:0.3,3,tile3d", "residual-int8:0.3,3",
+    "threshold:-10", "threshold:-inf",
+)  # fmt: skip
+METRICS = (*(metric for metric in FIDELITY if metric.name in ("psnr", "ssim", "vmaf")),
+           Metric("seconds", "time of a video (s)", 1, -1))  # fmt: skip
+_FAMILIES = (DENSE, "steps", *RESIDUAL, "preset", *VOTING, "table", *SIMULATED)
 _WARM_UP = 2  # steps
-
-
-def check(method: str, tables: dict[str, Path]) -> None:
-    """Check the name of a method.
-
-    Raises:
-        ValueError: there is no such method.
-    """
-    family, _, value = method.partition(":")
-    known = {DENSE: method == DENSE, "table": value in tables, "threshold": family == "threshold" and float(value) <= 0}
-    if not known.get(family, False):
-        names = ", ".join(["dense", "threshold:T", *(f"table:{name}" for name in tables)])
-        raise ValueError(f"method {method}: expected one of {names}, T at most 0")
 
 
 def load(path: Path, dtype: str, device: str) -> Any:
@@ -77,6 +79,7 @@ class Pretrained:
         results: where the records go.
         videos: where all videos are kept.
         tables: threshold files by name.
+        budget: of time.
         settings: of `lite_attention.enable`.
     """
 
@@ -88,43 +91,62 @@ class Pretrained:
         results: Results,
         videos: Videos,
         tables: dict[str, Path],
+        budget: Budget,
         **settings: Any,
     ) -> None:
         self.pipe, self.prompts, self.call, self.settings = pipe, prompts, call, settings
-        self.results, self.videos, self.tables = results, videos, tables
+        self.results, self.videos, self.tables, self.budget = results, videos, tables, budget
 
     def run(self, method: str, pairs: Sequence[Pair]) -> None:
         """Compute what there are no records of yet; the dense videos must be there. A short generation goes first."""
-        missing = self.results.missing(method, pairs)
-        if not missing:
+        missing = [
+            pair for pair in self.results.missing(method, pairs) if method == DENSE or self.videos.has(DENSE, pair)
+        ]
+        if not missing or not self.budget.allows():
             return
-        lite_attention.disable(self.pipe)
-        if method != DENSE:
-            self._enable(method)
+        self._prepare(method)
         self._generate(missing[0], num_inference_steps=_WARM_UP)
         for pair in missing:
-            log = None if method == DENSE else lite_attention.SparsityLog(self.pipe)
-            start = _now()
-            video = self._generate(pair, **({} if log is None else {"callback_on_step_end": log.on_step_end}))
-            seconds = _now() - start
-            record: Record = {"method": method, "prompt": pair[0], "seed": pair[1], "seconds": seconds}
-            # A step skips what the log says after the one before.
-            steps, shares = self.call["num_inference_steps"], None if log is None else log.table().mean(0)
-            record["skipped"] = 0.0 if shares is None else float(shares[:-1].sum()) / steps
-            record["attention"] = 1 - record["skipped"]
-            if method != DENSE:
-                record |= fidelity(video, self.videos.load(DENSE, pair))
-            self.videos.save(method, pair, video)
-            self.results.add([record])
-            print(f"{method}, prompt {pair[0]}, seed {pair[1]}: {seconds:.1f} s", flush=True)
+            if self.budget.allows():
+                with self.budget.batch():
+                    self._run(method, pair)
 
-    def _enable(self, method: str) -> None:
-        family, _, value = method.partition(":")
-        threshold = float(value) if family == "threshold" else -math.inf
-        steps = self.call["num_inference_steps"]
-        lite_attention.enable(self.pipe, threshold=threshold, num_steps=steps, **self.settings)
-        if family == "table":
-            lite_attention.LiteAttentionRegistry.from_model(self.pipe, mode="load", filename=self.tables[value])
+    def _run(self, method: str, pair: Pair) -> None:
+        steps = steps_of(method, self.call["num_inference_steps"])
+        shares = self._shares_of(method, steps)
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+            shares.after_step(step)
+            return callback_kwargs
+
+        start = _now()
+        with shares if isinstance(shares, Simulation) else contextlib.nullcontext():
+            video = self._generate(pair, num_inference_steps=steps, callback_on_step_end=on_step_end)
+        record: Record = {"method": method, "prompt": pair[0], "seed": pair[1], "seconds": _now() - start}
+        record["skipped"] = float(shares.shares.mean())
+        record["attention"] = (1 - record["skipped"]) * steps / self.call["num_inference_steps"]
+        if method != DENSE:
+            record |= fidelity(video, self.videos.load(DENSE, pair))
+        self.videos.save(method, pair, video)
+        self.results.add([record])
+        print(f"{method}, prompt {pair[0]}, seed {pair[1]}: {record['seconds']:.1f} s", flush=True)
+
+    def _prepare(self, method: str) -> None:
+        lite_attention.disable(self.pipe)
+        if method.partition(":")[0] in (DENSE, "steps", *SIMULATED):
+            return
+        options = enable_options(method, steps_of(method, self.call["num_inference_steps"]), self.tables)
+        order: dict[str, Any] = {"token_order": "tile3d"} if is_reordered(method) else {}
+        lite_attention.enable(self.pipe, **options, **order, **self.settings)
+
+    def _shares_of(self, method: str, steps: int) -> DenseShares | Simulation:
+        """Return what notes the shares of a method that is prepared, or simulates it."""
+        wanted, family = simulated(method), method.partition(":")[0]
+        if wanted:
+            return Simulation(wanted, parts_of(self.pipe).values(), steps)
+        if residual_of(method) or family == "preset":
+            return ResidualShares(self.pipe, 1, steps)
+        return DenseShares(1, steps) if family in (DENSE, "steps") else SkipShares(self.pipe, 1, steps)
 
     def _generate(self, pair: Pair, **more: Any) -> torch.Tensor:
         """Return a video, uint8 (3, F, H, W), on the CPU."""
@@ -152,12 +174,13 @@ def markdown(results: Results, methods: Sequence[str], pairs: Sequence[Pair], wh
             "",
             "PSNR and SSIM (Wang et al. 2004, luma) to the dense video of the same prompt and seed, of pixels from 0 "
             "to 255. In brackets: 95 % intervals, bootstrapped over prompts with all their seeds. `skipped` is the "
-            "mean over steps and skip-aware sites, the first step included; the time is that of a whole call of the "
-            "pipeline.",
+            "mean over steps and skip-aware sites, the first step included; `attention computed`, the cost, is held "
+            "against all steps dense; the time is that of a whole call of the pipeline.",
             "",
             reporting.table(results, methods, METRICS, pairs),
             "",
             reporting.vmaf_note(results, methods, pairs),
+            *comparisons(results, methods, pairs),
             "",
         ]
     )  # fmt: skip
@@ -175,17 +198,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=integer(1), default=832, help="pixels")
     parser.add_argument("--frames", type=integer(1), default=81, help="of a video")
     parser.add_argument("--guidance", type=number(), default=5.0, help="of classifier-free guidance")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="such as threshold:-6; dense goes first anyway")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="see above; dense goes first anyway")
     parser.add_argument("--tables", type=Path, nargs="*", default=[], help="threshold files, run as table:NAME")
     parser.add_argument("--compile", choices=("no", "blocks", "model"), default="no", help="dense and skip-aware alike")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights"
     )
+    parser.add_argument("--budget", type=number(above=0), help="seconds, after which no more videos are begun")
     parser.add_argument("--markdown", type=Path, help="write the report there, too")
     parser.add_argument("--json", type=Path, help="write means and intervals there")
-    parser.add_argument("--plot", type=Path, help="draw quality against attention saved there")
+    parser.add_argument("--plot", type=Path, help="draw quality over attention computed there")
     add_device(parser)
     args = parser.parse_args(arguments)
+    budget = Budget(args.budget)
 
     prompts = PROMPTS
     if args.prompts:
@@ -210,9 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = {file.stem: file for file in args.tables}
     methods = list(dict.fromkeys([DENSE, *args.methods, *(f"table:{name}" for name in tables)]))
     for method in methods:
-        check(method, tables)
-    pairs = [(prompt, seed) for prompt in range(len(prompts)) for seed in range(args.seeds)]
-    bench = Pretrained(pipe, prompts, call, results, videos, tables, compile=compile)
+        check(method, tables, _FAMILIES)
+        if method.partition(":")[0] in SIMULATED and (is_reordered(method) or args.compile != "no"):
+            parser.error(f"--methods: {method} is simulated, which needs --compile no, and goes without tile3d")
+    pairs = [(prompt, seed) for seed in range(args.seeds) for prompt in range(len(prompts))]
+    bench = Pretrained(pipe, prompts, call, results, videos, tables, budget, compile=compile)
     for method in methods:
         bench.run(method, pairs)
     results.fill_vmaf(videos)
@@ -230,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = {"about": about, "where": where, "methods": reporting.as_json(results, methods, METRICS, pairs)}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
     if args.plot:
-        reporting.draw(results, methods, METRICS, pairs, args.plot)
+        draw(results, methods, METRICS, pairs, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""What the quality benchmarks keep and print: a file of results, tables with intervals, verdicts, a plot."""
+"""What the quality benchmarks keep and print: a file of results, tables with intervals, verdicts."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tabulate import tabulate
 
 from benchmarks.quality_metrics import Interval, Pair, bootstrap, difference, fidelity, vmaf_missing
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 Record = dict[str, Any]  # "method", "prompt", "seed", and figures by name; None = could not be measured
 
 DENSE = "dense"
 VOTING = ("threshold", "tile3d", "int8", "fp8")  # at a threshold
+RESIDUAL = ("residual", "residual-int8", "residual-fp8", "cached")
+SIMULATED = ("mean-keys", "maximum")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ FIDELITY = (
     Metric("psnr", "PSNR (dB)", 1, 1),
     Metric("ssim", "SSIM", 4, 1),
     Metric("vmaf", "VMAF", 1, 1),
+    Metric("features", "feature distance", 4, -1),
     Metric("path_to_dense", "path to dense (sides)", 4, -1),
 )
 TRUTH = (
@@ -164,10 +165,17 @@ def interval_of(results: Results, method: str, metric: Metric, pairs: Sequence[P
     return difference(values, dense) if values.keys() & dense.keys() else None
 
 
-def saved(results: Results, method: str, pairs: Sequence[Pair]) -> float:
-    """Return the share of dense attention's tiles that a method does not compute, over the generation; 0 to 1."""
+def cost(results: Results, method: str, pairs: Sequence[Pair]) -> float:
+    """Return the share of dense attention's tiles that a method computes, over the generation; NaN = not measured."""
     values = results.values(method, "attention", pairs)
-    return 1 - sum(values.values()) / len(values) if values else 0.0
+    return sum(values.values()) / len(values) if values else math.nan
+
+
+def text_of(interval: Interval, metric: Metric, signed: bool) -> str:
+    """Return a mean and its interval as a cell of a table."""
+    sign, digits = "+" if signed else "", metric.digits
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in interval)
+    return f"{mean} ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,7 @@ class Verdict:
     other: str
     metric: Metric
     sign: int  # 1 = better, -1 = worse, 0 = the interval of the paired difference has 0 in it
-    saved: float  # share of tiles that the method does not compute, 0 to 1
+    cost: float  # share of tiles that the method computes
 
 
 def verdicts(
@@ -198,28 +206,23 @@ def verdicts(
             mine, other = (results.values(name, metric.name, pairs) for name in (method, twin))
             if mine.keys() & other.keys():
                 sign = metric.better * difference(mine, other).sign
-                found.append(Verdict(method, twin, metric, sign, saved(results, method, pairs)))
+                found.append(Verdict(method, twin, metric, sign, cost(results, method, pairs)))
     return found
 
 
 def sentences(found: Sequence[Verdict]) -> list[str]:
-    """Return in words what verdicts say; for random skipping also what follows for the metrics."""
+    """Return in words what verdicts say of random skipping, and what follows for the metrics."""
     lines = []
-    for twin, method, share in dict.fromkeys((verdict.other, verdict.method, verdict.saved) for verdict in found):
+    for twin, method, computed in dict.fromkeys((verdict.other, verdict.method, verdict.cost) for verdict in found):
         by_sign = {
             sign: ", ".join(v.metric.heading for v in found if (v.other, v.method, v.sign) == (twin, method, sign))
             for sign in (1, 0, -1)
         }
-        if twin.startswith("random"):
-            able = "is" if by_sign[1] else "is **not**"
-            line = f"Random skipping {able} distinguishable from `{method}` at equal sparsity, {share:.1%}"
-            line += f": worse by {by_sign[1]}." if by_sign[1] else "."
-            line += f" Not told apart by {by_sign[0]}: these show nothing here." if by_sign[0] else ""
-            line += f" Random is better by {by_sign[-1]}: do not trust these." if by_sign[-1] else ""
-        else:
-            words = {1: "better", 0: "not told apart", -1: "worse"}
-            parts = [f"{words[sign]} by {headings}" for sign, headings in by_sign.items() if headings]
-            line = f"`{method}` against `{twin}`, which computes about as many tiles: {'; '.join(parts)}."
+        able = "is" if by_sign[1] else "is **not**"
+        line = f"Random skipping {able} distinguishable from `{method}` at equal sparsity, {1 - computed:.1%}"
+        line += f": worse by {by_sign[1]}." if by_sign[1] else "."
+        line += f" Not told apart by {by_sign[0]}: these show nothing here." if by_sign[0] else ""
+        line += f" Random is better by {by_sign[-1]}: do not trust these." if by_sign[-1] else ""
         lines.append(line)
     return lines
 
@@ -229,13 +232,12 @@ def _cell(results: Results, method: str, metric: Metric, pairs: Sequence[Pair]) 
     interval = interval_of(results, method, metric, pairs)
     if not values:
         return "-"
-    mean = sum(values.values()) / len(values)
+    mean = f"{sum(values.values()) / len(values):.{metric.digits}f}"
     if interval is None or (metric.change and method == DENSE):
-        return f"{mean:.{metric.digits}f}"
-    sign = "+" if metric.change else ""
-    return (
-        f"{mean:.{metric.digits}f} ({interval.low:{sign}.{metric.digits}f} to {interval.high:{sign}.{metric.digits}f})"
-    )
+        return mean
+    if not metric.change:
+        return text_of(interval, metric, signed=False)
+    return f"{mean} ({interval.low:+.{metric.digits}f} to {interval.high:+.{metric.digits}f})"
 
 
 def table(results: Results, methods: Sequence[str], metrics: Sequence[Metric], pairs: Sequence[Pair]) -> str:
@@ -247,9 +249,7 @@ def table(results: Results, methods: Sequence[str], metrics: Sequence[Metric], p
         count = len(results.values(method, "attention", pairs))
         skipped = list(results.values(method, "skipped", pairs).values())
         cells = [f"`{method}`", str(count)]
-        cells += (
-            [f"{sum(skipped) / len(skipped):.1%}", f"{1 - saved(results, method, pairs):.1%}"] if count else ["-"] * 2
-        )
+        cells += [f"{sum(skipped) / len(skipped):.1%}", f"{cost(results, method, pairs):.1%}"] if count else ["-"] * 2
         cells += [_cell(results, method, metric, pairs) for metric in metrics]
         rows.append(cells)
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
@@ -259,7 +259,8 @@ def as_json(results: Results, methods: Sequence[str], metrics: Sequence[Metric],
     """Return all means and intervals by method and metric."""
     found: Record = {}
     for method in methods:
-        row: Record = {"saved": saved(results, method, pairs)}
+        computed = cost(results, method, pairs)
+        row: Record = {"cost": None if math.isnan(computed) else computed}
         for metric in metrics:
             values = results.values(method, metric.name, pairs)
             if values:
@@ -270,63 +271,6 @@ def as_json(results: Results, methods: Sequence[str], metrics: Sequence[Metric],
                 }  # fmt: skip
         found[method] = row
     return found
-
-
-def family_of(method: str) -> str:
-    """Return what methods that differ in one number have in common, such as "threshold" of "threshold:-3"."""
-    family, _, value = method.partition(":")
-    return f"{family}, first steps dense" if family in VOTING and "," in value else family
-
-
-def draw(
-    results: Results, methods: Sequence[str], metrics: Sequence[Metric], pairs: Sequence[Pair], path: Path
-) -> Figure:
-    """Draw metrics with their intervals against the attention saved, a panel each, a line for each family of methods.
-
-    Args:
-        results: of the methods.
-        methods: dense and what is no method of saving are left out.
-        metrics: those that were not measured are left out.
-        pairs: of prompts and seeds.
-        path: where to save it.
-    """
-    from lite_attention.plot import new_figure
-
-    metrics = [m for m in metrics if any(results.values(method, m.name, pairs) for method in methods)]
-    families: dict[str, list[str]] = {}
-    for method in methods:
-        if method != DENSE and results.values(method, "psnr", pairs):
-            families.setdefault(family_of(method), []).append(method)
-    columns = min(4, len(metrics))
-    rows = -(-len(metrics) // columns)
-    figure = new_figure(4 * columns, 3.2 * rows + 0.8, "Quality against attention saved, with 95 % intervals")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, metric in zip(panels, metrics, strict=False):
-        for number, (family, members) in enumerate(families.items()):
-            points = [(saved(results, m, pairs), interval_of(results, m, metric, pairs)) for m in members]
-            known = sorted((100 * x, interval) for x, interval in points if interval is not None)
-            if known:
-                means = [interval.mean for _, interval in known]
-                # A percentile interval need not hold the mean, where there are few values.
-                reach = [
-                    [max(0.0, interval.mean - interval.low) for _, interval in known],
-                    [max(0.0, interval.high - interval.mean) for _, interval in known],
-                ]
-                axes.errorbar(
-                    [x for x, _ in known], means, yerr=reach, marker="o", markersize=3, capsize=2, linewidth=1,
-                    label=family, color=f"C{number}", linestyle="-" if number < 10 else "--",  # ten colors
-                )  # fmt: skip
-        if metric.change:
-            axes.axhline(0, color="black", linewidth=0.8, linestyle="dotted")
-        better = "more" if metric.better > 0 else "less"
-        label = f"{metric.heading}, change" if metric.change else metric.heading
-        axes.set(xlabel="tiles of dense attention saved (%)", ylabel=f"{label} ({better} is better)")
-        axes.grid(alpha=0.3)
-    for axes in panels[len(metrics) :]:
-        axes.set_axis_off()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
-    return figure
 
 
 def vmaf_note(results: Results, methods: Sequence[str], pairs: Sequence[Pair]) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "JUDGE",
     "Judge",
     "Verdict",
+    "feature_distance",
     "load_judge",
     "measure",
     "measure_truth",
@@ -69,11 +70,16 @@ class Judge(nn.Module):
         )
         self.of_path = nn.ModuleDict({name: nn.Linear(128, len(FIELDS[name])) for name in _OF_PATH})
 
+    @staticmethod
+    def images(video: torch.Tensor) -> torch.Tensor:
+        """Return the frames [B F, 3, side, side] that are looked at, of videos [B, 3, F, H, W]."""
+        frames = video.transpose(1, 2).flatten(0, 1)
+        return F.interpolate(frames, (_SIDE, _SIDE), mode="bilinear", antialias=True)
+
     def forward(self, video: torch.Tensor) -> Verdict:
         """Judge videos [B, 3, F, H, W] in [-1, 1]."""
         batch, frames = video.shape[0], video.shape[2]
-        images = F.interpolate(video.transpose(1, 2).flatten(0, 1), (_SIDE, _SIDE), mode="bilinear", antialias=True)
-        seen = self.see(images)
+        seen = self.see(self.images(video))
         heat = self.heat(seen).flatten(1).softmax(1)  # [B F, cells]
         centers = (torch.arange(_GRID, device=video.device) + 0.5) / _GRID
         places = torch.cartesian_prod(centers, centers).flip(1)  # [cells, 2], x before y
@@ -189,6 +195,22 @@ def measure(
 def path_distance(judge: Judge, video: torch.Tensor, other: torch.Tensor) -> float:
     """Return how far apart the main sprites of two batches of videos are, mean over frames, sides."""
     return float((judge(video).path - judge(other).path).norm(dim=2).mean())
+
+
+@torch.no_grad()
+def feature_distance(judge: Judge, video: torch.Tensor, other: torch.Tensor) -> float:
+    """Return how different two batches of videos look to a judge: 0 = alike; its layers have five parts in it.
+
+    The squared distance of features as unit vectors at each place, mean over places, summed over the layers, as LPIPS
+    (Zhang et al. 2018, arXiv 1801.03924) has it, without learned weights of the channels.
+    """
+    x, y = judge.images(video), judge.images(other)
+    distance = 0.0
+    for layer in judge.see:
+        x, y = layer(x), layer(y)
+        if isinstance(layer, nn.ReLU):
+            distance += float((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean())
+    return distance
 
 
 def measure_truth(judge: Judge, batch: int, size: Size, device: str = "cpu") -> dict[str, float]:

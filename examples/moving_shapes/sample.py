@@ -23,7 +23,7 @@ from examples.moving_shapes.scenes import NULL_PROMPT, Size, draw_scenes, prompt
 from lite_attention.cli.arguments import add_device, integer, number, threshold
 from lite_attention.inspection import named_states
 
-__all__ = ["generate", "read_prompt", "save_videos", "time_steps"]
+__all__ = ["generate", "read_prompt", "save_gif", "save_videos", "time_steps"]
 
 
 def time_steps(steps: int, size: Size) -> torch.Tensor:
@@ -67,7 +67,7 @@ def generate(
     for step, (now, then) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
         velocity = {}
         for name, asked in prompts.items():
-            with lite_attention.branch(name, step, model=model):
+            with lite_attention.branch(name, step, time=now, model=model):
                 velocity[name] = model(video, torch.full((len(prompt),), now, device=device), asked)
         guided = velocity["uncond"] + guidance * (velocity["cond"] - velocity["uncond"])
         video = video + (then - now) * guided
@@ -88,8 +88,19 @@ def save_videos(videos: torch.Tensor, path: Path) -> None:
         return
 
     Image.fromarray(tile(videos).numpy()).save(path.with_suffix(".png"))
+    save_gif(videos, path.with_suffix(".gif"))
+
+
+def save_gif(videos: torch.Tensor, path: Path) -> None:
+    """Write videos [B, 3, F, H, W] in [-1, 1] side by side.
+
+    Raises:
+        ImportError: there is no Pillow.
+    """
+    from PIL import Image
+
     moments = [Image.fromarray(tile(moment.transpose(0, 1).unsqueeze(0)).numpy()) for moment in videos.unbind(2)]
-    moments[0].save(path.with_suffix(".gif"), save_all=True, append_images=moments[1:], duration=100, loop=0)
+    moments[0].save(path, save_all=True, append_images=moments[1:], duration=100, loop=0)
 
 
 def skipped(model: VideoDiT) -> float:

@@ -49,15 +49,21 @@ benchmarks.quality --keep -1
 benchmarks.quality --size 0 24 24
 benchmarks.quality --guidance inf
 benchmarks.quality --device tpu
+benchmarks.quality --solver heun
+benchmarks.quality --budget 0
+benchmarks.quality --first-prompt -1
 benchmarks.quality_pretrained --steps 0
 benchmarks.quality_pretrained --frames 1.5
 benchmarks.quality_pretrained --dtype int8
+benchmarks.quality_pretrained --budget 0
 benchmarks.runner --layers 0
 benchmarks.runner --tokens 8
 examples.moving_shapes.demo --steps 0
 examples.moving_shapes.demo --threshold 1
 examples.moving_shapes.demo --threshold nan
 examples.moving_shapes.demo --tile 0
+examples.moving_shapes.demo --keep 0
+examples.moving_shapes.demo --full-every 0
 examples.moving_shapes.demo --seed -1
 examples.moving_shapes.demo --size 6 32 33
 examples.moving_shapes.demo --prompt shape=star size=big

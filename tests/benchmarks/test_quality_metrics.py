@@ -9,9 +9,9 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from benchmarks import quality_methods as methods
 from benchmarks import quality_metrics
 from benchmarks import quality_report as reporting
+from benchmarks import quality_setup as methods
 from benchmarks.quality_metrics import Pair, bootstrap, difference, psnr, ssim, vmaf, vmaf_missing
 from tests.support.quality import ABOUT, video
 
