@@ -274,6 +274,18 @@ def test_a_row_without_a_visitable_tile_gives_nothing_whatever_its_residual() ->
     assert lse[0].isfinite().all()
 
 
+@pytest.mark.parametrize("steps_without", [(1,), (2,), (1, 2), (0,), (0, 1, 2), (3,), (2, 3)], ids=str)
+def test_videos_without_keys_in_some_steps(steps_without: tuple[int, ...]) -> None:
+    """Infinite differences are not forecast, and nothing is NaN."""
+    state = residual_state(*_inputs(), plan=[2, 1, 1, 0, 0])
+    for step in range(5):
+        mask = torch.ones(2, 70, dtype=torch.bool)
+        mask[1] = step not in steps_without
+        out, want = assert_residual_step(*_inputs(step), state, key_mask=mask)
+        assert not out.isnan().any()
+        assert not want.lse.isnan().any()
+
+
 def test_where_kept_tiles_score_nothing_the_difference_itself_is_the_lse() -> None:
     q, k, v = (x.abs() for x in _inputs(batch=1, heads=1, kv_heads=1))
     state = residual_state(q, k, v, plan=[2, 1, 0], keep=0.0)

@@ -235,7 +235,9 @@ def test_calls_of_two_threads_at_once_are_refused() -> None:
 
 @pytest.mark.parametrize("residual_dtype", DTYPES)
 @pytest.mark.parametrize(
-    "options", [{}, {"forecast": False}, {"initial_mask": torch.eye(7, 9)[None, None] > 0}], ids=str
+    "options",
+    [{}, {"forecast": False}, {"initial_mask": torch.ones(1, 1, 7, 9).bool()}],
+    ids=["forecast", "one residual", "initial mask"],
 )
 def test_state_dict_round_trip(residual_dtype: str, options: dict[str, Any]) -> None:
     options = {"residual_dtype": residual_dtype, "num_steps": 9, "refresh": 7, **options}
@@ -380,7 +382,7 @@ def test_memory_that_runs_out_is_told_with_what_would_need_less(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(ResidualState, "_residual_buffers", fail)
+    monkeypatch.setattr(ResidualState, "_zeros", fail)
     sizes = {**SIZES, "seq_q": 10**5, "residual_dtype": "bf16"}
     parts = [
         ResidualState.nbytes_of(**{**sizes, **change}).total
@@ -409,6 +411,6 @@ def test_other_errors_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(ResidualState, "_residual_buffers", fail)
+    monkeypatch.setattr(ResidualState, "_zeros", fail)
     with pytest.raises(RuntimeError, match="something else"):
         _state()
