@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
 import math
 import pickle
@@ -10,9 +12,11 @@ import re
 import threading
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lite_attention
 from lite_attention.ops import ResidualState, host_memory, residual_attention, step_plan
@@ -373,6 +377,82 @@ def test_what_lives_on_the_host_is_placed_there_and_copied_as_what_it_holds(monk
     _state()
     assert placed == both
     _assert_equal(copy.copy(state), _buffers(state))
+
+
+def test_fake_tensors_on_the_host_are_fake() -> None:
+    """Where only shapes are asked for, no memory is pinned, and no GPU is needed."""
+    with FakeTensorMode() as mode:
+        made = host_memory.zeros((2, 3), dtype=torch.float8_e4m3fn, device=torch.device("cuda", 0))
+        moved = host_memory.placed(mode.from_tensor(torch.zeros(4)), torch.device("cuda", 0))
+    assert (made.shape, made.dtype, made.device.type) == ((2, 3), torch.float8_e4m3fn, "cuda")
+    assert (moved.shape, moved.device.type) == ((4,), "cuda")
+
+
+class _Cuda:
+    """Stands for the CUDA runtime and the tensors of a GPU: what is asked of it."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error, self.asked = error, []  # type: ignore[var-annotated]
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.asked.append(("register", address, nbytes, flags))
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.asked.append(("unregister", address))
+        return 0
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> _Cuda:
+    cuda = _Cuda()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: cuda.asked.append(("wait", device)))
+    return cuda
+
+
+def test_pinned_memory_lives_as_long_as_a_tensor_of_it(cuda: _Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made of the array interface on the CPU, as torch makes one on a GPU."""
+    device, plain = torch.device("cuda", 0), torch.as_tensor
+
+    def as_tensor(pinned: Any, device: torch.device) -> torch.Tensor:
+        interface = pinned.__cuda_array_interface__
+        holder = type("Array", (), {"__array_interface__": interface, "owner": pinned})()
+        return plain(numpy.asarray(holder))
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    tensor = host_memory.zeros((2, 3, 5), dtype=torch.bfloat16, device=device)
+    address = tensor.data_ptr()
+    assert not tensor.any()
+    assert tensor.shape == (2, 3, 5)
+    view = tensor[1:]
+    del tensor
+    gc.collect()
+    assert cuda.asked == [("register", address, 60, 0)]
+    view.fill_(3)
+    del view
+    gc.collect()
+    assert cuda.asked[1:] == [("wait", device), ("unregister", address)]
+    copied = host_memory.placed(torch.arange(6.0).view(2, 3), device)
+    assert torch.equal(copied, torch.arange(6.0).view(2, 3))
+    del copied
+    gc.collect()
+    assert cuda.asked[-1][0] == "unregister"
+
+
+def test_memory_that_cannot_be_pinned(cuda: _Cuda) -> None:
+    cuda.error = 2
+    with pytest.raises(MemoryError, match="60 bytes of the host cannot be page-locked: 2"):
+        host_memory.zeros((2, 3, 5), dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    gc.collect()
+    assert [what for what, *_ in cuda.asked] == ["register"]  # and nothing is taken back
+
+
+def test_a_gpu_that_copies_is_refused(cuda: _Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "as_tensor", lambda pinned, device: pinned.memory.clone())
+    with pytest.raises(RuntimeError, match="memory='host': expected a GPU that reads memory of the host in place"):
+        host_memory.zeros((2, 3, 5), dtype=torch.bfloat16, device=torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("host")])
