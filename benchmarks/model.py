@@ -1,17 +1,20 @@
 """Time of one forward of a diffusers video transformer on a Hopper GPU, compiled, by what computes its self-attention.
 
     python -m benchmarks.model [--model 14B 1.3B LTX] [--size short long] [--layers N] [--sparsities 0 0.42 0.77]
-                               [--only none fa3 cudnn dense ours] [--profile] [--seconds 1.5] [--json FILE]
+                               [--residual 0.2,3 0.3,3] [--steps 20 50] [--only none fa3 cudnn dense ours residual]
+                               [--profile] [--seconds 1.5] [--json FILE]
 
 Random weights, since only time is measured. Each variant runs in a block of its own, the default attention of PyTorch
-before and after it. Skipped tiles are planted through an initial mask at threshold -inf, so nothing else changes.
-Cross-attention is PyTorch's in all variants. Needs diffusers; FlashAttention-3 is `fa3-fwd`.
+before and after it. Votes: skipped tiles are planted through an initial mask at threshold -inf, so nothing else
+changes. The residual: steps of each kind are timed, and weighed as the plan of a generation has them. Cross-attention
+is PyTorch's in all variants. Needs diffusers; FlashAttention-3 is `fa3-fwd`.
 
     none      no attention: the site copies v. What is missing then, is the share of attention in a step
     fa3       FlashAttention-3 as a custom op
     cudnn     PyTorch's attention, cuDNN asked for
     dense     our op without a state, called at the sites
-    ours      our backend, at each sparsity
+    ours      our backend with votes, at each sparsity
+    residual  our backend with the residual: KEEP,EVERY is the share kept in sparse steps, and how often one is full
 
 `--profile` counts the GPU kernels of a step: layout copies around an op would show as more of them.
 """
@@ -19,184 +22,28 @@ Cross-attention is PyTorch's in all variants. Needs diffusers; FlashAttention-3 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import itertools
 import json
-import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
-from torch import nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import lite_attention
-from benchmarks.attention import SPARSITIES, runs_of_tiles
+from benchmarks.attention import SPARSITIES
 from benchmarks.measure import Call, block, going_on, one_line, require_gpu, where
+from benchmarks.model_variants import LAYERS, Variants, build, fa3, inputs_of, no_attention
 from lite_attention.cli.arguments import integer, number
-from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops import step_plan
+from lite_attention.ops.plan import DECIDING, FULL, SPARSE
 
-DEVICE = "cuda"
-WAN = {"1.3B": (12, 8960), "14B": (40, 13824)}  # heads of 128, width of the feed-forward
-LAYERS = {"1.3B": 2, "14B": 2, "LTX": 4}  # enough that the rest of a step is small beside them
-# Frames, height and width of the latent. Wan: 81 frames, 480p and 720p, of which 1x2x2 make a token; LTX-Video: 121
-# frames of 768x512 and 257 of 1216x704.
-LATENTS = {
-    "Wan": {"short": (21, 60, 104), "long": (21, 90, 160)},
-    "LTX": {"short": (16, 16, 24), "long": (33, 22, 38)},
-}
-VARIANTS = ("none", "fa3", "cudnn", "dense", "ours")
+VARIANTS = ("none", "fa3", "cudnn", "dense", "ours", "residual")
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (B, S, H, D)
-SDPA: Callable[..., torch.Tensor] = functional.scaled_dot_product_attention
-
-
-@torch.library.custom_op("lite_attention_benchmarks::fa3", mutates_args=())
-def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    from fa3_fwd_interface import flash_attn_func
-
-    out = flash_attn_func(q, k, v)
-    attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return attended
-
-
-@torch.library.custom_op("lite_attention_benchmarks::no_attention", mutates_args=())
-def no_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Copy v, so that q and k are still computed: returned as it is, v would let the compiler drop them."""
-    return v.clone(memory_format=torch.contiguous_format)
-
-
-@fa3.register_fake
-@no_attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(q.shape)
-
-
-def build(name: str, layers: int) -> nn.Module:
-    with torch.device(DEVICE):
-        if name == "LTX":
-            model: Any = LTXVideoTransformer3DModel(num_layers=layers)
-        else:
-            heads, ffn_dim = WAN[name]
-            model = WanTransformer3DModel(
-                num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn_dim, num_layers=layers, in_channels=16,
-                out_channels=16, text_dim=4096,
-            )  # fmt: skip
-    ready: nn.Module = model.to(torch.bfloat16).eval().requires_grad_(False)
-    return ready
-
-
-def inputs_of(name: str, size: str) -> tuple[dict[str, Any], int]:
-    """Return the arguments of a forward, and the number of tokens."""
-    frames, height, width = LATENTS["LTX" if name == "LTX" else "Wan"][size]
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-
-    timestep = torch.tensor([500.0], device=DEVICE)
-    if name != "LTX":
-        latent, text = noise(1, 16, frames, height, width), noise(1, 512, 4096)
-        tokens = frames * height * width // 4
-        return {"hidden_states": latent, "timestep": timestep, "encoder_hidden_states": text}, tokens
-    tokens = frames * height * width
-    return {
-        "hidden_states": noise(1, tokens, 128), "timestep": timestep, "encoder_hidden_states": noise(1, 128, 4096),
-        "encoder_attention_mask": torch.ones(1, 128, device=DEVICE), "num_frames": frames, "height": height,
-        "width": width,
-    }, tokens  # fmt: skip
-
-
-def instead_of_sdpa(attend: Attend) -> Callable[..., torch.Tensor]:
-    """Return what takes the place of PyTorch's attention where queries and keys are alike and nothing is masked."""
-
-    def function(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **rest: Any
-    ) -> torch.Tensor:
-        if attn_mask is not None or query.shape != key.shape:
-            return SDPA(query, key, value, attn_mask=attn_mask, **rest)
-        out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return out.transpose(1, 2)
-
-    return function
-
-
-@contextlib.contextmanager
-def sdpa_is(function: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Let diffusers' native attention backend find a function in the place of scaled_dot_product_attention."""
-    functional.scaled_dot_product_attention = function
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = SDPA
-
-
-class Variants:
-    """Compiled forms of one model that share its weights; a call puts its own in place first."""
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        self.model = model
-        self.inputs = inputs
-
-    @torch.inference_mode()
-    def step(self) -> Any:
-        return self.model(**self.inputs, return_dict=False)
-
-    def compiled(self, attend: Attend | None = None, backends: SDPBackend | None = None) -> Call:
-        """Return a step, compiled by inductor.
-
-        Args:
-            attend: what self-attention calls; None = PyTorch's.
-            backends: what PyTorch's attention may use; None = all.
-        """
-        from torch._inductor.compile_fx import compile_fx
-
-        def inductor(gm: Any, example_inputs: Any) -> Any:  # a function of its own: dynamo shares code by backend
-            return compile_fx(gm, example_inputs)
-
-        function = SDPA if attend is None else instead_of_sdpa(attend)
-        self.model._compiled_call_impl = None
-        self.model.compile(backend=inductor)
-        implementation = self.model._compiled_call_impl
-
-        def call() -> Any:
-            self.model._compiled_call_impl = implementation
-            chosen = contextlib.nullcontext() if backends is None else sdpa_kernel(backends)
-            with sdpa_is(function), chosen:
-                return self.step()
-
-        return call
-
-    def ours(self) -> Call:
-        """Return a step with our backend; `plant` says what is skipped."""
-        self.model._compiled_call_impl = None
-        # Initial masks without a tile in them, so that all sparsities run the same compiled code.
-        lite_attention.enable(self.model, threshold=-math.inf, num_steps=50, slots=1, initial_mask=lambda site: None)
-        implementation = self.model._compiled_call_impl
-
-        def call() -> Any:
-            self.model._compiled_call_impl = implementation
-            return self.step()
-
-        return call
-
-    def plant(self, call: Call, share: float) -> float:
-        """Write an initial mask into all states of `ours`, and return the share of tiles skipped from then on."""
-        call()
-        report = lite_attention.report(self.model, file=io.StringIO())
-        lite_attention.reset(self.model)
-        for row in report.swapped:
-            assert row.state is not None
-            assert row.state.initial_mask is not None
-            _, heads, seq_q, seq_k = row.state.capacity
-            tiles = math.ceil(seq_q / row.state.tile_m), math.ceil(seq_k / row.state.tile_n)
-            row.state.initial_mask.copy_(pack_bits(runs_of_tiles(torch.full((heads, 1), share), *tiles)))
-        call()
-        return report.swapped[0].sparsity[0]
+Residual = tuple[float, int]  # share kept, full_every
 
 
 def kernels(call: Call) -> Counter[str]:
@@ -225,66 +72,121 @@ def print_kernels(counts: dict[str, Counter[str]]) -> None:
                 print(f"    {sign}{times:<4}{kernel[:120]}")
 
 
-def measure_all(
-    model: nn.Module, inputs: dict[str, Any], seconds: float, only: Collection[str], shares: Collection[float],
-    profiling: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Time all variants of a forward, each against PyTorch's default, and print a line each."""
-    variants = Variants(model, inputs)
-    default = variants.compiled()
-    rows: dict[str, dict[str, Any]] = {}
-    counts: dict[str, Counter[str]] = {}
-    print(f"{'':28}{'/ default':>10}{'/ FA3':>8}{'ms':>9}{'default ms':>12}{'attention':>11}", flush=True)
+def over_steps(of_kind: Mapping[int, float], plan: Sequence[int]) -> float:
+    """Return the mean over the steps of a generation of what a step of each kind has."""
+    return sum(of_kind[kind] for kind in plan) / len(plan)
 
-    def show(name: str, ms: float, peer: float, around: list[float]) -> None:
+
+class Timing:
+    """Times variants of a forward, each against PyTorch's default, and prints a line each.
+
+    Args:
+        variants: of one model.
+        seconds: length of a block.
+        profiling: count GPU kernels, too.
+    """
+
+    def __init__(self, variants: Variants, seconds: float, profiling: bool) -> None:
+        self.variants, self.seconds, self.profiling = variants, seconds, profiling
+        self.default = variants.compiled()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.counts: dict[str, Counter[str]] = {}
+        print(f"{'':28}{'/ default':>10}{'/ FA3':>8}{'ms':>9}{'default ms':>12}{'attention':>11}", flush=True)
+
+    def run(
+        self, only: Collection[str], shares: Collection[float], residuals: Collection[Residual], steps: Collection[int]
+    ) -> None:
+        """Time what is asked for."""
+        self.default()
+        if self.profiling:
+            with going_on("profile of the default"):
+                self.counts["default"] = kernels(self.default)
+        self.replace(only)
+        for key, measured in (
+            ("ours", lambda: self.votes(shares)),
+            ("residual", lambda: self.residual(residuals, steps)),
+        ):
+            if key in only:
+                with going_on(key):
+                    measured()
+                lite_attention.disable(self.variants.model)
+        print_kernels(self.counts)
+
+    def replace(self, only: Collection[str]) -> None:
+        """Time what stands in for PyTorch's attention, and the default."""
+        made: dict[str, tuple[str, Callable[[], Call]]] = {
+            "none": ("no attention", lambda: self.variants.compiled(no_attention)),
+            "fa3": ("FlashAttention-3", lambda: self.variants.compiled(fa3)),
+            "cudnn": ("cuDNN", lambda: self.variants.compiled(backends=SDPBackend.CUDNN_ATTENTION)),
+            "dense": ("ours, dense op", lambda: self.variants.compiled(lite_attention.attention)),
+        }
+        for key, (name, make) in made.items():
+            if key in only:
+                with going_on(name):
+                    self.measure(name, make())
+        if self.rows:
+            self.show("default", self.default_ms, self.default_ms, self.around)
+
+    def votes(self, shares: Collection[float]) -> None:
+        """Time votes at each sparsity."""
+        call = self.variants.ours()
+        for share in shares:
+            skipped = self.variants.plant(call, share)
+            self.measure(f"ours, {skipped:.1%} skipped", call)
+
+    def residual(self, residuals: Collection[Residual], steps: Collection[int]) -> None:
+        """Time steps of each kind, and show their means over generations."""
+        call = self.variants.residual()
+        of_kind: dict[int, float] = {}
+        for kind, name in ((FULL, "residual, full step"), (DECIDING, "residual, deciding step")):
+            self.variants.become(call, kind, min(keep for keep, _ in residuals))
+            of_kind[kind] = self.measure(name, call)
+        of_sparse: dict[float, float] = {}
+        for keep in dict.fromkeys(keep for keep, _ in residuals):
+            skipped = self.variants.become(call, SPARSE, keep)
+            of_sparse[keep] = self.measure(f"residual, {1 - skipped:.0%} kept", call)
+        for (keep, every), count in itertools.product(residuals, steps):
+            ratio = over_steps({**of_kind, SPARSE: of_sparse[keep]}, step_plan(count, full_every=every))
+            self.show(f"residual {keep:g},{every}, {count} steps", ratio * self.default_ms, self.default_ms, [])
+
+    @property
+    def around(self) -> list[float]:
+        """Times of the default before and after each block, ms."""
+        return [ms for row in self.rows.values() for ms in row["default_ms"]]
+
+    @property
+    def default_ms(self) -> float:
+        """Their mean."""
+        return sum(self.around) / len(self.around)
+
+    def measure(self, name: str, call: Call) -> float:
+        """Time a variant, and return its time over the default's."""
+        call()  # compiles outside of the blocks
+        before, time, after = (block(what, self.seconds) for what in (self.default, call, self.default))
+        self.show(name, time, (before + after) / 2, [before, after])
+        kind = "ours, skipping" if name.endswith("skipped") else name  # the same code at all sparsities
+        if self.profiling and kind not in self.counts:
+            self.counts[kind] = kernels(call)
+        return time / ((before + after) / 2)
+
+    def show(self, name: str, ms: float, peer: float, around: list[float]) -> None:
+        """Print a line, and keep it."""
         ratio = ms / peer
-        row = rows[name] = {"name": name, "ratio": ratio, "ms": ms, "default_ms": around}
+        row = self.rows[name] = {"name": name, "ratio": ratio, "ms": ms, "default_ms": around}
         cells = ["", ""]
-        if "FlashAttention-3" in rows:
-            row["ratio_to_fa3"] = ratio / rows["FlashAttention-3"]["ratio"]
+        if "FlashAttention-3" in self.rows:
+            row["ratio_to_fa3"] = ratio / self.rows["FlashAttention-3"]["ratio"]
             cells[0] = f"{row['ratio_to_fa3']:.3f}"
-        if "no attention" in rows:
-            row["attention_share"] = 1 - rows["no attention"]["ratio"] / ratio
+        if "no attention" in self.rows:
+            row["attention_share"] = 1 - self.rows["no attention"]["ratio"] / ratio
             cells[1] = f"{row['attention_share']:.1%}"
         print(f"{name:28}{ratio:10.3f}{cells[0]:>8}{ms:9.1f}{peer:12.1f}{cells[1]:>11}", flush=True)
 
-    def measure(name: str, call: Call) -> None:
-        call()  # compiles outside of the blocks
-        before, time, after = block(default, seconds), block(call, seconds), block(default, seconds)
-        show(name, time, (before + after) / 2, [before, after])
-        kind = "ours, skipping" if name.endswith("skipped") else name  # the same code at all sparsities
-        if profiling and kind not in counts:
-            counts[kind] = kernels(call)
 
-    default()
-    if profiling:
-        with going_on("profile of the default"):
-            counts["default"] = kernels(default)
-    replacing: dict[str, tuple[str, Callable[[], Call]]] = {
-        "none": ("no attention", lambda: variants.compiled(no_attention)),
-        "fa3": ("FlashAttention-3", lambda: variants.compiled(fa3)),
-        "cudnn": ("cuDNN", lambda: variants.compiled(backends=SDPBackend.CUDNN_ATTENTION)),
-        "dense": ("ours, dense op", lambda: variants.compiled(lite_attention.attention)),
-    }
-    for key, (name, make) in replacing.items():
-        if key in only:
-            with going_on(name):
-                measure(name, make())
-    around = [ms for row in rows.values() for ms in row["default_ms"]]
-    if around:
-        mean = sum(around) / len(around)
-        show("default", mean, mean, around)
-    if "ours" in only:
-        with going_on("ours"):
-            call = variants.ours()
-            for share in shares:
-                skipped = variants.plant(call, share)
-                measure(f"ours, {skipped:.1%} skipped", call)
-            lite_attention.disable(model)
-    print_kernels(counts)
-    model._compiled_call_impl = None
-    torch._dynamo.reset()
-    return list(rows.values())
+def residual(text: str) -> Residual:
+    """Return (keep, full_every) of what the command line says, as "0.3,3"."""
+    keep, _, every = text.partition(",")
+    return number(above=0, most=1)(keep), integer(1)(every)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -304,6 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sparsities", type=number(least=0, most=1), nargs="+", default=SPARSITIES, help="shares of tiles skipped"
     )
+    parser.add_argument(
+        "--residual", type=residual, nargs="+", default=[(0.2, 3), (0.3, 3), (0.3, 2)], metavar="KEEP,EVERY",
+        help="share kept in sparse steps, and how often one is full",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=integer(1), nargs="+", default=[20, 50], help="of generations by the residual")
     parser.add_argument("--profile", action="store_true", help="count the GPU kernels of a step")
     parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
@@ -321,8 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             label = {"model": name if name == "LTX" else f"Wan {name}", "layers": layers, "tokens": tokens}
             print(f"\n{one_line(label)}, bf16, torch.compile")
             with going_on(f"{name}, {size}"):
-                found = measure_all(model, inputs, args.seconds, args.only, args.sparsities, args.profile)
-                rows += [{**label, **row} for row in found]
+                timing = Timing(Variants(model, inputs), args.seconds, args.profile)
+                timing.run(args.only, args.sparsities, args.residual, args.steps)
+                rows += [{**label, **row} for row in timing.rows.values()]
+                model._compiled_call_impl = None
+                torch._dynamo.reset()
             if args.json:
                 args.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
         del model

@@ -41,6 +41,9 @@ benchmarks.host --sites 0
 benchmarks.import_time --processes 0
 benchmarks.model --layers 0
 benchmarks.model --sparsities 0.4 1.2
+benchmarks.model --residual 0.2,3 1.2,3
+benchmarks.model --residual 0.3
+benchmarks.model --steps 0
 benchmarks.quality --steps 0
 benchmarks.quality --prompts 0
 benchmarks.quality --seeds -1
