@@ -102,13 +102,14 @@ class Timing:
             with going_on("profile of the default"):
                 self.counts["default"] = kernels(self.default)
         self.replace(only)
-        for key, measured in (
-            ("ours", lambda: self.votes(shares)),
-            ("residual", lambda: self.residual(residuals, steps)),
-        ):
+        methods: dict[str, Callable[[], None]] = {
+            "ours": lambda: self.votes(shares),
+            "residual": lambda: self.residual(residuals, steps),
+        }
+        for key, measure in methods.items():
             if key in only:
                 with going_on(key):
-                    measured()
+                    measure()
                 lite_attention.disable(self.variants.model)
         print_kernels(self.counts)
 
