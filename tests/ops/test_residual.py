@@ -249,6 +249,18 @@ def test_a_row_without_a_score_has_no_weight() -> None:
     assert torch.equal(_bits(state, 2), _bits(other, 2))
 
 
+def test_quantized_masses_are_against_the_whole_lse() -> None:
+    """Scores lack what the mean of the keys gave each row; the LSE in the step before does not."""
+    q, k, v = _inputs()
+    q, k = torch.randn(q.shape), k + torch.randn(k.shape[3])
+    states = [residual_state(q, k, v, plan=[2, 2], keep=0.3) for _ in range(2)]
+    for _ in range(2):
+        _, want = assert_residual_step(q, k, v, states[0], quantization="int8")
+        assert want.certain.float().mean() > 0.9
+        residual_attention(q, k, v, states[1])
+    assert (_bits(states[0], 2) == _bits(states[1], 2)).float().mean() > 0.97  # rounding moves few
+
+
 def test_the_choice_by_a_plain_sort() -> None:
     """Where no two masses share a bin, it is the largest ones."""
     octaves = -torch.randperm(300).float().view(1, 3, 10, 10) / 16 - 0.01
