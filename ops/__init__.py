@@ -3,7 +3,8 @@
 The contract: `docs/design.md`, and `oracle` as a program.
 
 * An op: `schema` registers it, with `guards` and `fakes`. `cpu`, `residual`, `dense` and `quantize` are CPU kernels,
-  `allocate` makes their results; `dequantize` and `units` say what scores are in.
+  made of `rows`, with `choice` and `residual_store`; `allocate` makes their results, `dequantize` and `units` say what
+  scores are in. `oracle` and `residual_oracle` are slow and right.
 * A state: `state` of votes, `residual_state` of residuals, on `site_state` and `memory`; its words in `control`, its
   bits in `bitmask`, its steps in `plan`. `session` moves many, `clock` and `threads` say where to.
 * A call: `functional` and `ranges`, checked by `check_calls`, `validate` and `arguments`; `signature` is what they see.

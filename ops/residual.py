@@ -61,9 +61,7 @@ def residual_attention_reference(
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
     bits = skip_mask[call.slot, :, :batch, :, :q_tiles, : ceil_div(k_tiles, WORD_BITS)]
 
-    barred = q.new_zeros((batch, heads, q_tiles, k_tiles), dtype=torch.bool)
-    if initial_mask is not None:
-        barred |= unpack_bits(initial_mask[:batch, :, :q_tiles], k_tiles)
+    barred = _barred(initial_mask, (batch, heads, q_tiles, k_tiles), q.device)
     visits = visits_of(barred, must_do, key_mask, sizes, tile_m, tile_n)
     kept = _kept(visits, bits[step.mask % 2]) if step.mask else visits.visited
     operands = Operands.of(q, k, v, key_mask, scale=scale, tile_n=tile_n, quantization=quantization)
@@ -78,9 +76,9 @@ def residual_attention_reference(
     for head, of_kept, of_all in _attend(operands, visits, kept, masses, tile_m, out.dtype, whole=step.full):
         result, total = of_all.output(), operands.whole(of_all.lse(), head.at)
         if not step.full:
-            visitable = visits.visited[head.at].any(-1).repeat_interleave(tile_m)[:seq_q]
             result, total = _recovered(result, total, stored, step.residuals, factor, head.at)
-            result, total = result.where(visitable.unsqueeze(-1), 0), total.where(visitable, -math.inf)
+            attends = visits.visited[head.at].any(-1).repeat_interleave(tile_m)[:seq_q]
+            result, total = result.where(attends.unsqueeze(-1), 0), total.where(attends, -math.inf)
         elif step.mask:
             kept_lse = operands.whole(of_kept.lse(), head.at)
             left_out = torch.where(kept_lse == -math.inf, total, total - kept_lse)
@@ -91,8 +89,9 @@ def residual_attention_reference(
 
     row_lse[call.slot, 0, :batch, :, :seq_q] = lse
     if masses is not None:
-        first = visits.always | _table(q_tiles, k_tiles, lambda i: [diagonal_tile(i, *geometry)], q.device)
-        chosen = chosen_tiles(masses.shares(), visits.by_tile(visits.visited), first, step.keep)
+        diagonal = _table(q_tiles, k_tiles, lambda i: [diagonal_tile(i, *geometry)], q.device)
+        visitable = visits.by_tile(visits.visited)
+        chosen = chosen_tiles(masses.shares(), visitable, visits.always | diagonal, step.keep)
         bits[(step.decided + 1) % 2] = pack_bits(~chosen)
     stores = int(step.full and step.mask > 0)
     if stores:
@@ -134,6 +133,12 @@ def _time_and_factor(times: torch.Tensor, step: int, known: int) -> tuple[float,
     now = now.where(~now.isnan(), step)
     factor = float((now - last) / (last - before))
     return float(now), factor if known > 1 and math.isfinite(factor) else 0.0
+
+
+def _barred(initial_mask: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return the tiles of the initial mask, bool of the shape (batch, heads, q_tiles, k_tiles)."""
+    barred = torch.zeros(shape, dtype=torch.bool, device=device)
+    return barred if initial_mask is None else barred | unpack_bits(initial_mask[: shape[0], :, : shape[2]], shape[3])
 
 
 def _kept(visits: Visits, bits: torch.Tensor) -> torch.Tensor:

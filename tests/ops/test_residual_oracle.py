@@ -152,7 +152,7 @@ def _prepare(state: ResidualState, call: Call, rng: torch.Generator) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_equals_the_oracle(case: Case) -> None:
     rng = torch.Generator().manual_seed(case.seed)
