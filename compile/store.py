@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lite_attention.compile.memory_notice import MemoryNotice
 from lite_attention.compile.settings import SkipSettings
-from lite_attention.ops import Session, SkipState
+from lite_attention.ops import ResidualState, Session, SkipState
+from lite_attention.ops.buffers import nbytes_of
+from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.residual_settings import require_votes
 from lite_attention.ops.site import Site, SiteThreshold
 from lite_attention.ops.site_state import SiteState
@@ -115,6 +118,7 @@ class StateStore:
         self.settings = settings
         self.prefix = prefix
         self.forwards = 0  # of the model so far, where it is enabled and tells
+        self.is_dense = False  # states to come begin with skipping off
         self._session = session
         self._model = None if model is None else weakref.ref(model)  # it holds the store
         self._forward: PerThread[Forward] = PerThread(Forward)
@@ -123,6 +127,7 @@ class StateStore:
         self._resolved: dict[int, dict[tuple[object, ...], Resolved]] = {}  # by session: a call costs one look-up
         self._met: set[int] = set()  # sessions whose end is awaited
         self._said: set[str] = set()
+        self._notice = MemoryNotice()
         _stores.add(self)
 
     @property
@@ -250,13 +255,24 @@ class StateStore:
                     "allocated, and a CUDA graph is being captured: call the model once before capturing"
                 )
             threshold, site.name = self._remembered(record)
+            self._announce(record, site, sizes)
             state = self.settings.new_state(site, sizes, threshold)
+            state.set_flag(FLAG_DENSE, self.is_dense)
             session.follow(state)
             record.states[key] = state
             if id(session) not in self._met:
                 self._met.add(id(session))
                 weakref.finalize(session, _later(self._forget_session), id(session)).atexit = False
         return state
+
+    def _announce(self, record: SiteRecord, site: Site, sizes: Sizes) -> None:
+        """Say how much memory is about to be taken, if it is much."""
+        residual, model = self.settings.residual, self.model
+        if residual is not None:
+            sized = self.settings.sized(site, sizes, self.settings.tile_shape_for(site))
+            name = site.name if model is None else record.name(model)
+            nbytes = sum(nbytes_of(self.settings.buffers(sized)).values())
+            self._notice.announce(name, nbytes, residual.memory, model)
 
     def _forget_session(self, session: int) -> None:
         """Let go of the states of a thread that has ended."""
@@ -294,6 +310,18 @@ class StateStore:
         self._resolved.clear()
         self._thresholds.clear()
         _stores.discard(self)
+
+    # ---- keep -----------------------------------------------------------------------------------------------------
+
+    def plan(self, keep: float | torch.Tensor, full_every: int) -> None:
+        """Let residuals keep so much, and every so many steps be full, in place and in states to come."""
+        self.settings = replace(self.settings, keep=keep, full_every=full_every)
+        residual = self.settings.residual
+        assert residual is not None
+        for state in [state for record in self.records for state in [*record.states.values()]]:
+            assert isinstance(state, ResidualState)
+            state.set_plan(residual.plan(len(state.plan)))
+            state.set_keep(residual.keep)
 
     # ---- thresholds ------------------------------------------------------------------------------------------------
 

@@ -19,12 +19,13 @@ from lite_attention.enabled import Wiring, session_of, wirings
 from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, set_thresholds, sites_of
 from lite_attention.ops import Session, default_session
-from lite_attention.ops.arguments import check_time
+from lite_attention.ops.arguments import check_time, require
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.pipeline_scheduler import PipelineScheduler
+from lite_attention.presets import preset_of
 from lite_attention.threshold_table import ThresholdTable, loaded, threshold_from
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def enable(
     inner: str | Callable[..., Any] = "inductor",
     token_order: str | Sequence[int] | None = None,
     threshold: SiteThreshold | ThresholdTable | str | Path | None = None,
+    preset: Literal["quality", "balanced", "fast"] | None = None,
     **settings: Unpack[OtherOptions],
 ) -> _Target:
     """Make a model, or the transformers of a diffusers pipeline, skip attention that does not matter.
@@ -82,6 +84,8 @@ def enable(
         threshold: of method "votes": log2 units, at most 0: a number, a tensor that broadcasts to
             (slots, steps, heads), a callable that returns one of these for a `Site`, whose name is that which `report`
             prints, or a `ThresholdTable` or the path of its file. None = -10.
+        preset: method "residual" with the options of `lite_attention.presets`, which says what each computes; options
+            given beside it go before its own.
         settings: see `lite_attention.compile.SkipSettings`: `method`, `keep`, `num_steps` and so on. Here `slots` is 3
             unless given, and 2 with method "residual".
 
@@ -96,6 +100,11 @@ def enable(
     """
     from lite_attention.compile.settings import SkipSettings
 
+    given = {*settings}
+    if preset is not None:
+        require(settings.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
+        chosen: Any = {"method": "residual", **preset_of(preset, settings.get("num_steps"))._asdict()}
+        settings = {**chosen, **settings}
     of_sites = None if threshold is None else threshold_from(threshold, settings.get("num_steps"))
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
@@ -118,11 +127,12 @@ def enable(
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
     how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
+    open_preset = preset if given.isdisjoint(("num_steps", "keep", "full_every")) else None
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
     scheduler = None if isinstance(model_or_pipe, nn.Module) else PipelineScheduler(model_or_pipe)
     try:
         for part, model in models_of(model_or_pipe).items():
-            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, scheduler)
+            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, scheduler, open_preset)
             _enable(model, wiring, how, f"{part}." if part else "")
         if not isinstance(model_or_pipe, nn.Module):
             _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))
@@ -211,8 +221,8 @@ def _begin_loops(pipe: Any) -> Callable[[int | None], None]:
     of, models, warned = weakref.ref(pipe), weakref.WeakSet(models_of(pipe).values()), set[str]()
 
     def begin(total: int | None) -> None:
-        for clock in {id(clock): clock for clock in (wirings[m].clock() for m in models if m in wirings)}.values():
-            clock.begin_loop(total)
+        for wiring in [wirings[model] for model in models if model in wirings]:
+            wiring.begin_loop(total)
         parts = {} if of() is None else models_of(of())
         for part, model in parts.items():
             if model not in models and model not in wirings and part not in warned:

@@ -14,6 +14,7 @@ from lite_attention.ops import Session, default_session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.threads import PerThread
 from lite_attention.pipeline_scheduler import PipelineScheduler
+from lite_attention.presets import preset_of
 
 if TYPE_CHECKING:
     from lite_attention.compile.runner import Check, Runner
@@ -29,6 +30,7 @@ class Wiring:
     session: PerThread[Session]
     clock: PerThread[Clock]
     scheduler: PipelineScheduler | None = None  # of its pipeline
+    preset: str | None = None  # where the number of steps is still to decide what it is
     undo: list[Undo] = field(default_factory=list)
     store: StateStore | None = None
 
@@ -37,6 +39,14 @@ class Wiring:
         from lite_attention.compile.runner import Runner
 
         return Runner(model, store, run, self.clock, checks, self.scheduler)
+
+    def begin_loop(self, total: int | None) -> None:
+        """Note that the pipeline begins its loop, of so many steps as far as known."""
+        self.clock().begin_loop(total)
+        if self.preset is not None and self.store is not None and total:
+            preset, now = preset_of(self.preset, total), self.store.settings
+            if preset != (now.keep, now.full_every):
+                self.store.plan(*preset)
 
 
 wirings: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()

@@ -23,7 +23,16 @@ from lite_attention.ops.torch_internals import unwrapped
 if TYPE_CHECKING:
     from lite_attention.compile.store import SiteRecord, StateStore
 
-__all__ = ["ModelSite", "models_of", "parts_of", "set_thresholds", "sites_of", "stores_of"]
+__all__ = [
+    "ModelSite",
+    "has_thresholds",
+    "models_of",
+    "parts_of",
+    "set_dense",
+    "set_thresholds",
+    "sites_of",
+    "stores_of",
+]
 
 
 @dataclass
@@ -198,6 +207,47 @@ def _sites_in(model: nn.Module, prefix: str) -> Iterator[ModelSite]:
             yield ModelSite(prefix + name, model, module=module)
 
 
+def set_dense(model_or_pipe: Any, dense: bool) -> None:
+    """Turn skipping off or on, in the states there are and in those that are yet to come.
+
+    Raises:
+        ValueError: no attention of ours in it.
+    """
+    stores, _ = _stores_and_modules(model_or_pipe)
+    for store, *_ in stores:
+        store.is_dense = dense
+    for site in sites_of(model_or_pipe):
+        site.set_dense(dense)
+
+
+def has_thresholds(model_or_pipe: Any) -> bool:
+    """Return whether no site of a model, as far as known, has the method "residual"."""
+    stores, sites = _stores_and_modules(model_or_pipe)
+    residual = [store.settings.residual for store, *_ in stores] + [module.residual for _, module in sites]
+    return all(settings is None for settings in residual)
+
+
+def _stores_and_modules(
+    model_or_pipe: Any,
+) -> tuple[list[tuple[StateStore, nn.Module, str]], list[tuple[ModelSite, LiteAttention]]]:
+    """Return the stores of a model, each with it and the prefix of its sites, and its sites that are modules.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    models = models_of(model_or_pipe)
+    stores = [
+        (store, model, f"{part}." if part else "") for part, model in models.items() for store in stores_of(model)
+    ]
+    modules = [(site, site.module) for site in sites_of(model_or_pipe) if site.module is not None]
+    if not stores and not modules:
+        raise ValueError(
+            f"model_or_pipe: expected one given to enable(), compiled with our backend and run once, or with "
+            f"LiteAttention modules, got {type(model_or_pipe).__name__} with none of these"
+        )
+    return stores, modules
+
+
 def set_thresholds(model_or_pipe: Any, threshold: SiteThreshold) -> None:
     """Set the thresholds of all sites, and of states that are yet to come; see `lite_attention.set_threshold`.
 
@@ -210,23 +260,14 @@ def set_thresholds(model_or_pipe: Any, threshold: SiteThreshold) -> None:
         ValueError: no attention of ours in it, some with a method that has no thresholds, or a threshold that does not
             fit. Nothing is changed then.
     """
-    sites, models = sites_of(model_or_pipe), models_of(model_or_pipe)
-    stores = [
-        (store, model, f"{part}." if part else "") for part, model in models.items() for store in stores_of(model)
-    ]
-    modules = [site.module for site in sites if site.module is not None]
-    if not stores and not modules:
-        raise ValueError(
-            f"model_or_pipe: expected one given to enable(), compiled with our backend and run once, or with "
-            f"LiteAttention modules, got {type(model_or_pipe).__name__} with none of these"
-        )
+    stores, modules = _stores_and_modules(model_or_pipe)
     tables = [table for store, model, prefix in stores for table in store.tables(model, threshold, prefix)]
-    values = [threshold(site.site) if callable(threshold) else threshold for site in sites if site.module is not None]
-    for module, value in zip(modules, values, strict=True):
+    values = [(m, threshold(site.site) if callable(threshold) else threshold) for site, m in modules]
+    for module, value in values:
         module.check_threshold(value)
     for state, table in tables:
         state.set_threshold(table)
     for store, model, prefix in stores:
         store.remember(model, threshold, prefix)
-    for module, value in zip(modules, values, strict=True):
+    for module, value in values:
         module.set_threshold(value)

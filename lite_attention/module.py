@@ -371,7 +371,9 @@ class LiteAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options that matter most."""
-        how = f"threshold={self._options['threshold']}" if self.residual is None else f"{self.residual}"
+        how = f"threshold={self._options.get('threshold')}"
+        if self.residual is not None:
+            how = f"method='residual', keep={self.residual.keep}, full_every={self.residual.full_every}"
         shown = f"enable_skipping={self.skipping_enabled}, {how}, num_steps={self.num_steps}"
         return shown if self.quantization == "none" else f"{shown}, quantization={self.quantization}"
 

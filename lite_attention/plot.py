@@ -80,6 +80,8 @@ def skip_maps(
 ) -> Figure:
     """Draw which tiles the next step computes: a row for each site, a column for each head, of the first sample.
 
+    With method "residual" it is the next sparse step.
+
     Args:
         model_or_states: a model or pipeline that has run, or a dict of states by site name.
         sites: their names, as `report` prints them; None = four, spread evenly.
@@ -119,7 +121,7 @@ def sparsity(log: SparsityLog, *, path: str | Path | None = None) -> Figure:
     """
     if not log.sites:
         raise ValueError("log: expected a record() after at least one step, got none")
-    figure = new_figure(*_heat_map_size(log.sites, len(log.steps)), "Tiles voted out after each step")
+    figure = new_figure(*_heat_map_size(log.sites, len(log.steps)), "Tiles skipped after each step")
     _heat_map(figure, 100 * log.table(), log.sites, "skipped by the next (%)", (0, 100))
     return _saved(figure, path)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from lite_attention.api import set_threshold
-from lite_attention.model_sites import sites_of
+from lite_attention.model_sites import has_thresholds, set_dense, sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.validate import check_threshold
 from lite_attention.threshold_table.content import is_a
@@ -91,7 +91,7 @@ class LiteAttentionRegistry:
                 when run first and uses the result from then on. "disable" computes everything; the other modes turn
                 skipping on again.
             threshold: of mode "const": log2 units, a number or a tensor that broadcasts to (slots, steps, heads);
-                None = -10.
+                None = -10. A model with method "residual" has none.
             filename: of modes "load" and "calib".
             calib_config: of mode "calib": arguments of `lite_attention.calibrate`. With "generate", which runs a
                 generation, the thresholds are found, saved and in use when this returns. Without it, what runs from now
@@ -115,12 +115,14 @@ class LiteAttentionRegistry:
         self = cls(model, mode, filename)
         self._force = force
         self._disabled_steps = _steps(disabled_steps)
-        if mode == "const":
+        if mode == "const" and threshold is None and not has_thresholds(model):
+            set_dense(model, False)
+        elif mode == "const":
             value = torch.as_tensor(DEFAULT_THRESHOLD if threshold is None else threshold, dtype=torch.float32)
             value = value.reshape((1,) * (3 - value.dim()) + value.shape)
             self._apply(_with_disabled(value, self._disabled_steps, num_steps_of(model)))
         elif mode == "disable":
-            self._apply(-math.inf, dense=True)  # -inf for states that are born later
+            set_dense(model, True)
         elif mode == "load":
             self._use(ThresholdTable.load(str(filename)), strict)
         else:
@@ -194,10 +196,9 @@ class LiteAttentionRegistry:
         self._apply(lambda site: _with_disabled(threshold_of(site), disabled, num_steps))
         self.table = table
 
-    def _apply(self, value: Any, dense: bool = False) -> None:
+    def _apply(self, value: Any) -> None:
         set_threshold(self.model, value)
-        for site in sites_of(self.model):
-            site.set_dense(dense)
+        set_dense(self.model, False)
 
 
 def _with_disabled(threshold: torch.Tensor, disabled: Sequence[int], num_steps: int | None) -> torch.Tensor:

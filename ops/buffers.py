@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.control import control_words
 from lite_attention.ops.tiles import ceil_div
 
-__all__ = ["MASKS", "Buffers", "Sizes", "residual_buffers", "vote_buffers"]
+__all__ = ["MASKS", "Buffers", "Sizes", "nbytes_of", "readable", "residual_buffers", "vote_buffers"]
 
 Buffers = dict[str, tuple[tuple[Any, ...], torch.dtype] | None]  # shape and dtype by name; None = there is none
 
@@ -62,3 +63,13 @@ def residual_buffers(
         "row_lse": ((slots, 1 + planes, *rows), torch.float32),
         "initial_mask": (sizes.mask, torch.int32) if has_initial_mask else None,
     }
+
+
+def nbytes_of(buffers: Buffers) -> dict[str, int]:
+    """Return the bytes of buffers by name, 0 of one that there is not; sizes are numbers."""
+    return {name: 0 if like is None else math.prod(like[0]) * like[1].itemsize for name, like in buffers.items()}
+
+
+def readable(nbytes: int) -> str:
+    """Return a number of bytes as text."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"

@@ -13,7 +13,7 @@ from lite_attention.ops import control as c
 from lite_attention.ops import host_memory
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.bitmask import WORD_BITS
-from lite_attention.ops.buffers import MASKS, Sizes, residual_buffers
+from lite_attention.ops.buffers import MASKS, Sizes, nbytes_of, readable, residual_buffers
 from lite_attention.ops.options import RESIDUAL_DTYPES, ResidualOptions, check_residual_options
 from lite_attention.ops.plan import keep_values, plan_values
 from lite_attention.ops.site_state import DEFAULT_SLOTS, SiteState
@@ -191,9 +191,8 @@ class ResidualState(SiteState):
             Sizes(batch, heads, seq_q, seq_k, tile_m, tile_n), slots=slots, steps=1, has_initial_mask=False,
             value_dim=value_dim, forecast=forecast, dtype=RESIDUAL_DTYPES[residual_dtype],
         )  # fmt: skip
-        names = ("skip_mask", "residual", "residual_scale", "row_lse")
-        sizes = (0 if like is None else math.prod(like[0]) * like[1].itemsize for like in map(layout.get, names))
-        return ResidualBytes(*sizes)
+        nbytes = nbytes_of(layout)
+        return ResidualBytes(*(nbytes[name] for name in ("skip_mask", "residual", "residual_scale", "row_lse")))
 
     @contextmanager
     def _told_what_needs_less(self, options: dict[str, Any]) -> Iterator[None]:
@@ -216,11 +215,11 @@ class ResidualState(SiteState):
         for name, value in changes:
             if value != options[name]:
                 saved = now.total - self.nbytes_of(**{**sizes, **options, name: value}).total
-                advice.append(f"{name}={value!r} saves {_readable(saved)}")
+                advice.append(f"{name}={value!r} saves {readable(saved)}")
         if self.memory == "device":
-            advice.append(f'memory="host" moves {_readable(now.residual + now.scale)} from the GPU to the host')
+            advice.append(f'memory="host" moves {readable(now.residual + now.scale)} from the GPU to the host')
         return (
-            f"ResidualState: expected {_readable(now.total)} of memory for this site, got less: "
+            f"ResidualState: expected {readable(now.total)} of memory for this site, got less: "
             f"{'; '.join([*advice, 'keep= saves time and no memory'])}"
         )
 
@@ -333,7 +332,3 @@ def _fill(name: str, buffer: torch.Tensor, values: torch.Tensor) -> None:
 def _is_out_of_memory(error: BaseException) -> bool:
     # On the CPU torch raises a plain RuntimeError.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def _readable(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"

@@ -72,6 +72,7 @@ class Session:
         self._slot = 0
         self._steps: dict[int, int] = {}  # slot -> step on the device, while the host writes it
         self._told_steps: dict[int, int] = {}  # slot -> the last step that the caller said
+        self.steps = 0  # that the host has seen begin in this generation
         self.time_sources: dict[int, str] = {}  # slot -> who tells the flow's time in this generation
         self._times: dict[int, float] = {}  # slot -> the flow's time on the device, where it was ever written
         self._counting = True  # the op counts the steps; False: the host writes them
@@ -221,6 +222,7 @@ class Session:
             self.branches[place.branch] = slot
             self._ran.add(place.branch)
         self._enter(slot)
+        self.steps = max(self.steps, place.step + 1)
         if place.is_told:
             self._move(slot, place.step)
         elif self._steps.get(slot) != place.step:
@@ -295,6 +297,7 @@ class Session:
         self._steps.clear()
         self._told_steps.clear()
         self.time_sources.clear()
+        self.steps = 0
         states = [*self._states]
         if states:
             zero_each([state.skip_mask for state in states])
@@ -316,6 +319,8 @@ class Session:
         if last is None or step < last:
             self._write(c.slot_word(slot, c.FRESH), 1)
             self.time_sources.pop(slot, None)
+            self.steps = 0
+        self.steps = max(self.steps, step + 1)
         if self._counting or self._steps.get(slot) != step:
             self._write_step(slot, step)
         self._told_steps[slot] = step

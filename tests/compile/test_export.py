@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import subprocess
@@ -19,26 +20,29 @@ from torch.export.graph_signature import OutputKind
 
 import lite_attention
 from lite_attention.compile import Site, SkipAwareProgram, make_skip_aware, skip_states
-from lite_attention.ops import SkipState
+from lite_attention.ops import ResidualState, SkipState
+from lite_attention.ops.methods import METHODS
 from tests.support.diffusers_models import WAN_OF_ONE_LAYER
-from tests.support.toys import THRESHOLD, TILE, Attention, Reference, Toy, context, tokens
+from tests.support.toys import ENOUGH, OPTIONS, THRESHOLD, TILE, Attention, Reference, Toy, context, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STATE = ("skip_mask", "control", "threshold")
+METHOD = pytest.mark.parametrize("method", OPTIONS)
 
 
 def skip_aware(model: nn.Module, *args: torch.Tensor, dynamic_shapes: Any = None, **settings: Any) -> SkipAwareProgram:
     program = export(model, args or (tokens(0), context()), dynamic_shapes=dynamic_shapes)
-    return make_skip_aware(program, **{"threshold": THRESHOLD, "tile_shape": TILE, **settings})
+    of_method = OPTIONS[settings.get("method", "votes")]
+    return make_skip_aware(program, **{**of_method, "tile_shape": TILE, **settings})
 
 
 def assert_runs(
     run: Callable[..., torch.Tensor], reference: Reference, *more: torch.Tensor, batch: int = 1, seq: int = 96
 ) -> None:
-    """Run a fresh program and a fresh reference for three steps."""
+    """Run a fresh program and a fresh reference for some steps."""
     reference.reset()
-    for step in range(3):
+    for step in range(ENOUGH[reference.method]):
         x = tokens(step, batch, seq)
         with torch.no_grad():
             torch.testing.assert_close(run(x, *more), reference(x, *more), **CLOSE)
@@ -77,9 +81,12 @@ def test_the_original_is_left_as_it_is(strict: bool) -> None:
     ]
 
 
-def test_states_are_non_persistent_buffers() -> None:
-    program = skip_aware(Toy(1))
-    names = [f"blocks.0.attn1.lite_attention.{name}" for name in STATE]
+@METHOD
+def test_states_are_non_persistent_buffers(method: str) -> None:
+    program = skip_aware(Toy(1), method=method)
+    absent = {"initial_mask", "residual_scale"}  # residuals in bf16 have no scale
+    kinds = [name for name in METHODS[method].state.BUFFERS if name not in absent]
+    names = [f"blocks.0.attn1.lite_attention.{name}" for name in kinds]
     assert program.graph_signature.buffers == tuple(names) == program.graph_signature.non_persistent_buffers
     assert not set(names) & set(program.state_dict)
     decomposed = program.run_decompositions({})
@@ -178,13 +185,14 @@ def test_key_padding_mask() -> None:
 # ---- run, save, load -----------------------------------------------------------------------------------------------
 
 
+@METHOD
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_save_and_load(decomposed: bool, tmp_path: Path) -> None:
+def test_save_and_load(decomposed: bool, method: str, tmp_path: Path) -> None:
     model = Toy(2)
-    program: ExportedProgram = skip_aware(model)
+    program: ExportedProgram = skip_aware(model, method=method)
     if decomposed:
         program = program.run_decompositions({})
-    reference, module = Reference(model), program.module()
+    reference, module = Reference(model, method=method), program.module()
     assert_runs(module, reference, context())
     assert_same_states(module, reference)
     # The program has run; what is saved is clean all the same.
@@ -196,6 +204,25 @@ def test_save_and_load(decomposed: bool, tmp_path: Path) -> None:
     assert_runs(loaded, reference, context())
     assert_same_states(loaded, reference)
     assert_runs(program.module(), reference, context())  # and a second module begins fresh, too
+
+
+def test_times_from_outside() -> None:
+    """A program forecasts by the time that its states are told."""
+    model = Toy(2)
+    module = skip_aware(model, method="residual").module()
+    told, flat = (copy.deepcopy(module) for _ in range(2))
+    line = [1.0, 0.95, 0.9, 0.7, 0.4, 0.1]
+    outs = []
+    for program, times in ((module, [None] * 6), (told, line), (flat, [1.0] * 6)):
+        states, out = skip_states(program), tokens(0)
+        for step, time in enumerate(times):
+            for state in states.values():
+                assert isinstance(state, ResidualState)
+                state.set_time(time)
+            with torch.no_grad():
+                out = program(tokens(step), context())
+        outs.append(out)
+    assert all((outs[a] - outs[b]).abs().max() > 1e-3 for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_slots_and_thresholds_from_outside() -> None:
@@ -219,25 +246,29 @@ def test_slots_and_thresholds_from_outside() -> None:
     assert_same_states(module, again, slot=2)
 
 
-def test_compiled_again() -> None:
+@METHOD
+def test_compiled_again(method: str) -> None:
     model = Toy(1)
-    module, reference = skip_aware(model).module(), Reference(model)
+    module, reference = skip_aware(model, method=method).module(), Reference(model, method=method)
     assert_runs(torch.compile(module, backend="aot_eager", fullgraph=True), reference, context())
     assert_same_states(module, reference)
 
 
+@METHOD
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_dynamic_shapes_have_a_state_of_the_largest_size(decomposed: bool) -> None:
+def test_dynamic_shapes_have_a_state_of_the_largest_size(decomposed: bool, method: str) -> None:
     model = Toy(1)
     batch, seq = Dim("batch", min=1, max=4), Dim("seq", min=2, max=256)
     shapes = {"x": {0: batch, 1: seq}, "context": {0: batch}}
-    program: ExportedProgram = skip_aware(model, tokens(0, 2), context(2), dynamic_shapes=shapes)
+    program: ExportedProgram = skip_aware(model, tokens(0, 2), context(2), dynamic_shapes=shapes, method=method)
     if decomposed:
         program = program.run_decompositions({})
-    module, reference = program.module(), Reference(model)
+    module, reference = program.module(), Reference(model, method=method)
     (state,) = skip_states(module).values()
-    assert state.skip_mask.shape == (2, 4, 2, 16, 1)
+    assert state.skip_mask.shape[-4:] == (4, 2, 16, 1)
     for b, s in [(2, 96), (1, 96), (4, 200), (3, 96)]:
+        if method == "residual":
+            state.set_step(0)  # votes start fresh with another size; here the plan begins anew, too
         assert_runs(module, reference, context(b), batch=b, seq=s)
         assert_same_states(module, reference)
 
