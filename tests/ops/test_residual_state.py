@@ -213,6 +213,9 @@ def test_kept_tiles_are_those_of_the_mask_in_use() -> None:
     assert torch.equal(state.kept_tiles(), first)
     assert float(state.sparsity()) == pytest.approx(1 - kept[3])
     assert state.sparsity(("slot", "batch", "head")).shape == (1, 2, 4)
+    state.start_fresh()
+    residual_attention(*_inputs(4), state)
+    assert state.kept_tiles().all()  # the old mask is still there, and not in use
 
 
 def test_calls_of_two_threads_at_once_are_refused() -> None:
