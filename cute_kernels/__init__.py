@@ -10,6 +10,9 @@ first kernel is compiled, or never, where kernels compiled ahead of time are fou
     softmax.py         online softmax with votes; of integer scores in softmax_int8.py
     epilogue.py        from the sums of a row to memory
     short_sums.py      sums of FP8 products go on in float32
+    residual_call.py   what a call with a residual is, and what it leaves in the state
+    residual_epilogue.py  from the sums of a row to memory, with the residual
+    masses.py          what tiles have of their rows' softmax; choice.py picks those that stay
     quantizers.py      INT8 queries and keys, FP8 values, and their scales
     fragments.py       where the elements of an accumulator lie
     ptx.py             instructions that the DSL has no name for
@@ -39,7 +42,7 @@ if __name__ == "cute_kernels":
     raise ImportError("import lite_attention.cute_kernels, not cute_kernels: it must exist once")
 
 from lite_attention.cute_kernels.launch import unsupported_reason
-from lite_attention.cute_kernels.launcher import attention_forward, skip_attention_forward
+from lite_attention.cute_kernels.launcher import attention_forward, residual_attention_forward, skip_attention_forward
 from lite_attention.cute_kernels.quantize_launcher import key_mean, quantize_key, quantize_query, quantize_value
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "quantize_key",
     "quantize_query",
     "quantize_value",
+    "residual_attention_forward",
     "skip_attention_forward",
     "unsupported_reason",
 ]

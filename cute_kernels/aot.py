@@ -15,7 +15,16 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from lite_attention.cute_kernels.cache import LIBRARY_LABEL, LIBRARY_NAME, publish
-from lite_attention.cute_kernels.config import DTYPES, KEY_CHUNK, VALUE_BLOCK, Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import (
+    DTYPES,
+    KEY_CHUNK,
+    RESIDUAL_DTYPES,
+    VALUE_BLOCK,
+    ChoiceConfig,
+    Config,
+    KernelConfig,
+    QuantizeConfig,
+)
 from lite_attention.cute_kernels.files import check_owner, whole
 from lite_attention.cute_kernels.fingerprint import kernels_of
 from lite_attention.ops.quantization import NONE, QUANTIZATIONS, Quantization
@@ -32,12 +41,12 @@ def kernel_configs(
     all_variants: bool = False,
     targets: Iterable[Target] = tuple(TARGETS.values()),
 ) -> list[Config]:
-    """Return the kernels worth having, or all variants: with and without state, key mask and quantization.
+    """Return the kernels worth having, or all variants: with and without state, residual, key mask and quantization.
 
     Args:
         head_dims: of the tables in `lite_attention.ops.targets`; None = all.
         dtypes: "bf16" and "fp16".
-        all_variants: also initial masks and must_do ranges, in all combinations.
+        all_variants: also initial masks and must_do ranges, in all combinations, and residuals in bf16.
         targets: what to compile for.
     """
     configs: list[Config] = []
@@ -46,6 +55,7 @@ def kernel_configs(
             if head_dims is None or head_dim in head_dims:
                 configs += _quantizers(target, dtype, quantization, head_dim)
                 configs += _attention(target, dtype, quantization, head_dim, all_variants)
+        configs += _choice(target, all_variants)
     return list(dict.fromkeys(configs))  # quantizations share some
 
 
@@ -62,7 +72,17 @@ def _attention(
         if quantization == NONE:
             yield replace(config, skip=False, key_mask=key_mask)
         for initial_mask, must_do in extras:
-            yield replace(config, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask)
+            votes = replace(config, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask)
+            yield votes
+            for residual in RESIDUAL_DTYPES if all_variants else ("fp8",):
+                yield replace(votes, residual=residual)
+
+
+def _choice(target: Target, all_variants: bool) -> Iterator[Config]:
+    """What chooses the tiles that stay."""
+    yield ChoiceConfig("choose_tiles", target=target)
+    for must_do in (False, True) if all_variants else (False,):
+        yield ChoiceConfig("count_masses", must_do, target)
 
 
 def _quantizers(target: Target, dtype: str, quantization: Quantization, head_dim: int) -> Iterator[Config]:

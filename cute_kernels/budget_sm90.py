@@ -101,12 +101,18 @@ class Budget:
 
     @property
     def shared_bytes(self) -> int:
-        """Q, the rings of K and V, promoted sums, what three jobs visit (bits) and keep (bytes), and padding."""
+        """Q, the rings of K and V, promoted sums, what three jobs visit (bits) and keep (bytes; none with a
+        residual), and padding."""
         return self._shared_bytes(self.stages)
+
+    @property
+    def _job_bytes(self) -> int:
+        """Votes of three jobs; with a residual their second tiles, and references of masses, instead."""
+        return 3 * 4 * MAX_WORDS + 8 * self.consumers if self.config.residual else 3 * MAX_TILES
 
     def _shared_bytes(self, stages: int) -> int:
         config = self.config
-        tiles = (3 + config.key_mask) * 4 * MAX_WORDS + 3 * MAX_TILES
+        tiles = (3 + config.key_mask) * 4 * MAX_WORDS + self._job_bytes
         of_score, of_value = config.score_dtype.itemsize, config.value_dtype.itemsize
         ring = stages * config.tile_n * (of_score * config.head_dim + of_value * self.value_columns)
         return of_score * config.head_dim * config.tile_m + ring + 4 * self.promoted_sums + tiles + 2 * 1024

@@ -14,18 +14,32 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from lite_attention.cute_kernels.config import DTYPES, Config, KernelConfig, Masks, QuantizeConfig, Scales, State
+from lite_attention.cute_kernels.choice import ChooseTiles, CountMasses
+from lite_attention.cute_kernels.config import (
+    DTYPES,
+    RESIDUAL_DTYPES,
+    ChoiceConfig,
+    Config,
+    KernelConfig,
+    Masks,
+    QuantizeConfig,
+    Residual,
+    Scales,
+    State,
+)
 from lite_attention.cute_kernels.ptx import TYPES
 from lite_attention.cute_kernels.quantizers import ChannelReduce, Quantize, QuantizeValue
 
 __all__ = ["compile_kernel"]
 
-_QUANTIZERS = {
+_OTHERS = {
     "key_sums": ChannelReduce,
     "quantize_query": Quantize,
     "quantize_key": Quantize,
     "value_max": ChannelReduce,
     "quantize_value": QuantizeValue,
+    "count_masses": CountMasses,
+    "choose_tiles": ChooseTiles,
 }
 
 
@@ -49,15 +63,19 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
     batch, seq_q, seq_k, heads, kv_heads = (cute.sym_int() for _ in range(5))
     dtype: Any = TYPES[DTYPES[config.dtype]]
     quantization = config.quantization
-    state, masks, scales = State(), Masks(), Scales()
+    state, masks, scales, residual = State(), Masks(), Scales(), Residual()
     if config.skip:
-        skip_mask = _table(Int32, *(cute.sym_int() for _ in range(5)))
+        skip_mask = _table(Int32, *(cute.sym_int() for _ in range(6 if config.residual else 5)))
         control = _table(Int32, cute.sym_int())
         sizes = tuple(cute.sym_int() for _ in range(3))
-        threshold = make_fake_tensor(Float32, sizes, (_stride(), _stride(), _stride()), assumed_align=4)
+        threshold = None
+        if config.votes:
+            threshold = make_fake_tensor(Float32, sizes, (_stride(), _stride(), _stride()), assumed_align=4)
         initial_mask = _table(Int32, *(cute.sym_int() for _ in range(4))) if config.initial_mask else None
         must_do = _table(Int32, cute.sym_int()) if config.must_do else None
         state = State(skip_mask, control, threshold, initial_mask, must_do)
+    if config.residual:
+        residual = _residual_arguments(config)
     if config.key_mask:
         masks = Masks(_table(Int32, batch, 2, cute.sym_int()), _table(Int32, batch, cute.sym_int()))
     if quantization.scores is not None:
@@ -75,8 +93,38 @@ def _attention_arguments(config: KernelConfig) -> list[Any]:
         _vectors(TYPES[config.score_dtype], batch, seq_k, kv_heads, config.head_dim),
         v,
         _vectors(dtype, batch, seq_q, heads, config.head_dim),
-        _table(Float32, batch, heads, seq_q), state, masks, scales, Float32(1.0), Int32(1),
+        _table(Float32, batch, heads, seq_q), state, masks, scales, residual, Float32(1.0), Int32(1),
     ]  # fmt: skip
+
+
+def _residual_arguments(config: KernelConfig) -> Residual:
+    rows = tuple(cute.sym_int() for _ in range(5))  # slots, planes, batch, heads, queries: of the state
+    stored = cutlass.Uint8 if config.residual == "fp8" else TYPES[RESIDUAL_DTYPES[config.residual]]
+    return Residual(
+        _table(Int32, cute.sym_int()),
+        _table(Float32, cute.sym_int()),
+        _table(Float32, cute.sym_int(), 3),
+        _vectors(stored, *rows, config.head_dim),  # e4m3 as bytes
+        _table(Float32, *rows) if config.residual == "fp8" else None,
+        _table(Float32, *(cute.sym_int() for _ in range(5))),
+        _table(Int32, *(cute.sym_int() for _ in range(4))),
+        _table(Int32, 4),
+    )
+
+
+def _choice_arguments(config: ChoiceConfig) -> list[Any]:
+    masses = _table(Int32, *(cute.sym_int() for _ in range(4)))
+    counts, decision = _table(Int32, cute.sym_int(), cute.sym_int()), _table(Int32, 4)
+    if config.op == "count_masses":
+        must_do = _table(Int32, cute.sym_int()) if config.must_do else None
+        return [masses, counts, decision, must_do, tuple(Int32(1) for _ in range(4))]
+    return [
+        masses,
+        counts,
+        decision,
+        _table(Float32, cute.sym_int()),
+        _table(Int32, *(cute.sym_int() for _ in range(6))),
+    ]
 
 
 def _quantize_arguments(config: QuantizeConfig) -> list[Any]:
@@ -107,7 +155,8 @@ def compile_kernel(config: Config, *, options: str = "") -> Any:
         kernel = pkgutil.resolve_name(config.target.kernel)(config)
         arguments = _attention_arguments(config)
     else:
-        kernel, arguments = _QUANTIZERS[config.op](config), _quantize_arguments(config)
+        kernel = _OTHERS[config.op](config)
+        arguments = _quantize_arguments(config) if isinstance(config, QuantizeConfig) else _choice_arguments(config)
     with warnings.catch_warnings():
         # Of a group of which nothing is there.
         warnings.filterwarnings("ignore", "Argument .* cannot be converted to a JitArgument")

@@ -17,11 +17,14 @@ __all__ = [
     "KEY_BITS_PAD",
     "KEY_CHUNK",
     "REDUCE_DEPTH",
+    "RESIDUAL_DTYPES",
     "VALUE_BLOCK",
+    "ChoiceConfig",
     "Config",
     "KernelConfig",
     "Masks",
     "QuantizeConfig",
+    "Residual",
     "Scales",
     "State",
 ]
@@ -32,6 +35,7 @@ REDUCE_DEPTH = 8  # rows that a thread of `ChannelReduce` has on their way
 VALUE_BLOCK = 128  # keys whose values one thread block transposes
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+RESIDUAL_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class KernelConfig:
         must_do: some tiles are always visited.
         key_mask: some keys are excluded.
         quantization: what scores and products with values are computed from.
+        residual: what residuals are stored in, "fp8" or "bf16", where there are any; "" = tiles are voted out.
         target: what it is compiled for.
 
     Raises:
-        ValueError: it does not fit the target, or tile_n the quantization.
+        ValueError: it does not fit the target, tile_n the quantization, or there is a residual without a state.
     """
 
     dtype: str
@@ -63,15 +68,23 @@ class KernelConfig:
     must_do: bool = False
     key_mask: bool = False
     quantization: Quantization = NONE
+    residual: str = ""
     target: Target = SM90A
 
     def __post_init__(self) -> None:
+        if self.residual not in ("", *RESIDUAL_DTYPES) or (self.residual and not self.skip):
+            raise ValueError(f"residual: expected one of {tuple(RESIDUAL_DTYPES)}, with a state, got {self.residual!r}")
         multiple = self.quantization.key_multiple
         if self.tile_n % multiple:
             raise ValueError(
                 f"tile_n: expected a multiple of {multiple} for {self.quantization.name!r}, got {self.tile_n}"
             )
         self.budget.check()
+
+    @property
+    def votes(self) -> bool:
+        """Whether tiles are voted out while they are computed."""
+        return self.skip and not self.residual
 
     @functools.cached_property
     def budget(self) -> Any:
@@ -92,7 +105,12 @@ class KernelConfig:
     def name(self) -> str:
         """Name of the exported function."""
         kind = "skip" if self.skip else "dense"
-        parts = [kind, self.dtype, f"d{self.head_dim}", f"{self.tile_m}x{self.tile_n}"]
+        parts = [
+            f"residual_{self.residual}" if self.residual else kind,
+            self.dtype,
+            f"d{self.head_dim}",
+            f"{self.tile_m}x{self.tile_n}",
+        ]
         parts += [] if self.quantization == NONE else [self.quantization.name]
         options = (("i", self.initial_mask), ("d", self.must_do), ("k", self.key_mask))
         flags = "".join(letter for letter, on in options if on)
@@ -146,7 +164,27 @@ class QuantizeConfig:
         return f"{name}_k" if self.key_mask else name
 
 
-Config = KernelConfig | QuantizeConfig
+@dataclass(frozen=True)
+class ChoiceConfig:
+    """One compiled kernel of those that choose which tiles stay, by their mass.
+
+    Args:
+        op: "count_masses" or "choose_tiles".
+        must_do: some tiles always stay.
+        target: what it is compiled for.
+    """
+
+    op: str
+    must_do: bool = False
+    target: Target = SM90A
+
+    @property
+    def name(self) -> str:
+        """Name of the exported function."""
+        return f"lite_attention_{self.target.symbol}_{self.op}" + ("_d" if self.must_do else "")
+
+
+Config = KernelConfig | QuantizeConfig | ChoiceConfig
 
 
 # Arguments of an attention kernel, in order, that not all have; None = it has no such.
@@ -160,6 +198,19 @@ class State(NamedTuple):
     threshold: Any = None
     initial_mask: Any = None
     must_do: Any = None
+
+
+class Residual(NamedTuple):
+    """What the residual has besides: `ops/schema.py` says what the first six are; and scratch of one call."""
+
+    plan: Any = None
+    keep: Any = None
+    times: Any = None
+    values: Any = None
+    scales: Any = None
+    row_lse: Any = None
+    mass: Any = None  # int32 [B, Hq, q_tiles, k_tiles], of the tiles in a deciding step, 2^-18; 0 = not visited
+    decision: Any = None  # int32 [4], written at the end of such a step: 1, slot, half of the mask, step
 
 
 class Masks(NamedTuple):

@@ -7,12 +7,15 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 from cutlass import Boolean, Float32, Int32, const_expr
 
-from lite_attention.cute_kernels.config import KernelConfig, Masks, Scales, State
+from lite_attention.cute_kernels import residual_call
+from lite_attention.cute_kernels.config import KernelConfig, Masks, Residual, Scales, State
 from lite_attention.cute_kernels.epilogue import Epilogue
 from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Outputs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Accumulators, Job, Mainloop, Operands, Pipes, Tiles
+from lite_attention.cute_kernels.masses import QTile
 from lite_attention.cute_kernels.products_sm90 import Products
 from lite_attention.cute_kernels.ptx import uniform_float
+from lite_attention.cute_kernels.residual_epilogue import ResidualEpilogue
 from lite_attention.cute_kernels.softmax import Keys, Rows, Votes
 from lite_attention.cute_kernels.tile_iterator import TileIterator, mask_rows
 from lite_attention.cute_kernels.tile_scheduler import (
@@ -22,7 +25,9 @@ from lite_attention.cute_kernels.tile_scheduler import (
     END,
     HEAD,
     JOB_WORDS,
+    MASSES,
     Q_TILE,
+    REST,
     RING,
     TileScheduler,
 )
@@ -37,13 +42,14 @@ class Consumer:
         self.products = Products(config)
         self.mainloop = Mainloop(config)
         self.epilogue = Epilogue(config)
+        self.residual_epilogue = ResidualEpilogue(config) if config.residual else None
         self.scheduler = TileScheduler(config)
         self.tiles = TileIterator(config)
 
     @cute.jit
     def consume(
         self, products, shared: Shared, pipes: Pipes, outputs: Outputs, state: State, masks: Masks, scales: Scales,
-        jobs: Jobs, tiles: Tiles, scale: Float32, sizes,
+        residual: Residual, jobs: Jobs, tiles: Tiles, scale: Float32, sizes,
     ):  # fmt: skip
         """All jobs of this CTA; products: of queries and keys, and with values; sizes: queries and keys."""
         seq_q, seq_k = sizes
@@ -65,7 +71,7 @@ class Consumer:
             own_row = (worker // 32) * 16 + cute.arch.lane_idx() // 4
             first_row = jobs.words[ring, Q_TILE] * self.config.tile_m + own_row
             score_threshold, norm = Float32(0.0), Float32(0.0)
-            if const_expr(self.config.skip):
+            if const_expr(self.config.votes):
                 score_threshold = jobs.score_threshold[ring]
             if const_expr(scales.q is not None):
                 sixteen = cutlass.min(first_row // QUERY_ROWS, scales.q.shape[2] - 1)
@@ -74,19 +80,29 @@ class Consumer:
             keys = Keys(seq_k, masks.key_bits, jobs.words[ring, BATCH])
             votes = Votes(jobs.kept[ring, None], score_threshold, first_row < seq_q, first_row + 8 < seq_q)
             # Attend, and store while the producer loads the next job.
-            place = self.mainloop.attend(
-                operands, acc, rows, pipes, tiles, q_place, place, group, Job(count, keys, votes, scale, norm)
-            )
+            job = Job(count, keys, votes, scale, norm)
+            if const_expr(self.config.residual):
+                place = self.attend_in_parts(
+                    operands, acc, rows, pipes, tiles, q_place, place, group, job, outputs, scales, residual, jobs,
+                    ring, first_row, seq_q,
+                )  # fmt: skip
+            else:
+                place = self.mainloop.attend(operands, acc, rows, pipes, tiles, q_place, place, group, job)
             q_place.advance()
             q_tile, head, batch = jobs.words[ring, Q_TILE], jobs.words[ring, HEAD], jobs.words[ring, BATCH]
             if const_expr(scales.v is not None):
-                if count > 0:  # or else it is 0, whatever the scales
-                    kv_head = head // (gout.shape[2] // scales.v.shape[1])
-                    self.epilogue.scale_channels(acc.out, scales.v[batch, kv_head, None])
+                if const_expr(self.config.residual):
+                    count += jobs.words[ring, REST]
+                self.scale_channels(acc, scales, outputs, batch, head, count)
             first_row = q_tile * self.config.tile_m + own_row
-            self.epilogue.store(gout, lse, scales.lse_shift, acc.out, rows, first_row, seq_q, head, batch)
+            if const_expr(self.config.residual):
+                self.residual_epilogue.store(
+                    gout, lse, scales.lse_shift, acc.out, rows, residual, jobs.call, first_row, seq_q, head, batch
+                )
+            else:
+                self.epilogue.store(gout, lse, scales.lse_shift, acc.out, rows, first_row, seq_q, head, batch)
             # The last warp to get here writes the votes back.
-            if const_expr(self.config.skip):
+            if const_expr(self.config.votes):
                 done = self.last_of(jobs.words.iterator + ring * JOB_WORDS + DONE)
                 if done & (jobs.call[DENSE] == 0):
                     row, initial_row = mask_rows(state, jobs.call[SLOT], batch, head, q_tile)
@@ -103,9 +119,75 @@ class Consumer:
         if const_expr(self.config.skip):
             if worker == 0:
                 ctas, _, _ = cute.arch.grid_dim()
+                left = (residual, jobs.call) if const_expr(self.config.residual) else ()
                 self.scheduler.end_call(
-                    state.control, jobs.call[SLOT], gout.shape[3], seq_q, seq_k, ctas, jobs.call[DENSE] != 0
+                    state.control, jobs.call[SLOT], gout.shape[3], seq_q, seq_k, ctas, jobs.call[DENSE] != 0, *left
                 )
+
+    @cute.jit
+    def attend_in_parts(
+        self, operands, acc: Accumulators, rows: Rows, pipes: Pipes, tiles: Tiles, q_place, place, group, job: Job,
+        outputs: Outputs, scales: Scales, residual: Residual, jobs: Jobs, ring: Int32, first_row: Int32, seq_q: Int32,
+    ):  # fmt: skip
+        """Attend to the kept tiles, store that where the output goes, and then to the others; or to a sample first,
+        which tells how to weigh rows, and then to all."""
+        words, call = jobs.words[ring, None], jobs.call
+        sums_shift = cute.make_rmem_tensor(2, Float32)
+        start = cute.make_tensor(words.iterator + MASSES, cute.make_layout(1))
+        q_tile = QTile(residual.mass, jobs.references, start)
+        self.mainloop.begin(acc, rows, sums_shift)
+        if call[residual_call.FULL] == 0:
+            self.residual_epilogue.prefetch(residual, call, words[BATCH], words[HEAD], first_row, seq_q)
+        if (call[residual_call.DECIDES] != 0) & (call[residual_call.SAMPLES] == 0):
+            self.mainloop.masses.begin(
+                jobs.references, residual, scales, call[SLOT], words[BATCH], words[HEAD], first_row, seq_q
+            )
+        # Sparse steps have the last part alone. The first part of a step that takes a sample adds no masses.
+        for part in cutlass.range(1 - call[residual_call.FULL], 2, unroll=1):
+            is_last, count = part == 1, words[COUNT]
+            if part > 1 - call[residual_call.FULL]:
+                count = words[REST]
+            decides = cute.make_tensor(
+                call.iterator + residual_call.DECIDES + (1 - part) * call[residual_call.SAMPLES], cute.make_layout(1)
+            )
+            of_part = Job(count, job.keys, job.votes, job.scale, job.norm, q_tile, decides)
+            place = self.mainloop.visit(
+                operands, acc, rows, sums_shift, pipes, tiles, q_place, place, group, of_part, is_last
+            )
+            if not is_last:
+                if call[residual_call.SAMPLES] != 0:
+                    self.mainloop.masses.take_sample(jobs.references, rows, first_row, seq_q)
+                    self.mainloop.begin(acc, rows, sums_shift)
+                elif call[residual_call.MASKED] != 0:
+                    self.store_kept(acc, rows, sums_shift, outputs, scales, words, first_row, seq_q)
+        return place
+
+    @cute.jit
+    def store_kept(
+        self, acc: Accumulators, rows: Rows, sums_shift, outputs: Outputs, scales: Scales, words, first_row: Int32,
+        seq_q: Int32,
+    ):  # fmt: skip
+        """Store what the kept tiles give by themselves where the output goes."""
+        head, batch = words[HEAD], words[BATCH]
+        if const_expr(scales.v is not None):
+            self.mainloop.short_sums.put_back(acc.sums, acc.out)
+            self.scale_channels(acc, scales, outputs, batch, head, words[COUNT])
+        self.residual_epilogue.store_kept(
+            outputs.out, outputs.lse, scales.lse_shift, acc.out, rows, first_row, seq_q, head, batch
+        )
+        if const_expr(scales.v is not None):
+            acc.out.fill(0.0)  # it is in shared memory as it was, and goes on there
+            if words[REST] == 0:
+                self.mainloop.short_sums.take(acc.sums, sums_shift, acc.out, rows)
+
+    @cute.jit
+    def scale_channels(
+        self, acc: Accumulators, scales: Scales, outputs: Outputs, batch: Int32, head: Int32, count: Int32
+    ):
+        """Give the sums of quantized values their channels' scales."""
+        if count > 0:  # or else it is 0, whatever the scales
+            kv_head = head // (outputs.out.shape[2] // scales.v.shape[1])
+            self.epilogue.scale_channels(acc.out, scales.v[batch, kv_head, None])
 
     def registers(self, qk_mma, pv_mma, shared: Shared, worker, group):
         """What the products of this warpgroup read and write, and the state of its rows."""
@@ -128,7 +210,10 @@ class Consumer:
             sums = cute.make_tensor(sums.iterator + 4 * worker, layout)
         floats = [cute.make_rmem_tensor(2, Float32) for _ in range(4)]
         integers = [cute.make_rmem_tensor(2, Int32) for _ in range(2)]
-        return operands, Accumulators(scores, weights, out, sums), Rows(*floats, *integers)
+        more = []
+        if const_expr(self.config.residual):
+            more = [cute.make_rmem_tensor(2, Float32)]
+        return operands, Accumulators(scores, weights, out, sums), Rows(*floats, *integers, *more)
 
     @cute.jit
     def last_of(self, counter) -> Boolean:

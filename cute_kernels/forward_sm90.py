@@ -14,7 +14,8 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from lite_attention.cute_kernels.config import KernelConfig, Masks, Scales, State
+from lite_attention.cute_kernels import residual_call
+from lite_attention.cute_kernels.config import KernelConfig, Masks, Residual, Scales, State
 from lite_attention.cute_kernels.consumer_sm90 import Consumer
 from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Load, Loads, Outputs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Pipes
@@ -39,7 +40,7 @@ class SkipAttentionForward:
     @cute.jit
     def __call__(
         self, q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, out: cute.Tensor, lse: cute.Tensor, state: State,
-        masks: Masks, scales: Scales, scale: Float32, processors: Int32, stream: cuda.CUstream,
+        masks: Masks, scales: Scales, residual: Residual, scale: Float32, processors: Int32, stream: cuda.CUstream,
     ):  # fmt: skip
         """Lay out and launch. The scale is in log2 units, unused in INT8; processors are the GPU's multiprocessors."""
         products, config = self.products, self.config
@@ -58,7 +59,7 @@ class SkipAttentionForward:
         self.v_bytes = products.v_tile[0] * products.v_tile[1] * products.v_dtype.width // 8
         self.storage = storage_of(config, layouts)
         jobs = cute.ceil_div(q.shape[0], config.tile_m) * q.shape[2] * q.shape[3]
-        self.kernel(qk_mma, pv_mma, loads, out, lse, state, masks, scales, scale, layouts).launch(
+        self.kernel(qk_mma, pv_mma, loads, out, lse, state, masks, scales, residual, scale, layouts).launch(
             grid=[cutlass.min(jobs, processors), 1, 1],
             block=[self.budget.threads, 1, 1],
             stream=stream,
@@ -68,7 +69,7 @@ class SkipAttentionForward:
     @cute.kernel
     def kernel(
         self, qk_mma: cute.TiledMma, pv_mma: cute.TiledMma, loads: Loads, gout: cute.Tensor, lse: cute.Tensor,
-        state: State, masks: Masks, scales: Scales, scale: Float32, layouts: Layouts,
+        state: State, masks: Masks, scales: Scales, residual: Residual, scale: Float32, layouts: Layouts,
     ):  # fmt: skip
         """Set up shared memory, read what the call is, and split into roles."""
         config = self.config
@@ -85,23 +86,23 @@ class SkipAttentionForward:
         if const_expr(self.budget.ones):
             self.fill_ones(shared.v, thread)
         if const_expr(self.config.skip):
-            self.begin_call(state.control, jobs, thread, loads.q.tensor, loads.k.tensor)
+            self.begin_call(state.control, residual, jobs, thread, loads.q.tensor, loads.k.tensor)
         cute.arch.sync_threads()
         loaded = Shared(shared.q, shared.k, self.products.loaded(shared.v, self.budget.stages), shared.sums)
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.budget.producer_registers)
             if warp == 0:
-                self.producer.produce(loads, loaded, pipes, state, masks, scales, jobs, tiles, scale)
+                self.producer.produce(loads, loaded, pipes, state, masks, scales, residual, jobs, tiles, scale)
         else:
             cute.arch.setmaxregister_increase(self.budget.consumer_registers)
             self.consumer.consume(
-                (qk_mma, pv_mma), shared, pipes, Outputs(gout, lse), state, masks, scales, jobs, tiles, scale,
+                (qk_mma, pv_mma), shared, pipes, Outputs(gout, lse), state, masks, scales, residual, jobs, tiles, scale,
                 (loads.q.tensor.shape[0], loads.k.tensor.shape[0]),
             )  # fmt: skip
 
     @cute.jit
-    def begin_call(self, control, jobs: Jobs, thread, gq: cute.Tensor, gk: cute.Tensor):
+    def begin_call(self, control, residual: Residual, jobs: Jobs, thread, gq: cute.Tensor, gk: cute.Tensor):
         """Read what the call is, once, and clear what jobs count up and vote."""
         if thread == 0:
             slot = control[c.SLOT]
@@ -109,12 +110,16 @@ class SkipAttentionForward:
             jobs.call[SLOT] = slot
             jobs.call[FRESH] = Int32(fresh)
             jobs.call[DENSE] = control[c.FLAGS] & c.FLAG_DENSE
+            if const_expr(self.config.residual):
+                dense = (control[c.FLAGS] & c.FLAG_DENSE) != 0
+                residual_call.begin(control, residual, jobs.call, self.scheduler.block(slot), slot, fresh, dense)
         words = cute.ceil_div(cute.ceil_div(gk.shape[0], self.config.tile_n), 32)
         for ring in cutlass.range_constexpr(RING):
             if thread == 0:
                 jobs.words[ring, DONE] = Int32(0)
-            for tile in cutlass.range(thread, words * 32, self.budget.threads, unroll=1):
-                jobs.kept[ring, tile] = Uint8(0)
+            if const_expr(self.config.votes):
+                for tile in cutlass.range(thread, words * 32, self.budget.threads, unroll=1):
+                    jobs.kept[ring, tile] = Uint8(0)
 
     @cute.jit
     def fill_ones(self, sv, thread):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-SLOT, FRESH, DENSE = range(3)  # of `Jobs.call`
+SLOT, FRESH, DENSE = range(3)  # of `Jobs.call`; those of the residual are in residual_call.py
 
 
 class Load(NamedTuple):
@@ -32,12 +32,13 @@ class Outputs(NamedTuple):
 class Jobs(NamedTuple):
     """Of the jobs in flight, in shared memory."""
 
-    call: Any  # slot, whether fresh, whether dense: the same for all jobs
+    call: Any  # slot, whether fresh, whether dense, and more with the residual: the same for all jobs
     words: Any  # [RING, JOB_WORDS]
     score_threshold: Any  # [RING], in units of row maxima
-    visited: Any  # [RING, words], bits of tiles
+    visited: Any  # [RING, words], bits of tiles; with the residual [2 * RING, words], those of the second part after
     kept: Any  # [RING, tiles], bytes: 1 = some row keeps the tile
     partial: Any  # [words], bits of tiles of the job that the producer is at: some key is excluded
+    references: Any  # [2 * consumers], with the residual: what the shifts of a thread's rows are held against in masses
 
 
 class Shared(NamedTuple):

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from lite_attention.cute_kernels.cache import Kernel, get_kernel
-from lite_attention.cute_kernels.config import KEY_BITS_PAD, KernelConfig, Masks, Scales, State
+from lite_attention.cute_kernels.config import (
+    KEY_BITS_PAD,
+    RESIDUAL_DTYPES,
+    ChoiceConfig,
+    KernelConfig,
+    Masks,
+    Residual,
+    Scales,
+    State,
+)
 from lite_attention.cute_kernels.launch import check_supported, processors, readable, reads, run
 from lite_attention.cute_kernels.quantize_launcher import mean_of, quantized_key, quantized_query, quantized_value
 from lite_attention.cute_kernels.streams import turn_of
 from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
-from lite_attention.ops.check_calls import check_call
+from lite_attention.ops.check_calls import RESIDUAL_ARGUMENTS, check_call, check_residual_call, given
+from lite_attention.ops.choice import BINS
 from lite_attention.ops.quantization import Quantization, check_quantization
 from lite_attention.ops.quantize import zero_excluded
 from lite_attention.ops.signature import (
     CallSignature,
     TensorSignature,
     call_signature,
+    named_signatures,
     split_signature,
     tensor_signatures,
 )
@@ -29,7 +40,7 @@ from lite_attention.ops.tiles import allowed_in_tiles, ceil_div
 from lite_attention.ops.units import LOG2_E
 from lite_attention.ops.validate import check_dense_call
 
-__all__ = ["attention_forward", "skip_attention_forward"]
+__all__ = ["attention_forward", "residual_attention_forward", "skip_attention_forward"]
 
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
 
@@ -50,9 +61,11 @@ class _Plan(NamedTuple):
     readable: tuple[bool, ...]  # q, k, v: as they lie
     lse_shape: tuple[int, int, int]
     scale: float
+    tile_m: int
     tile_n: int
     quantization: Quantization
     processors: int
+    choice: tuple[Kernel, Kernel] | None = None  # which find the tiles that stay, where there is a residual
 
 
 def _plan(
@@ -62,7 +75,7 @@ def _plan(
     v: TensorSignature,
     scale: float | None,
     quantization: str = "none",
-    **variant: bool,
+    **variant: Any,
 ) -> _Plan:
     batch, seq_q, heads, head_dim = q.shape
     check_supported(op, head_dim, v.shape[3], q.dtype, q.device)
@@ -79,10 +92,23 @@ def _plan(
         tuple(reads(x.stride) for x in (q, k, v)),
         (batch, heads, seq_q),
         head_dim**-0.5 if scale is None else scale,
+        tile_m,
         tile_n,
         kind,
         processors(q.device),
+        _choice(config) if config.residual else None,
     )
+
+
+def _choice(config: KernelConfig) -> tuple[Kernel, Kernel]:
+    counts = ChoiceConfig("count_masses", config.must_do, config.target)
+    return get_kernel(counts), get_kernel(ChoiceConfig("choose_tiles", target=config.target))
+
+
+def _check_tiles(q: TensorSignature, tile_m: int, tile_n: int, quantization: str) -> None:
+    expected = target_of(q.device).tile_shape(q.shape[3], quantization)
+    if (tile_m, tile_n) != expected:
+        raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -90,13 +116,26 @@ def _skip_plan(call: CallSignature, quantization: str) -> _Plan:
     """Check a call and plan it; a call like one before costs a look-up."""
     check_call(call)
     (q, k, v, *_), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = split_signature(call)
-    expected = target_of(q.device).tile_shape(q.shape[3], quantization)
-    if (tile_m, tile_n) != expected:
-        raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
+    _check_tiles(q, tile_m, tile_n, quantization)
     return _plan(
         "skip_attention", q, k, v, scale, quantization, skip=True, initial_mask=initial_mask is not None,
         must_do=must_do is not None, key_mask=key_mask is not None,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _residual_plan(call: CallSignature, quantization: str) -> _Plan:
+    check_residual_call(call)
+    t, scale, tile_m, tile_n = named_signatures(call, RESIDUAL_ARGUMENTS)
+    q, k, v, residual = (given(t, name) for name in ("q", "k", "v", "residual"))
+    _check_tiles(q, tile_m, tile_n, quantization)
+    stored = [name for name, dtype in RESIDUAL_DTYPES.items() if dtype == residual.dtype]
+    if not stored:
+        raise ValueError(
+            f"dtype of residual: expected {' or '.join(map(repr, RESIDUAL_DTYPES))} on {q.device}, got {residual.dtype}"
+        )
+    has = {name: t[name] is not None for name in ("initial_mask", "must_do", "key_mask")}
+    return _plan("residual_attention", q, k, v, scale, quantization, residual=stored[0], **has)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,6 +154,7 @@ def _launch(
     v: torch.Tensor,
     state: State,
     key_mask: torch.Tensor | None,
+    residual: Residual = Residual(),  # noqa: B008
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks = _masks(key_mask, q.shape[0], plan.tile_n)
     out = empty_output(q, v)
@@ -123,13 +163,23 @@ def _launch(
     scales = Scales()
     if plan.quantization.scores is not None:
         q, k, v, scales = _quantized(plan, q, k, v, key_mask)
-    arguments = (q, k, v, out, lse, state, masks, scales, plan.scale * LOG2_E, plan.processors)
+    arguments = (q, k, v, out, lse, state, masks, scales, residual, plan.scale * LOG2_E, plan.processors)
     if state.control is None:
         run(plan.kernel, out.device, *arguments)
     else:
         with turn_of(state.control):
             run(plan.kernel, out.device, *arguments)
+            if plan.choice is not None:
+                _choose(plan.choice, state, residual, (q.shape[1], k.shape[1], plan.tile_m, plan.tile_n))
     return out, lse
+
+
+def _choose(kernels: tuple[Kernel, Kernel], state: State, residual: Residual, sizes: tuple[int, ...]) -> None:
+    """Launch what chooses the tiles that stay, and does nothing if the call did not decide."""
+    mass, decision, device = residual.mass, residual.decision, state.skip_mask.device
+    counts = mass.new_zeros(mass.shape[0], BINS)
+    run(kernels[0], device, mass, counts, decision, state.must_do, sizes)
+    run(kernels[1], device, mass, counts, decision, residual.keep, state.skip_mask)
 
 
 def _quantized(
@@ -172,6 +222,46 @@ def skip_attention_forward(
     state = State(skip_mask, control, threshold, initial_mask, must_do)
     plan = _skip_plan(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n), quantization)
     return _launch(plan, q, k, v, state, key_mask)
+
+
+def residual_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    skip_mask: torch.Tensor,
+    control: torch.Tensor,
+    plan: torch.Tensor,
+    keep: torch.Tensor,
+    times: torch.Tensor,
+    residual: torch.Tensor,
+    residual_scale: torch.Tensor | None,
+    row_lse: torch.Tensor,
+    initial_mask: torch.Tensor | None,
+    must_do: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    *,
+    scale: float | None,
+    tile_m: int,
+    tile_n: int,
+    quantization: str = "none",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels for `lite_attention::residual_attention` on torch's current stream.
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been changed then.
+        RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
+    """
+    written = (skip_mask, control, plan, keep, times, residual, residual_scale, row_lse)
+    tensors = (q, k, v, *written, initial_mask, must_do, key_mask)
+    launch = _residual_plan(call_signature(tensors, scale, tile_m, tile_n), quantization)
+    batch, heads = q.shape[0], q.shape[2]
+    tiles = ceil_div(q.shape[1], tile_m) * ceil_div(k.shape[1], tile_n)
+    scratch = q.new_zeros(4 + batch * heads * tiles, dtype=torch.int32)
+    mass = scratch[4:].view(batch, heads, ceil_div(q.shape[1], tile_m), -1)
+    values = residual.view(torch.uint8) if residual_scale is not None else residual  # DLPack of old has no FP8
+    state = State(skip_mask, control, None, initial_mask, must_do)
+    kept = Residual(plan, keep, times, values, residual_scale, row_lse, mass, scratch[:4])
+    return _launch(launch, q, k, v, state, key_mask, kept)
 
 
 def attention_forward(

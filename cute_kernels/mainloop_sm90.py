@@ -17,6 +17,7 @@ from cutlass.cute.nvgpu import warpgroup
 
 from lite_attention.cute_kernels.budget_sm90 import PROMOTED_KEYS
 from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.masses import Masses
 from lite_attention.cute_kernels.ptx import max_nan
 from lite_attention.cute_kernels.short_sums import ShortSums
 from lite_attention.cute_kernels.softmax import Keys, Rows, Votes
@@ -74,6 +75,8 @@ class Job(NamedTuple):
     votes: Votes
     scale: Any  # of scores; of integer queries
     norm: Any  # of integer queries
+    q_tile: Any = None  # where the masses of its tiles are summed up
+    decides: Any = None  # whether they are: a word in shared memory
 
 
 class Mainloop:
@@ -85,6 +88,9 @@ class Mainloop:
         self.softmax = pkgutil.resolve_name(config.quantization.softmax)(config)
         self.short_sums = ShortSums(config) if config.quantization.short_sums else None
         self.promoted_tiles = PROMOTED_KEYS // config.tile_n
+        self.masses = Masses(config)
+        # Sums of a tile's weights are known before the next tile's products have been awaited, but those of FP8.
+        self.early_masses = bool(config.residual) and self.short_sums is None
 
     @cute.jit
     def issue_qk(self, operands: Operands, scores, stage):
@@ -130,31 +136,48 @@ class Mainloop:
         job: Job,
     ):  # fmt: skip
         """Sums of the weighted values of this warpgroup's rows, not yet divided, and its votes."""
-        scores, weights, out, sums = acc
-        keys, votes, tile_n = job.keys, job.votes, self.config.tile_n
-        words = cute.recast_tensor(cute.make_tensor(weights.iterator, cute.make_layout(tile_n // 2)), Int32)
         sums_shift = cute.make_rmem_tensor(2, Float32)
-        out.fill(0.0)
+        self.begin(acc, rows, sums_shift)
+        return self.visit(operands, acc, rows, sums_shift, pipes, tiles, q_state, state, group, job, Boolean(True))
+
+    @cute.jit
+    def begin(self, acc: Accumulators, rows: Rows, sums_shift):
+        """Begin with nothing."""
+        acc.out.fill(0.0)
         rows.row_max.fill(-Float32.inf)
         rows.row_shift.fill(-1e30)
         rows.rescale.fill(1.0)
         rows.row_sum.fill(0.0)
         if const_expr(self.short_sums is not None):
-            self.short_sums.clear(sums, sums_shift)
+            self.short_sums.clear(acc.sums, sums_shift)
+
+    @cute.jit
+    def visit(
+        self, operands: Operands, acc: Accumulators, rows: Rows, sums_shift, pipes: Pipes, tiles: Tiles, q_state, state,
+        group, job: Job, is_last: Boolean,
+    ):  # fmt: skip
+        """Add `job.count` tiles to the sums; Q is released after the last of a q-tile."""
+        scores, weights, out, sums = acc
+        keys, votes, tile_n = job.keys, job.votes, self.config.tile_n
+        words = cute.recast_tensor(cute.make_tensor(weights.iterator, cute.make_layout(tile_n // 2)), Int32)
+        last_tile = Int32(0)  # whose weights are not in all sums yet
         # The first tile: scores and weights.
         if job.count > 0:
             pipes.k.consumer_wait(state)
             entry = cute.arch.make_warp_uniform(tiles.entries[state.index])
             unit, bound = self.of_tile(job, tiles, state.index)
             j, partial = entry & TILE_BITS, entry > TILE_BITS
-            if const_expr(self.config.skip):
+            if const_expr(self.config.votes):
                 votes.kept[j] = Uint8(1)  # it always is
             self.issue_qk(operands, scores, state.index)
             warpgroup.wait_group(0)
             pipes.k.consumer_release(state)
             unit = self.softmax.prepare(scores, unit, partial, j * tile_n, keys)
-            _, _, slope = self.softmax.step(scores, rows, unit, bound, partial, votes)
+            moved, _, slope = self.softmax.step(scores, rows, unit, bound, partial, votes)
             self.softmax.convert(scores, words, rows, slope)
+            if const_expr(self.config.residual):
+                self.softmax.rescale_output(out, rows, moved)  # there may have been tiles before
+                last_tile = j
             # The others, each with the values of the one before.
             for n in cutlass.range(1, job.count, unroll=1):
                 before = state.clone()
@@ -169,6 +192,8 @@ class Mainloop:
                 pipes.v.consumer_wait(before)
                 self.issue_pv(operands, out, weights, before.index)
                 self.pass_turn(group)
+                if const_expr(self.early_masses):
+                    self.add_mass(rows, job, last_tile)
                 # Scores are there first: softmax and vote, while the product with V runs.
                 warpgroup.wait_group(1)
                 pipes.k.consumer_release(state)
@@ -181,17 +206,26 @@ class Mainloop:
                 self.softmax.convert(scores, words, rows, slope)
                 if const_expr(self.short_sums is not None):
                     self.short_sums.take_row_sums(out, rows)
+                    if const_expr(self.config.residual):
+                        self.add_mass(rows, job, last_tile)
                     if n % self.promoted_tiles == 0:
                         self.short_sums.promote(sums, sums_shift, out, rows)
                         moved = Boolean(True)
                 self.softmax.rescale_output(out, rows, moved)
-                if const_expr(self.config.skip):
+                if const_expr(self.config.votes):
                     if keep:
                         votes.kept[j] = Uint8(1)
+                if const_expr(self.config.residual):
+                    last_tile = j
         # Q is free. Lane 0 releases for all: none may still be busy with the job before, whose place in the ring goes
         # with it.
-        cute.arch.sync_warp()
-        pipes.q.consumer_release(q_state)
+        if const_expr(self.config.residual):
+            if is_last:
+                cute.arch.sync_warp()
+                pipes.q.consumer_release(q_state)
+        else:
+            cute.arch.sync_warp()
+            pipes.q.consumer_release(q_state)
         # The values of the last tile.
         if job.count > 0:
             pipes.v.consumer_wait(state)
@@ -203,5 +237,13 @@ class Mainloop:
                 rows.rescale.fill(1.0)
                 self.short_sums.take_row_sums(out, rows)
                 self.short_sums.take(sums, sums_shift, out, rows)
+            if const_expr(self.config.residual):
+                self.add_mass(rows, job, last_tile)
             state.advance()
         return state
+
+    @cute.jit
+    def add_mass(self, rows: Rows, job: Job, tile: Int32):
+        """Add what a tile has, where that is asked for."""
+        if job.decides[0] != 0:
+            self.masses.add(rows, job.q_tile, tile)

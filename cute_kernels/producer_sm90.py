@@ -8,7 +8,8 @@ import cutlass.pipeline as pipeline
 from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
-from lite_attention.cute_kernels.config import KernelConfig, Masks, Scales, State
+from lite_attention.cute_kernels import residual_call
+from lite_attention.cute_kernels.config import KernelConfig, Masks, Residual, Scales, State
 from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Loads, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Pipes, Tiles
 from lite_attention.cute_kernels.products_sm90 import Products
@@ -19,7 +20,9 @@ from lite_attention.cute_kernels.tile_scheduler import (
     COUNT,
     END,
     HEAD,
+    MASSES,
     Q_TILE,
+    REST,
     RING,
     TileScheduler,
 )
@@ -38,8 +41,8 @@ class Producer:
 
     @cute.jit
     def produce(
-        self, loads: Loads, shared: Shared, pipes: Pipes, state: State, masks: Masks, scales: Scales, jobs: Jobs,
-        tiles: Tiles, scale: Float32,
+        self, loads: Loads, shared: Shared, pipes: Pipes, state: State, masks: Masks, scales: Scales,
+        residual: Residual, jobs: Jobs, tiles: Tiles, scale: Float32,
     ):  # fmt: skip
         """All jobs of this CTA."""
         q_pipe, k_pipe, v_pipe = pipes
@@ -57,7 +60,9 @@ class Producer:
             q_tile, head, batch = job % q_tiles, job // q_tiles % heads, job // q_tiles // heads
             kv_head = head // (heads // gk.shape[2])
             # Which tiles it visits; consumers read this when Q is there.
-            count = self.announce(state, masks, jobs, ring, (q_tile, head, batch), k_tiles, scale)
+            count = self.announce(
+                state, masks, residual, jobs, ring, (q_tile, head, batch), (seq_q, seq_k), k_tiles, scale
+            )
             # Q.
             q_pipe.producer_acquire(q_place)
             q_tiled = cute.local_tile(gq[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
@@ -74,7 +79,15 @@ class Producer:
             left, after = count, job
             if left <= CLAIM_AHEAD:
                 after = self.scheduler.next_job(state.control, job, ctas, lane)
-            for turn in cutlass.range(self.tiles.turns(cute.ceil_div(k_tiles, 32)), unroll=1):
+            turns = self.tiles.turns(cute.ceil_div(k_tiles, 32))
+            all_turns = turns
+            if const_expr(self.config.residual):
+                if jobs.call[residual_call.FULL] != 0:
+                    all_turns += turns
+            for turn in cutlass.range(all_turns, unroll=1):
+                if const_expr(self.config.residual):  # two parts, each in that order
+                    bits = jobs.visited[ring + turn // turns * RING, None]
+                    turn = turn % turns
                 at, word = self.tiles.turn(bits, turn, diagonal, k_tiles - 1)
                 while word != 0:
                     bit = 31 - Int32(cute.arch.clz(word))
@@ -113,8 +126,11 @@ class Producer:
         v_pipe.producer_tail(place)
 
     @cute.jit
-    def announce(self, state: State, masks: Masks, jobs: Jobs, ring: Int32, place, k_tiles: Int32, scale: Float32):
-        """List the tiles of a job at its (q-tile, head, batch element), and return their number."""
+    def announce(
+        self, state: State, masks: Masks, residual: Residual, jobs: Jobs, ring: Int32, place, sizes, k_tiles: Int32,
+        scale: Float32,
+    ):  # fmt: skip
+        """List the tiles of a job at its (q-tile, head, batch element), and return how many loads these are."""
         q_tile, head, batch = place
         lane = cute.arch.lane_idx()
         slot, fresh, dense, flags = Int32(0), Boolean(True), Boolean(False), None
@@ -122,22 +138,37 @@ class Producer:
             slot, fresh, dense = jobs.call[SLOT], jobs.call[FRESH] != 0, jobs.call[DENSE] != 0
         if const_expr(masks.tile_flags is not None):
             flags = masks.tile_flags[batch, None, None]
-        row, initial_row = mask_rows(state, slot, batch, head, q_tile)
-        bits = jobs.visited[ring, None]
-        count = self.tiles.find_visited(
-            row, initial_row, state.must_do, flags, bits, jobs.partial, lane, k_tiles, fresh, dense
-        )
+        bits, count, rest = jobs.visited[ring, None], Int32(0), Int32(0)
+        if const_expr(self.config.residual):
+            row, initial_row = mask_rows(state, slot, batch, head, q_tile, jobs.call[residual_call.HALF])
+            others, masked = jobs.visited[ring + RING, None], jobs.call[residual_call.MASKED] != 0
+            count, rest = self.tiles.find_kept(
+                row, initial_row, state.must_do, flags, bits, others, jobs.partial, lane, k_tiles, masked
+            )
+            if jobs.call[residual_call.SAMPLES] != 0:
+                diagonal = self.tiles.diagonal(q_tile, *sizes, k_tiles)
+                rest, count = count, self.tiles.take_sample(bits, others, lane, k_tiles, diagonal)
+            if jobs.call[residual_call.FULL] == 0:
+                rest = Int32(0)
+        else:
+            row, initial_row = mask_rows(state, slot, batch, head, q_tile)
+            count = self.tiles.find_visited(
+                row, initial_row, state.must_do, flags, bits, jobs.partial, lane, k_tiles, fresh, dense
+            )
         if lane == 0:
             jobs.words[ring, Q_TILE] = q_tile
             jobs.words[ring, HEAD] = head
             jobs.words[ring, BATCH] = batch
             jobs.words[ring, COUNT] = count
-            if const_expr(self.config.skip):
+            if const_expr(self.config.residual):
+                jobs.words[ring, REST] = rest
+                jobs.words[ring, MASSES] = Int32(residual.mass.layout((batch, head, q_tile, 0)))
+            if const_expr(self.config.votes):
                 jobs.score_threshold[ring] = self.scheduler.score_threshold(
                     state.threshold, state.control, slot, head, scale
                 )
         cute.arch.sync_warp()
-        return count
+        return count + rest
 
     def partition(self, atom, shared, tiles):
         """Source and destination of a TMA copy, by tile and by stage."""

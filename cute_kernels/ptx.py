@@ -5,7 +5,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
@@ -94,6 +94,62 @@ def to_int(x, *, loc=None, ip=None):
 def to_int_below(x, *, loc=None, ip=None):
     """The largest integer that is not larger; beyond int32 the last one there, 0 for NaN."""
     return Int32(_assembly(T.i32(), [Float32(x).ir_value(loc=loc, ip=ip)], "cvt.rmi.s32.f32 $0, $1;", "=r,f"))
+
+
+@dsl_user_op
+def to_clamped_uint(x, most: float, *, loc=None, ip=None):
+    """The nearest integer, from 0 to `most`, which NaN becomes too."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (x, most)]
+    text = "{ .reg .f32 a; min.f32 a, $1, $2; cvt.rni.u32.f32 $0, a; }"
+    return Int32(_assembly(T.i32(), operands, text, "=r,f,f"))
+
+
+@dsl_user_op
+def add_if_zero(address, value, lane, *, loc=None, ip=None):
+    """Add to an integer in global memory in the lane of that number; no branch, which ptxas would pay for in copies."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Int32(x).ir_value(loc=loc, ip=ip) for x in (value, lane))]
+    text = "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p red.relaxed.gpu.global.add.u32 [$0], $1; }"
+    llvm.inline_asm(
+        None, operands, text, "l,r,r", has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT
+    )
+
+
+@dsl_user_op
+def prefetch_to_l2(address, *, loc=None, ip=None):
+    """Bring 32 bytes of global memory to the L2 cache."""
+    operand = Int64(address).ir_value(loc=loc, ip=ip)
+    llvm.inline_asm(
+        None, [operand], "prefetch.global.L2 [$0];", "l", has_side_effects=True, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def unpack_bf16(pair, *, loc=None, ip=None):
+    """The two bf16 of a register in float32, the lower first."""
+    bits = Int32(pair)
+    return as_float(bits << 16), as_float(bits & Int32(-65536))
+
+
+@dsl_user_op
+def unpack_fp16(pair, *, loc=None, ip=None):
+    """The two fp16 of a register in float32, the lower first."""
+    operand = Int32(pair).ir_value(loc=loc, ip=ip)
+    texts = (f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {half}; }}" for half in "lh")
+    return tuple(Float32(_assembly(T.f32(), [operand], text, "=f,r")) for text in texts)
+
+
+@dsl_user_op
+def unpack_e4m3(four, *, loc=None, ip=None):
+    """The four e4m3 of a register in float32, the lowest first."""
+    operand = Int32(four).ir_value(loc=loc, ip=ip)
+    text = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.rn.f16x2.e4m3x2 $0, {half}; }}"
+    pairs = [_assembly(T.i32(), [operand], text.format(half=half), "=r,r") for half in "lh"]
+    return (*unpack_fp16(Int32(pairs[0])), *unpack_fp16(Int32(pairs[1])))
+
+
+# A register to float32, the lowest first.
+UNPACKS = {torch.bfloat16: unpack_bf16, torch.float16: unpack_fp16, torch.float8_e4m3fn: unpack_e4m3}
 
 
 @dsl_user_op

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig
 from lite_attention.cute_kernels.fragments import element
@@ -17,6 +17,7 @@ class ShortSums:
     def __init__(self, config: KernelConfig) -> None:
         self.ones = element(0, config.head_dim // 4), element(1, config.head_dim // 4)  # products of columns of ones
         self.fours = config.head_dim // 8
+        self.keeps_tile_sums = bool(config.residual)
 
     @cute.jit
     def clear(self, sums, sums_shift):
@@ -32,7 +33,10 @@ class ShortSums:
         """Add what the columns of ones have summed up of a tile's weights, rescaled, and clear it."""
         for half in cutlass.range_constexpr(2):
             e = self.ones[half]
-            rows.row_sum[half] = rows.row_sum[half] + out[e] * rows.rescale[half]
+            tile_sum = out[e] * rows.rescale[half]
+            rows.row_sum[half] = rows.row_sum[half] + tile_sum
+            if const_expr(self.keeps_tile_sums):
+                rows.tile_sum[half] = tile_sum
             out[e] = Float32(0.0)
 
     @cute.jit
@@ -56,6 +60,15 @@ class ShortSums:
             cute.autovec_copy(sums[None, i], four)
             for e in cutlass.range_constexpr(4):
                 out[4 * i + e] = out[4 * i + e] + four[e] * lag[e // 2]
+
+    @cute.jit
+    def put_back(self, sums, out):
+        """Let the sums in shared memory be what the output is, of which they have been taken."""
+        for i in cutlass.range_constexpr(self.fours):
+            four = cute.make_rmem_tensor(4, Float32)
+            for e in cutlass.range_constexpr(4):
+                four[e] = out[4 * i + e]
+            cute.autovec_copy(four, sums[None, i])
 
     @cute.jit
     def lag(self, row_shift, sums_shift):

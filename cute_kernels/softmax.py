@@ -24,6 +24,7 @@ class Rows(NamedTuple):
     rescale: Any  # what the output is to be scaled by
     offset: Any  # of integer scores: the bits of the weight of a score of 0
     lowest: Any  # of integer scores: what lower ones are taken for, where bits of theirs would be negative
+    tile_sum: Any = None  # with the residual: of this thread's weights of the last tile that was summed up
 
 
 class Keys(NamedTuple):
@@ -66,7 +67,7 @@ class OnlineSoftmax:
         self.words = self.columns * config.value_dtype.itemsize // 2  # registers of weights
         self.pack = PACKS[config.value_dtype]
         self.dtype = DTYPES[config.dtype]
-        self.votes = config.skip
+        self.votes, self.keeps_tile_sums = config.votes, bool(config.residual)
 
     # What policies decide.
 
@@ -223,12 +224,18 @@ class FloatSoftmax(OnlineSoftmax):
         """Make them, and add them up."""
         for half in cutlass.range_constexpr(2):
             a, b = rows.row_sum[half], Float32(0.0)
+            if cutlass.const_expr(self.keeps_tile_sums):
+                a = Float32(0.0)
             for i in cutlass.range_constexpr(0, self.columns, 2):
                 e, f = element(half, i), element(half, i + 1)
                 x[e] = cute.math.exp2(x[e] * unit - rows.row_shift[half], fastmath=True)
                 x[f] = cute.math.exp2(x[f] * unit - rows.row_shift[half], fastmath=True)
                 a, b = a + x[e], b + x[f]
-            rows.row_sum[half] = a + b
+            if cutlass.const_expr(self.keeps_tile_sums):
+                rows.tile_sum[half] = a + b
+                rows.row_sum[half] = rows.row_sum[half] + (a + b)
+            else:
+                rows.row_sum[half] = a + b
         return Slope(Int32(0), Boolean(False))
 
     @cute.jit

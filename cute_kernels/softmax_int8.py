@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from lite_attention.cute_kernels.fragments import element, four_weights
 from lite_attention.cute_kernels.ptx import (
@@ -134,7 +134,10 @@ class Int8Softmax(OnlineSoftmax):
         """
         for half in cutlass.range_constexpr(2):
             pairs = [words[w] for w in range(half, self.words, 2)]
-            rows.row_sum[half] += sum_of_pairs(pairs, self.dtype)
+            tile_sum = sum_of_pairs(pairs, self.dtype)
+            rows.row_sum[half] += tile_sum
+            if const_expr(self.keeps_tile_sums):
+                rows.tile_sum[half] = tile_sum
 
 
 class Int8Fp8Softmax(Int8Softmax):

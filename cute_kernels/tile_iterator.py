@@ -11,14 +11,18 @@ from lite_attention.cute_kernels.ptx import has_bit
 
 PARTIAL = 1 << 15  # of an entry: some key of the tile is excluded
 TILE_BITS = PARTIAL - 1
+SAMPLE_EVERY = 16  # tiles: of these a fresh step takes a first look at one
 _SPECIAL = 3  # the tiles visited first: on the diagonal, the first, the last
 
 
-def mask_rows(state: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int32):
-    """The rows of a job in the skip mask and in the initial mask."""
+def mask_rows(state: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int32, half=None):
+    """The rows of a job in the skip mask, of which the residual has two, and in the initial mask."""
     row, initial_row = None, None
     if const_expr(state.skip_mask is not None):
-        row = state.skip_mask[slot, batch, head, q_tile, None]
+        if const_expr(half is None):
+            row = state.skip_mask[slot, batch, head, q_tile, None]
+        else:
+            row = state.skip_mask[slot, half, batch, head, q_tile, None]
         if const_expr(state.initial_mask is not None):
             batches, heads = state.initial_mask.shape[0], state.initial_mask.shape[1]
             initial_row = state.initial_mask[batch % batches, head % heads, q_tile, None]
@@ -70,6 +74,50 @@ class TileIterator:
                 partial[at] = Uint32(flags[1, at])
             visited[at] = word
             count += Int32(cute.arch.popc(word))
+        cute.arch.sync_warp()
+        return cute.arch.warp_redux_sync(count, kind="add")
+
+    @cute.jit
+    def find_kept(
+        self, row, initial_row, must_do, flags, kept, rest, partial, lane: Int32, k_tiles: Int32, masked: Boolean
+    ):  # fmt: skip
+        """One warp: put the tiles that a mask in use keeps, all if there is none, and the other visitable ones in
+        shared memory, a bit each, and return how many there are of both."""
+        count, others = Int32(0), Int32(0)
+        for at in cutlass.range(lane, cute.ceil_div(k_tiles, 32), 32, unroll=1):
+            word, skipped = ~Uint32(0), Uint32(0)
+            if const_expr(initial_row is not None):
+                word = ~Uint32(initial_row[at])
+            if masked:
+                skipped = Uint32(row[at])
+            if const_expr(must_do is not None):
+                word = word | Uint32(must_do[at])
+                skipped = skipped & ~Uint32(must_do[at])
+            word = self.tiles_of(word, at, k_tiles)
+            if const_expr(flags is not None):
+                word = word & Uint32(flags[0, at])
+                partial[at] = Uint32(flags[1, at])
+            kept[at] = word & ~skipped
+            rest[at] = word & skipped
+            count += Int32(cute.arch.popc(word & ~skipped))
+            others += Int32(cute.arch.popc(word & skipped))
+        cute.arch.sync_warp()
+        return cute.arch.warp_redux_sync(count, kind="add"), cute.arch.warp_redux_sync(others, kind="add")
+
+    @cute.jit
+    def take_sample(self, sample, visitable, lane: Int32, k_tiles: Int32, diagonal: Int32):
+        """One warp: move the tiles in `sample` to `visitable`, leave every 16th of them from the diagonal on, the first
+        and the last, and return how many these are."""
+        count, last = Int32(0), k_tiles - 1
+        for at in cutlass.range(lane, cute.ceil_div(k_tiles, 32), 32, unroll=1):
+            chosen = Uint32(0x00010001) << Uint32(diagonal % SAMPLE_EVERY)
+            if at == 0:
+                chosen = chosen | Uint32(1)
+            if at == last // 32:
+                chosen = chosen | (Uint32(1) << Uint32(last % 32))
+            visitable[at] = sample[at]
+            sample[at] = sample[at] & chosen
+            count += Int32(cute.arch.popc(sample[at]))
         cute.arch.sync_warp()
         return cute.arch.warp_redux_sync(count, kind="add")
 

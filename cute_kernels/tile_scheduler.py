@@ -6,12 +6,14 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
+from lite_attention.cute_kernels import residual_call
 from lite_attention.cute_kernels.config import KernelConfig
 from lite_attention.ops import control as c
 
 # A job in shared memory: one q-tile of one head, as the producer warp announces it to the consumers.
 RING = 3  # jobs: one being written back, one being computed, one being listed
 Q_TILE, HEAD, BATCH, COUNT, DONE = range(5)
+REST, MASSES = 5, 6  # with the residual: tiles after those that are kept, and where its masses begin
 JOB_WORDS = 8
 END = -1  # in place of a count: no job is left
 CLAIM_AHEAD = 4  # tiles: a job is claimed so late that CTAs finish together, and so early that nobody waits for it
@@ -69,15 +71,19 @@ class TileScheduler:
 
     @cute.jit
     def end_call(
-        self, control, slot: Int32, batch: Int32, seq_q: Int32, seq_k: Int32, ctas: Int32, dense: Boolean
+        self, control, slot: Int32, batch: Int32, seq_q: Int32, seq_k: Int32, ctas: Int32, dense: Boolean,
+        residual=None, call=None,
     ):  # fmt: skip
-        """One thread of each CTA, which will read the control tensor no more: the last one moves the step."""
+        """One thread of each CTA, which will read the control tensor no more: the last one moves the step, and counts
+        residuals and masks."""
         cute.arch.fence_acq_rel_gpu()
         ticket = cute.arch.atomic_add(control.iterator + c.TICKETS, Int32(1), sem="acq_rel", scope="gpu")
         if ticket == ctas - 1:
             if not dense:
                 block = self.block(slot)
                 step = control[block + c.STEP]
+                if const_expr(residual is not None):
+                    residual_call.end(control, residual, call, block, step)
                 if (control[c.FLAGS] & c.FLAG_AUTO_STEP) != 0:
                     step += 1
                     steps = control[c.NUM_STEPS]

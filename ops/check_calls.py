@@ -15,7 +15,7 @@ from lite_attention.ops.signature import CallSignature, TensorSignature, named_s
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.validate import check_dense_call
 
-__all__ = ["RESIDUAL_ARGUMENTS", "check_call", "check_residual_call"]
+__all__ = ["RESIDUAL_ARGUMENTS", "check_call", "check_residual_call", "given"]
 
 RESIDUAL_ARGUMENTS = (
     "q", "k", "v", "skip_mask", "control", "plan", "keep", "times", "residual", "residual_scale", "row_lse",
@@ -62,7 +62,7 @@ def check_residual_call(call: CallSignature) -> None:
     """
     t, scale, tile_m, tile_n = named_signatures(call, RESIDUAL_ARGUMENTS)
     q, k, v, skip_mask, control, residual, row_lse = (
-        _given(t, name) for name in ("q", "k", "v", "skip_mask", "control", "residual", "row_lse")
+        given(t, name) for name in ("q", "k", "v", "skip_mask", "control", "residual", "row_lse")
     )
     check_dense_call(q, k, v, t["key_mask"], scale)
     tiles = _Tiles.of(q, k, tile_m, tile_n, masks=(2,))
@@ -80,8 +80,8 @@ def check_residual_call(call: CallSignature) -> None:
     tiles.check_skip_mask(skip_mask)
     slots = _check_slots(skip_mask, control)
     for name in ("plan", "keep"):
-        require(_given(t, name).shape[0] >= 1, f"steps of {name}", "at least 1", 0)
-    times = tuple(_given(t, "times").shape)
+        require(given(t, name).shape[0] >= 1, f"steps of {name}", "at least 1", 0)
+    times = tuple(given(t, "times").shape)
     require(times == (slots, 3), "times", f"({slots}, 3)", times)
     _check_residual(tiles, slots, residual, t["residual_scale"], row_lse, (*q.shape[:2], v.shape[3]))
     tiles.check_given(t["initial_mask"], t["must_do"])
@@ -114,7 +114,7 @@ def _check_residual(
     require((residual_scale is not None) == scaled, "residual_scale", expected, "None" if scaled else "a tensor")
 
 
-def _given(tensors: dict[str, TensorSignature | None], name: str) -> TensorSignature:
+def given(tensors: dict[str, TensorSignature | None], name: str) -> TensorSignature:
     """Return the signature of a tensor that may not be None."""
     signature = tensors[name]
     assert signature is not None  # the schema of the op says so

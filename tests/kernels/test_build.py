@@ -19,15 +19,19 @@ import pytest
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from lite_attention.cute_kernels.aot import kernel_configs
-from lite_attention.cute_kernels.config import Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import ChoiceConfig, Config, KernelConfig, QuantizeConfig
 from lite_attention.ops.targets import SM90A
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kernels")]  # compiled once, not once a worker
 
 BF16 = kernel_configs(dtypes=("bf16",))
 FP16 = kernel_configs(SM90A.head_dims("int8"), ("fp16",), all_variants=True)
-CONFIGS = [c for c in BF16 if isinstance(c, KernelConfig) and (c.skip or not c.key_mask or c.head_dim == 128)]
-CONFIGS += [c for c in FP16 if isinstance(c, KernelConfig) and c.initial_mask and c.must_do]
+CONFIGS = [c for c in BF16 if isinstance(c, KernelConfig) and not c.residual]
+CONFIGS = [c for c in CONFIGS if c.skip or not c.key_mask or c.head_dim == 128]
+RESIDUAL = [c for c in BF16 if isinstance(c, KernelConfig) and c.residual and not c.key_mask]
+CONFIGS += [c for c in RESIDUAL if c.head_dim in (64, 128)]
+CONFIGS += [c for c in FP16 if isinstance(c, KernelConfig) and c.initial_mask and c.must_do and not c.residual]
+CHOICES = [c for c in BF16 if isinstance(c, ChoiceConfig)]
 QUANTIZERS = [c for c in BF16 + FP16 if isinstance(c, QuantizeConfig)]
 
 Builds = tuple[pathlib.Path, dict[str, str]]
@@ -49,7 +53,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     """Compile all in one process; return the folder of cubins, and what ptxas said of each."""
     folder = tmp_path_factory.mktemp("kernels")
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, folder, *(config.name for config in CONFIGS + QUANTIZERS)],
+        [sys.executable, "-c", COMPILE, folder, *(config.name for config in CONFIGS + QUANTIZERS + CHOICES)],
         env={**os.environ, "CUTE_DSL_COMPILER_OPT": "remarks{ptx}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -89,13 +93,20 @@ def test_build(config: KernelConfig, builds: Builds) -> None:
         floats, eights = 0, 2 * (config.tile_n // 32)
     if config.quantization.scores is not None:
         integers = 2 * (config.head_dim // 32)
-        assert not re.search(r"\bI2FP?\.F32\.S32\b", code), "scores are converted, a quarter as fast as anything else"
+        conversions = len(re.findall(r"\bI2FP?\.F32\.S32\b", code))  # with a residual, of the number of the step
+        assert conversions <= bool(config.residual), "scores are converted, a quarter as fast as anything else"
     else:
         floats += 2 * (config.head_dim // 16)
     assert len(re.findall(r"\bHGMMA\b", code)) == floats
     assert len(re.findall(r"\bQGMMA\b", code)) == eights
     assert len(re.findall(r"\bIGMMA\b", code)) == integers
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) == 4
+
+
+@pytest.mark.parametrize("config", CHOICES, ids=lambda config: config.name)
+def test_build_of_choices(config: ChoiceConfig, builds: Builds) -> None:
+    code = checked_code(config, builds)
+    assert ("RED" in code or "ATOM" in code) == (config.op == "count_masses")
 
 
 @pytest.mark.parametrize("config", QUANTIZERS, ids=lambda config: config.name)

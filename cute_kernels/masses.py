@@ -1,0 +1,81 @@
+"""The mass of tiles: how much of the softmax of its rows each has, summed up while a deciding step computes them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from lite_attention.cute_kernels.config import KernelConfig, Residual, Scales
+from lite_attention.cute_kernels.ptx import add_if_zero, quad_sum, to_clamped_uint
+from lite_attention.cute_kernels.softmax import Rows
+from lite_attention.ops.units import LOG2_E
+
+_ONE = 2.0**18  # a whole row, in the integers that are summed up: their sum does not depend on the order
+# What one thread adds at most: 32 lanes of 12 warps stay within 32 bits.
+_MOST = 2.0**23
+_NO_WEIGHT = 1e30  # as a reference: what is held against it is nothing
+
+
+class QTile(NamedTuple):
+    """Where masses go: little of it is in registers, since few steps decide."""
+
+    masses: Any  # of all tiles
+    references: Any  # in shared memory
+    start: Any  # a word in shared memory: where the masses of this q-tile begin
+
+
+class Masses:
+    """What the two rows of a consumer thread add to the masses of a q-tile."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        self.consumers = config.budget.consumers
+        self.whole_sums = config.quantization.short_sums  # each thread has its rows' already
+
+    @cute.jit
+    def begin(
+        self, references, residual: Residual, scales: Scales, slot: Int32, batch: Int32, head: Int32, first_row: Int32,
+        seq_q: Int32,
+    ):  # fmt: skip
+        """Take the LSE of the step before for a reference."""
+        for half in cutlass.range_constexpr(2):
+            row, reference = first_row + 8 * half, Float32(_NO_WEIGHT)
+            if row < seq_q:
+                lse = residual.row_lse[slot, 0, batch, head, row]
+                if lse > -Float32.inf:
+                    if const_expr(scales.lse_shift is not None):
+                        lse -= scales.lse_shift[batch, head, row]
+                    reference = lse * LOG2_E
+            self.put(references, half, reference)
+
+    @cute.jit
+    def take_sample(self, references, rows: Rows, first_row: Int32, seq_q: Int32):
+        """Take that of the tiles so far."""
+        for half in cutlass.range_constexpr(2):
+            row_sum = rows.row_sum[half] if const_expr(self.whole_sums) else quad_sum(rows.row_sum[half])
+            reference = rows.row_shift[half] + cute.math.log2(row_sum, fastmath=True)
+            if (row_sum == 0.0) | (first_row + 8 * half >= seq_q):
+                reference = Float32(_NO_WEIGHT)
+            self.put(references, half, reference)
+
+    @cute.jit
+    def put(self, references, half: cutlass.Constexpr, reference: Float32):
+        """Nobody else reads it."""
+        thread, _, _ = cute.arch.thread_idx()
+        references[half * self.consumers + thread - 128] = reference
+
+    @cute.jit
+    def add(self, rows: Rows, q_tile: QTile, tile: Int32):
+        """Add a tile's weights, whose sums `rows.tile_sum` are of the present shift, to those of its q-tile."""
+        thread, _, _ = cute.arch.thread_idx()
+        mass = Float32(0.0)
+        for half in cutlass.range_constexpr(2):
+            above = rows.row_shift[half] - q_tile.references[half * self.consumers + thread - 128]
+            mass += rows.tile_sum[half] * cute.math.exp2(above, fastmath=True)
+        total = cute.arch.warp_redux_sync(to_clamped_uint(mass * _ONE, _MOST), kind="add")
+        if thread == 128:
+            total += 1  # tells a tile of no mass from one that is not visited
+        where = q_tile.masses.iterator + (q_tile.start[0] + tile)
+        add_if_zero(where.toint(), total, cute.arch.lane_idx())
