@@ -40,6 +40,7 @@ from benchmarks.model_variants import LAYERS, Variants, build, fa3, inputs_of, n
 from lite_attention.cli.arguments import integer, number
 from lite_attention.ops import step_plan
 from lite_attention.ops.plan import DECIDING, FULL, SPARSE
+from lite_attention.presets import PRESETS
 
 VARIANTS = ("none", "fa3", "cudnn", "dense", "ours", "residual")
 
@@ -208,8 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sparsities", type=number(least=0, most=1), nargs="+", default=SPARSITIES, help="shares of tiles skipped"
     )
     parser.add_argument(
-        "--residual", type=residual, nargs="+", default=[(0.2, 3), (0.3, 3), (0.3, 2)], metavar="KEEP,EVERY",
-        help="share kept in sparse steps, and how often one is full",
+        "--residual", type=residual, nargs="+", default=[*map(tuple, PRESETS.values())], metavar="KEEP,EVERY",
+        help="share kept in sparse steps, and how often one is full; those of the presets unless given",
     )  # fmt: skip
     parser.add_argument("--steps", type=integer(1), nargs="+", default=[20, 50], help="of generations by the residual")
     parser.add_argument("--profile", action="store_true", help="count the GPU kernels of a step")

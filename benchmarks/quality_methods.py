@@ -13,6 +13,7 @@ import torch
 from benchmarks.quality_report import DENSE, RESIDUAL, SIMULATED, VOTING
 from benchmarks.quality_simulation import Simulated
 from lite_attention import schedules
+from lite_attention.presets import PRESETS
 
 RENDERED = "rendered"
 _PATTERNS = ("radial", "spatial-temporal", "window")
@@ -20,7 +21,6 @@ FAMILIES = (DENSE, *VOTING, "table", *RESIDUAL, "preset", *SIMULATED, *_PATTERNS
 
 _LEAST_KEPT = "1e-6"  # so little that the diagonal alone is left
 _STORAGE = ("fp8", "bf16", "fp32")
-PRESETS = ("quality", "balanced", "fast")
 _QUANTIZED = {
     "int8": {"use_int8": True}, "fp8": {"use_int8": True, "use_fp8": True},
     "residual-int8": {"use_int8": True}, "residual-fp8": {"use_int8": True, "use_fp8": True},

@@ -225,7 +225,7 @@ def draw(result: Result) -> Figure:
     upper.suptitle(f"Same noise; PSNR against dense: {', '.join(said)}", fontsize=10)
     videos = {"dense": dense.video, **{name: of.video for name, of in made.items()}}
     for name, of in made.items():
-        videos[f"{name}: difference x 5"] = (5 * (of.video - dense.video).abs()).clamp(max=1)
+        videos[f"{name}\ndifference x 5"] = (5 * (of.video - dense.video).abs()).clamp(max=1)
     count = min(len(dense.video), 10)
     plot.draw_frames(upper, videos, [i * (len(dense.video) - 1) // max(count - 1, 1) for i in range(count)])
 

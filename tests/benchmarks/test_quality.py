@@ -133,8 +133,8 @@ def test_the_methods_that_run_unless_told_are_some(names: tuple[str, ...]) -> No
 TRIED = (  # one of a kind
     "steps:3", "residual:0.3,3", "residual:0.2,3", "residual:0.3,2", "cached:3", "residual:0.3,3,no-forecast",
     "residual:0.3,3,tile3d", "residual-fp8:0.3,3", "residual:0.2,2,steps=8", "maximum:0.3,3", "mean-keys:0.3,3",
-    "threshold:-inf", "threshold:-6", "threshold:-3", "int8:-inf", "fp8:-inf", "random:threshold:-1", "radial",
-    "window:12,16,16", "rendered",
+    "preset:fast", "threshold:-inf", "threshold:-6", "threshold:-3", "int8:-inf", "fp8:-inf", "random:threshold:-1",
+    "radial", "window:12,16,16", "rendered",
 )  # fmt: skip
 
 
@@ -160,6 +160,7 @@ def test_tiny_run_of_all_kinds_of_methods(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["table:error-0.1"]["cost"] < 0.98
     assert found["radial"]["cost"] < 0.9
     assert found["residual:0.3,3"]["cost"] == pytest.approx((3 + 0.3) / 4, abs=0.03)
+    assert found["preset:fast"]["cost"] == pytest.approx((3 + 0.4) / 4, abs=0.03)  # of so few steps
     assert found["cached:3"]["cost"] < found["residual:0.2,3"]["cost"] < found["residual:0.3,2"]["cost"]
     assert found["residual:0.2,2,steps=8"]["cost"] > 1
     assert found["rendered"]["shape"]["videos"] == 2
