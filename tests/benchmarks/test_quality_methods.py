@@ -111,7 +111,14 @@ class CountingResidual(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{"keep": 0.3}, {"keep": 0.5, "full_every": 2, "decide_every": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 0.3},
+        {"keep": 0.5, "full_every": 2, "decide_every": 1},
+        {"keep": 0.3, "full_every": 4, "first_full": 1},  # the plan's second step is sparse, and becomes full
+    ],
+)
 def test_shares_of_the_residual_are_what_its_calls_skip(options: dict[str, Any]) -> None:
     of, steps = setup(), 9
     lite_attention.enable(
