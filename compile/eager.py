@@ -21,10 +21,11 @@ from lite_attention.compile.attention_calls import ATTENTION_OPS, SDPA
 from lite_attention.compile.multihead import attend_in_parts, reason_against
 from lite_attention.compile.origins import Origins
 from lite_attention.compile.other_attention import reason_of_op, site_of_op
+from lite_attention.compile.records import SiteRecord
 from lite_attention.compile.runner import NOT_PICKLED
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.sites import choice_reason, log_sites, unsupported_call
-from lite_attention.compile.store import SiteRecord, StateStore
+from lite_attention.compile.store import StateStore
 from lite_attention.ops import attention
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site import Site

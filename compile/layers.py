@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from lite_attention.compile.provenance import value_of
+from lite_attention.compile.records import SiteRecord
 from lite_attention.compile.sites import GraphSite, choice_reason
-from lite_attention.compile.store import Resolved, SiteRecord, StateStore
+from lite_attention.compile.store import Resolved, StateStore
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.site import Site

@@ -16,7 +16,7 @@ from lite_attention.ops.options import RESIDUAL_DTYPES
 from lite_attention.ops.quantization import QuantizationName, quantization_of
 from lite_attention.ops.residual_settings import UNKNOWN_STEPS, ResidualSettings, residual_of
 from lite_attention.ops.residual_state import ResidualState
-from lite_attention.ops.site import Site, SiteThreshold, Threshold
+from lite_attention.ops.site import Site, SiteKeep, SiteThreshold, Threshold
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.state import SkipState
 from lite_attention.ops.tiles import ceil_div
@@ -27,7 +27,7 @@ __all__ = ["CommonOptions", "OtherOptions", "SkipOptions", "SkipSettings"]
 
 
 class CommonOptions(TypedDict, total=False):
-    """The fields of `SkipSettings` but the threshold and the number of steps, which some take in ways of their own."""
+    """The fields of `SkipSettings` but threshold, keep and number of steps, which some take in ways of their own."""
 
     slots: int
     refresh: int | None
@@ -43,7 +43,6 @@ class CommonOptions(TypedDict, total=False):
     dense: Literal["sdpa", "kernel"]
     allow_positive: bool
     method: Literal["votes", "residual"]
-    keep: float | torch.Tensor | None
     full_every: int | None
     first_full: int | None
     decide_every: int | None
@@ -53,7 +52,7 @@ class CommonOptions(TypedDict, total=False):
 
 
 class OtherOptions(CommonOptions, total=False):
-    """The fields of `SkipSettings` but the threshold, which `enable` takes as a table or a file too."""
+    """The fields of `SkipSettings` but threshold and keep, which `enable` takes as a table or a file too."""
 
     num_steps: int | None
 
@@ -61,7 +60,8 @@ class OtherOptions(CommonOptions, total=False):
 class SkipOptions(OtherOptions, total=False):
     """The fields of `SkipSettings`, as keyword arguments of all who take them."""
 
-    threshold: SiteThreshold
+    threshold: SiteThreshold | None
+    keep: SiteKeep | None
 
 
 _OF_RESIDUAL = tuple(field.name for field in fields(ResidualSettings))
@@ -98,14 +98,15 @@ class SkipSettings:
         allow_positive: of method "votes": accept thresholds above 0.
         method: "votes" skips tiles that every row of a q-tile votes out; "residual" keeps a share of the tiles, and
             what the others gave.
-        keep: of method "residual", as are the others below; None = what `ops.residual_settings.ResidualSettings` says,
-            here 0.3.
-        full_every: likewise 3.
-        first_full: likewise 2.
-        decide_every: likewise 2.
-        forecast: likewise True.
-        residual_dtype: likewise "fp8" on CUDA, and "bf16" elsewhere.
-        memory: likewise "device".
+        keep: of method "residual", as are the others below, see `lite_attention.ops.residual_settings`: a number, a
+            tensor (steps,), or a callable that returns one of these for a `Site`, called when its state is born. None =
+            0.3.
+        full_every: every so many steps computes everything; None = 3.
+        first_full: so many steps at the beginning do too; None = 2.
+        decide_every: every so many full steps decide which tiles are kept; None = 2.
+        forecast: extend what skipped tiles gave along the flow's time; None = True.
+        residual_dtype: "fp8", "bf16" or "fp32"; None = "fp8" on CUDA, else "bf16".
+        memory: where residuals live, "device" or "host"; None = "device".
 
     Raises:
         ValueError: an option out of range, or one of the other method.
@@ -128,7 +129,7 @@ class SkipSettings:
     dense: str = "sdpa"
     allow_positive: bool = field(default=False, repr=False)
     method: str = "votes"
-    keep: float | torch.Tensor | None = None
+    keep: SiteKeep | None = None
     full_every: int | None = None
     first_full: int | None = None
     decide_every: int | None = None
@@ -170,7 +171,10 @@ class SkipSettings:
     def residual(self) -> ResidualSettings | None:
         """The options of the method "residual"; None = the other one."""
         of_votes = {"threshold": self.threshold, "allow_positive": self.allow_positive or None}
-        return residual_of(self.method, of_votes, {name: getattr(self, name) for name in _OF_RESIDUAL})
+        of_residual = {name: getattr(self, name) for name in _OF_RESIDUAL}
+        if self.method == "residual" and callable(self.keep):
+            of_residual["keep"] = None  # it is asked when a state is born
+        return residual_of(self.method, of_votes, of_residual)
 
     @property
     def forecasts(self) -> bool:
@@ -213,22 +217,33 @@ class SkipSettings:
             v_shape=(batch, seq_k, kv_heads, value_dim), tile_shape=tiles,
         )  # fmt: skip
 
-    def new_state(self, site: Site, sizes: tuple[int, int, int], threshold: SiteThreshold | None = None) -> SiteState:
-        """Return a fresh state for a site at (batch, seq_q, seq_k); a threshold given here goes before the settings'.
+    def new_state(
+        self, site: Site, sizes: tuple[int, int, int], value: SiteThreshold | SiteKeep | None = None
+    ) -> SiteState:
+        """Return a fresh state for a site at (batch, seq_q, seq_k).
+
+        Args:
+            site: as far as known.
+            sizes: of the calls.
+            value: the threshold, or the share to keep, in place of the settings'.
 
         Raises:
-            ValueError: the threshold, or the initial mask, does not fit the site.
+            ValueError: the threshold, the share or the initial mask does not fit the site.
             RuntimeError: there is not enough memory for it.
         """
         site = self.sized(site, sizes, self.tile_shape_for(site))
         common = self._state_options(site)
         if self.residual is not None:
             options = self.residual.options(self.table_steps, site.device)
-            return self._begun(ResidualState(**common, **options, value_dim=site.value_dim))
+            keeping = ResidualState(**common, **options, value_dim=site.value_dim)
+            keep = self.keep if value is None else value
+            if keep is not None:
+                keeping.set_keep(keep(site) if callable(keep) else keep)
+            return self._begun(keeping)
         state = SkipState(**common, allow_positive=self.allow_positive)
-        value = self.threshold if threshold is None else threshold
-        assert value is not None
-        state.set_threshold(value(site) if callable(value) else value)
+        threshold = self.threshold if value is None else value
+        assert threshold is not None
+        state.set_threshold(threshold(site) if callable(threshold) else threshold)
         return self._begun(state)
 
     def _state_options(self, site: Site) -> dict[str, Any]:

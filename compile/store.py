@@ -8,78 +8,29 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lite_attention.compile.memory_notice import MemoryNotice
+from lite_attention.compile.records import SiteRecord, Sizes, paths_of
 from lite_attention.compile.settings import SkipSettings
-from lite_attention.ops import ResidualState, Session, SkipState
+from lite_attention.compile.values import SiteValue, table_of
+from lite_attention.ops import ResidualState, Session
 from lite_attention.ops.buffers import nbytes_of
 from lite_attention.ops.control import FLAG_DENSE
-from lite_attention.ops.residual_settings import require_votes
-from lite_attention.ops.site import Site, SiteThreshold
+from lite_attention.ops.residual_settings import check_keep, require_residual, require_votes
+from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.threads import PerThread
-from lite_attention.ops.torch_internals import WRAPPED
 
-__all__ = ["Forward", "SiteRecord", "StateStore", "paths_of", "stores_with"]
-
-Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
-StateKey = tuple[Sizes, torch.device, tuple[int, int], int]  # with tile_m and tile_n, and the id of the session
+__all__ = ["Forward", "StateStore", "stores_with"]
 
 _stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
-
-
-@dataclass
-class SiteRecord:
-    """One attention site of one layer, with a state for each size, device, tile shape and thread it was called at."""
-
-    site: Site
-    owners: tuple[weakref.ref[object], ...]
-    states: dict[StateKey, SiteState] = field(default_factory=dict)
-    last: SiteState | None = None  # of the latest call that skipped
-    recent: dict[int, SiteState] = field(default_factory=dict)  # the same for each session, by id
-    ran_in: int = 0  # the latest forward that ran it
-    ran_dense: str | None = None  # why the latest call did not skip
-
-    def name(self, model: nn.Module) -> str:
-        """Return the full path of the site's module in a model, as far as its owners tell."""
-        return self.name_among(paths_of(model))
-
-    def name_among(self, paths: Mapping[int, list[str]]) -> str:
-        """Return the same from the `paths_of` the model, for those who ask for many sites."""
-        known = [(paths[id(owner())], i) for i, owner in enumerate(self.owners) if id(owner()) in paths]
-        # A parameter that layers share does not name the layer: the others come first.
-        for (path, *_), i in sorted(known, key=lambda item: len(item[0])):
-            if isinstance(self.owners[i](), nn.Module):
-                return path
-            if i < len(self.site.owner_paths):
-                return _renamed(self.site.name, self.site.owner_paths[i], path)
-        return self.site.name
-
-
-def paths_of(model: nn.Module) -> dict[int, list[str]]:
-    """Return the paths of a model's parameters and modules, by id."""
-    paths: dict[int, list[str]] = defaultdict(list)
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        paths[id(parameter)].append(path.removeprefix(f"{WRAPPED}."))
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths[id(module)].append(path.removeprefix(f"{WRAPPED}."))
-    return paths
-
-
-def _renamed(name: str, then: str, now: str) -> str:
-    """Return what a module is called in the layer whose parameter is `now`, from its name in that of `then`."""
-    old, new = then.split("."), now.split(".")
-    while old and new and old[-1] == new[-1]:
-        old.pop(), new.pop()
-    parts = name.split(".") if name else []
-    return ".".join([*new, *parts[len(old) :]]) if parts[: len(old)] == old else name
 
 
 # The sites of one run of a graph, each with its state or why it does not skip; and the states' buffers in the order of
@@ -122,7 +73,8 @@ class StateStore:
         self._session = session
         self._model = None if model is None else weakref.ref(model)  # it holds the store
         self._forward: PerThread[Forward] = PerThread(Forward)
-        self._thresholds: weakref.WeakKeyDictionary[nn.Module, tuple[SiteThreshold, str]] = weakref.WeakKeyDictionary()
+        # Thresholds, or shares to keep, that were set for a model, with the prefix of its sites' names.
+        self._values: weakref.WeakKeyDictionary[nn.Module, tuple[SiteValue, str]] = weakref.WeakKeyDictionary()
         self._records: dict[tuple[object, ...], SiteRecord] = {}
         self._resolved: dict[int, dict[tuple[object, ...], Resolved]] = {}  # by session: a call costs one look-up
         self._met: set[int] = set()  # sessions whose end is awaited
@@ -254,9 +206,9 @@ class StateStore:
                     f"skip state of {record.site.name or 'a site'} at (batch, seq_q, seq_k) = {sizes} is not "
                     "allocated, and a CUDA graph is being captured: call the model once before capturing"
                 )
-            threshold, site.name = self._remembered(record)
+            value, site.name = self._remembered(record)
             self._announce(record, site, sizes)
-            state = self.settings.new_state(site, sizes, threshold)
+            state = self.settings.new_state(site, sizes, value)
             state.set_flag(FLAG_DENSE, self.is_dense)
             session.follow(state)
             record.states[key] = state
@@ -308,7 +260,7 @@ class StateStore:
         """Let go of all sites and states; compiled code that nobody calls any more may still hold the store."""
         self._records.clear()
         self._resolved.clear()
-        self._thresholds.clear()
+        self._values.clear()
         _stores.discard(self)
 
     # ---- keep -----------------------------------------------------------------------------------------------------
@@ -323,44 +275,52 @@ class StateStore:
             state.set_plan(residual.plan(len(state.plan)))
             state.set_keep(residual.keep)
 
-    # ---- thresholds ------------------------------------------------------------------------------------------------
+    # ---- thresholds and shares to keep -----------------------------------------------------------------------------
 
     def tables(
-        self, model: nn.Module, threshold: SiteThreshold, prefix: str = ""
-    ) -> list[tuple[SkipState, torch.Tensor]]:
+        self, model: nn.Module, name: Literal["threshold", "keep"], value: SiteValue, prefix: str = ""
+    ) -> list[tuple[SiteState, torch.Tensor]]:
         """Return the states of a model's sites with the table that each is to hold; nothing is written.
 
         Args:
             model: whose sites are meant.
-            threshold: for all, or by `Site`.
+            name: what is to be set.
+            value: for all, or by `Site`.
             prefix: of the sites' names.
 
         Raises:
-            ValueError: a threshold that does not fit; or, before there are states, that none of this store could hold;
-                or the method has none.
+            ValueError: a value that does not fit; or, before there are states, that none of this store could hold; or
+                the method has none of that name.
         """
-        require_votes(self.settings.residual)
-        if not callable(threshold):
-            self.settings.check_schedule(threshold)
+        self._check_value(name, value)
         found, paths = [], paths_of(model)
         for record in self.records_in(model):
             site = replace(record.site, name=prefix + record.name_among(paths))
             for (sizes, device, tiles, _), state in [*record.states.items()]:  # threads add to them
                 sized = self.settings.sized(replace(site, device=device), sizes, tiles)
-                assert isinstance(state, SkipState)
-                found.append((state, state.threshold_table(threshold(sized) if callable(threshold) else threshold)))
+                found.append((state, table_of(state, value(sized) if callable(value) else value)))
         return found
 
-    def remember(self, model: nn.Module, threshold: SiteThreshold, prefix: str = "") -> None:
-        """Let a model's states to come begin with a threshold; the arguments are those of `tables`."""
-        self._thresholds.pop(model, None)  # the latest is the last
-        self._thresholds[model] = threshold, prefix
+    def _check_value(self, name: str, value: SiteValue) -> None:
+        if name == "keep":
+            require_residual(self.settings.residual)
+            if not callable(value):
+                check_keep(value)
+        else:
+            require_votes(self.settings.residual)
+            if not callable(value):
+                self.settings.check_schedule(value)
 
-    def _remembered(self, record: SiteRecord) -> tuple[SiteThreshold | None, str]:
-        """Return the threshold that a site's states to come begin with, None for the settings', and the site's name."""
-        for model, (threshold, prefix) in [*self._thresholds.items()][::-1]:
+    def remember(self, model: nn.Module, value: SiteValue, prefix: str = "") -> None:
+        """Let a model's states to come begin with a value; the arguments are those of `tables`."""
+        self._values.pop(model, None)  # the latest is the last
+        self._values[model] = value, prefix
+
+    def _remembered(self, record: SiteRecord) -> tuple[SiteValue | None, str]:
+        """Return the value that a site's states to come begin with, None for the settings', and the site's name."""
+        for model, (value, prefix) in [*self._values.items()][::-1]:
             if any(record is other for other in self.records_in(model)):
-                return threshold, prefix + record.name(model)
+                return value, prefix + record.name(model)
         return None, self._named(record)
 
     def records_in(self, model: nn.Module) -> list[SiteRecord]:

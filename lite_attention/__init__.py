@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from lite_attention import masks, schedules
 from lite_attention._version import __version__
-from lite_attention.api import branch, disable, enable, reset, set_threshold
+from lite_attention.api import branch, disable, enable, reset, set_keep, set_threshold
 from lite_attention.inspection import Report, SparsityLog, report
 from lite_attention.module import LiteAttention
 from lite_attention.ops import ResidualState, SkipState, attention, residual_attention, skip_attention, step_plan
 from lite_attention.registry import LiteAttentionRegistry, ThresholdTable
 
 if TYPE_CHECKING:
-    from lite_attention.calibration import Calibration, calibrate
+    from lite_attention.calibration import Calibration, calibrate, calibrate_residual
     from lite_attention.compile import LiteAttentionBackend, liteattn_backend, make_skip_aware
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "attention",
     "branch",
     "calibrate",
+    "calibrate_residual",
     "disable",
     "enable",
     "liteattn_backend",
@@ -45,6 +46,7 @@ __all__ = [
     "reset",
     "residual_attention",
     "schedules",
+    "set_keep",
     "set_threshold",
     "skip_attention",
     "step_plan",
@@ -55,6 +57,7 @@ _LAZY = {
     "Calibration": "lite_attention.calibration",
     "LiteAttentionBackend": "lite_attention.compile",
     "calibrate": "lite_attention.calibration",
+    "calibrate_residual": "lite_attention.calibration",
     "liteattn_backend": "lite_attention.compile",
     "make_skip_aware": "lite_attention.compile",
 }

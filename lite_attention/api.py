@@ -17,7 +17,7 @@ from lite_attention import token_order as order
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
 from lite_attention.masks import Pattern, grid_of_call
-from lite_attention.model_sites import models_of, parts_of, set_thresholds, sites_of
+from lite_attention.model_sites import models_of, parts_of, set_values, sites_of
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.arguments import check_time, require
 from lite_attention.ops.clock import Clock
@@ -26,7 +26,7 @@ from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.pipeline_scheduler import PipelineScheduler
 from lite_attention.presets import preset_of
-from lite_attention.threshold_table import ThresholdTable, loaded, threshold_from
+from lite_attention.threshold_table import ThresholdTable, loaded, of_sites
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from lite_attention.compile.runner import Check
     from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
-    from lite_attention.ops.site import SiteThreshold
+    from lite_attention.ops.site import SiteKeep, SiteThreshold
 
-__all__ = ["branch", "default_session", "disable", "enable", "reset", "set_threshold"]
+__all__ = ["branch", "default_session", "disable", "enable", "reset", "set_keep", "set_threshold"]
 
 _Target = TypeVar("_Target")
 
@@ -60,6 +60,7 @@ def enable(
     inner: str | Callable[..., Any] = "inductor",
     token_order: str | Sequence[int] | None = None,
     threshold: SiteThreshold | ThresholdTable | str | Path | None = None,
+    keep: SiteKeep | ThresholdTable | str | Path | None = None,
     preset: Literal["quality", "balanced", "fast"] | None = None,
     **settings: Unpack[OtherOptions],
 ) -> _Target:
@@ -84,9 +85,12 @@ def enable(
         threshold: of method "votes": log2 units, at most 0: a number, a tensor that broadcasts to
             (slots, steps, heads), a callable that returns one of these for a `Site`, whose name is that which `report`
             prints, or a `ThresholdTable` or the path of its file. None = -10.
+        keep: of method "residual": the share of tiles that sparse steps compute, above 0 and at most 1: a number, a
+            tensor (steps,), a callable that returns one of these for a `Site`, or a `ThresholdTable` of shares or the
+            path of its file. None = 0.3.
         preset: method "residual" with the options of `lite_attention.presets`, which says what each computes; options
             given beside it go before its own.
-        settings: see `lite_attention.compile.SkipSettings`: `method`, `keep`, `num_steps` and so on. Here `slots` is 3
+        settings: see `lite_attention.compile.SkipSettings`: `method`, `num_steps` and so on. Here `slots` is 3
             unless given, and 2 with method "residual".
 
     Returns:
@@ -100,12 +104,6 @@ def enable(
     """
     from lite_attention.compile.settings import SkipSettings
 
-    given = {*settings}
-    if preset is not None:
-        require(settings.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
-        chosen: Any = {"method": "residual", **preset_of(preset, settings.get("num_steps"))._asdict()}
-        settings = {**chosen, **settings}
-    of_sites = None if threshold is None else threshold_from(threshold, settings.get("num_steps"))
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
     for name, model in parts_of(model_or_pipe).items():
@@ -117,17 +115,14 @@ def enable(
             )
         if token_order is not None:
             order.check(token_order, model)
-    settings.setdefault("slots", _SLOTS.get(settings.get("method", "votes"), 1))
-    mask = settings.get("initial_mask")
-    if token_order is not None and isinstance(mask, Pattern):
-        settings["initial_mask"] = replace(mask, token_order=token_order)
-    known = SkipSettings(threshold=of_sites, **settings)  # wrong ones are told before anything is changed
+    # Wrong ones are told before anything is changed.
+    known = SkipSettings(**_chosen(threshold, keep, preset, token_order, settings))
     disable(model_or_pipe)
     for model in models_of(model_or_pipe).values():
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
     how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
-    open_preset = preset if given.isdisjoint(("num_steps", "keep", "full_every")) else None
+    open_preset = preset if keep is None and not {"num_steps", "full_every"} & {*settings} else None
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
     scheduler = None if isinstance(model_or_pipe, nn.Module) else PipelineScheduler(model_or_pipe)
     try:
@@ -140,6 +135,25 @@ def enable(
         disable(model_or_pipe)
         raise
     return model_or_pipe
+
+
+def _chosen(
+    threshold: Any, keep: Any, preset: str | None, token_order: str | Sequence[int] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of `SkipSettings` out of those of `enable`."""
+    chosen, num_steps = dict(options), options.get("num_steps")
+    if preset is not None:
+        require(chosen.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
+        chosen = {"method": "residual", **preset_of(preset, num_steps)._asdict(), **chosen}
+    if threshold is not None:
+        chosen["threshold"] = of_sites("threshold", threshold, num_steps)
+    if keep is not None:
+        chosen["keep"] = of_sites("keep", keep, num_steps)
+    chosen.setdefault("slots", _SLOTS.get(chosen.get("method", "votes"), 1))
+    mask = chosen.get("initial_mask")
+    if token_order is not None and isinstance(mask, Pattern):
+        chosen["initial_mask"] = replace(mask, token_order=token_order)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -331,8 +345,30 @@ def set_threshold(model_or_pipe: Any, threshold: SiteThreshold | ThresholdTable 
             schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`. A table that does not fit.
         OSError: the file of a table cannot be read.
     """
-    threshold = loaded(threshold)
-    if isinstance(threshold, ThresholdTable):
-        threshold.apply(model_or_pipe)
+    _set(model_or_pipe, "threshold", threshold)
+
+
+def set_keep(model_or_pipe: Any, keep: SiteKeep | ThresholdTable | str | Path) -> None:
+    """Set the share of tiles that sparse steps compute, as `set_threshold` does thresholds; for method "residual".
+
+    Args:
+        model_or_pipe: as for `set_threshold`.
+        keep: above 0 and at most 1: a number, a tensor (steps,), past whose end the last holds, a callable that returns
+            one of these for a `Site`, or a `ThresholdTable` of shares, or the path of its file.
+
+    Raises:
+        ValueError: no attention of ours in it, or some with method "votes"; a value that does not fit.
+        OSError: the file of a table cannot be read.
+    """
+    _set(model_or_pipe, "keep", keep)
+    for model in models_of(model_or_pipe).values():
+        if model in wirings:
+            wirings[model].preset = None  # it would set its own
+
+
+def _set(model_or_pipe: Any, name: Literal["threshold", "keep"], value: Any) -> None:
+    value = loaded(name, value)
+    if isinstance(value, ThresholdTable):
+        value.apply(model_or_pipe)
     else:
-        set_thresholds(model_or_pipe, threshold)
+        set_values(model_or_pipe, name, value)

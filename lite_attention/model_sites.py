@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,20 +16,22 @@ from torch import nn
 from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
-from lite_attention.ops.site import Site, SiteThreshold
+from lite_attention.ops.residual_settings import ResidualSettings
+from lite_attention.ops.site import Site, SiteKeep, SiteThreshold
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import unwrapped
 
 if TYPE_CHECKING:
-    from lite_attention.compile.store import SiteRecord, StateStore
+    from lite_attention.compile.records import SiteRecord
+    from lite_attention.compile.store import StateStore
 
 __all__ = [
     "ModelSite",
-    "has_thresholds",
+    "methods_of",
     "models_of",
     "parts_of",
     "set_dense",
-    "set_thresholds",
+    "set_values",
     "sites_of",
     "stores_of",
 ]
@@ -196,7 +198,7 @@ def sites_of(model_or_pipe: Any) -> list[ModelSite]:
 
 
 def _sites_in(model: nn.Module, prefix: str) -> Iterator[ModelSite]:
-    from lite_attention.compile.store import paths_of
+    from lite_attention.compile.records import paths_of
 
     paths = paths_of(model)
     for store in stores_of(model):
@@ -220,11 +222,10 @@ def set_dense(model_or_pipe: Any, dense: bool) -> None:
         site.set_dense(dense)
 
 
-def has_thresholds(model_or_pipe: Any) -> bool:
-    """Return whether no site of a model, as far as known, has the method "residual"."""
-    stores, sites = _stores_and_modules(model_or_pipe)
-    residual = [store.settings.residual for store, *_ in stores] + [module.residual for _, module in sites]
-    return all(settings is None for settings in residual)
+def methods_of(model_or_pipe: Any) -> list[ResidualSettings | None]:
+    """Return the options of the residual wherever a model was told a method; None where that is "votes"."""
+    found = [store.settings.residual for model in models_of(model_or_pipe).values() for store in stores_of(model)]
+    return found + [site.module.residual for site in sites_of(model_or_pipe) if site.module is not None]
 
 
 def _stores_and_modules(
@@ -248,26 +249,28 @@ def _stores_and_modules(
     return stores, modules
 
 
-def set_thresholds(model_or_pipe: Any, threshold: SiteThreshold) -> None:
-    """Set the thresholds of all sites, and of states that are yet to come; see `lite_attention.set_threshold`.
+def set_values(model_or_pipe: Any, name: Literal["threshold", "keep"], value: SiteThreshold | SiteKeep) -> None:
+    """Set the thresholds, or the shares to keep, of all sites, and of states that are yet to come.
 
     Args:
         model_or_pipe: whose sites.
-        threshold: log2 units: a number, a tensor that broadcasts to (slots, steps, heads), or a callable that returns
-            one of these for a `Site`.
+        name: what is to be set.
+        value: a number, a tensor as the states take it, or a callable that returns one of these for a `Site`.
 
     Raises:
-        ValueError: no attention of ours in it, some with a method that has no thresholds, or a threshold that does not
-            fit. Nothing is changed then.
+        ValueError: no attention of ours in it, some with a method that has none of these, or a value that does not fit.
+            Nothing is changed then.
     """
+    from lite_attention.compile.values import write_table
+
     stores, modules = _stores_and_modules(model_or_pipe)
-    tables = [table for store, model, prefix in stores for table in store.tables(model, threshold, prefix)]
-    values = [(m, threshold(site.site) if callable(threshold) else threshold) for site, m in modules]
-    for module, value in values:
-        module.check_threshold(value)
+    tables = [table for store, model, prefix in stores for table in store.tables(model, name, value, prefix)]
+    values = [(m, value(site.site) if callable(value) else value) for site, m in modules]
+    for module, of_module in values:
+        module.check_value(name, of_module)
     for state, table in tables:
-        state.set_threshold(table)
+        write_table(state, table)
     for store, model, prefix in stores:
-        store.remember(model, threshold, prefix)
-    for module, value in values:
-        module.set_threshold(value)
+        store.remember(model, value, prefix)
+    for module, of_module in values:
+        module.set_value(name, of_module)

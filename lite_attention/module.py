@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,7 +24,13 @@ from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.options import check_options
 from lite_attention.ops.quantization import quantization_of
-from lite_attention.ops.residual_settings import UNKNOWN_STEPS, require_votes, residual_of
+from lite_attention.ops.residual_settings import (
+    UNKNOWN_STEPS,
+    check_keep,
+    require_residual,
+    require_votes,
+    residual_of,
+)
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor
@@ -289,18 +296,39 @@ class LiteAttention(nn.Module):
             ValueError: NaN, above 0 without `allow_positive`, or a table that does not fit the state; or the method has
                 no thresholds.
         """
-        self.check_threshold(threshold)
-        if isinstance(self.state, SkipState):
-            self.state.set_threshold(threshold)
-        self._options["threshold"] = _own(threshold)
+        self.set_value("threshold", threshold)
 
-    def check_threshold(self, threshold: float | torch.Tensor) -> None:
-        """Raise what `set_threshold` would raise, and change nothing."""
-        require_votes(self.residual)
+    def set_keep(self, keep: float | torch.Tensor) -> None:
+        """Set the share of tiles that sparse steps compute, in place: neither a recompile nor a new graph.
+
+        Raises:
+            ValueError: no share above 0 and at most 1, or more steps than the state has; or the method keeps none.
+        """
+        self.set_value("keep", keep)
+
+    def check_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
+        """Raise what `set_threshold` or `set_keep` would raise, and change nothing."""
+        require_residual(self.residual) if name == "keep" else require_votes(self.residual)
         if isinstance(self.state, SkipState):
-            self.state.threshold_table(threshold)
+            self.state.threshold_table(value)
+        elif name == "threshold":
+            check_threshold(value, allow_positive=self._options["allow_positive"])
         else:
-            check_threshold(threshold, allow_positive=self._options["allow_positive"])
+            check_keep(value)
+            if isinstance(self.state, ResidualState):
+                self.state.keep_table(value)
+
+    def set_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
+        """Set the threshold, or the share to keep."""
+        self.check_value(name, value)
+        if self.residual is not None:
+            self.residual = replace(self.residual, keep=_own(value))
+        else:
+            self._options["threshold"] = _own(value)
+        if isinstance(self.state, SkipState):
+            self.state.set_threshold(value)
+        elif isinstance(self.state, ResidualState):
+            self.state.set_keep(value)
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
         """Turn skipping on or off, on the device; while off, everything is computed and the state stays as it is."""

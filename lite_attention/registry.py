@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from lite_attention.api import set_threshold
-from lite_attention.model_sites import has_thresholds, set_dense, sites_of
+from lite_attention.model_sites import methods_of, set_dense, sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
+from lite_attention.ops.arguments import require
 from lite_attention.ops.validate import check_threshold
 from lite_attention.threshold_table.content import is_a
 from lite_attention.threshold_table.fit import fitted, num_steps_of
@@ -25,6 +26,7 @@ __all__ = ["CalibrationConfig", "LiteAttentionRegistry", "ThresholdTable"]
 
 _MODES = ("const", "load", "calib", "disable")
 _CALIB_CONFIG = {"target_error": 0.01, "metric": "L1"}
+_RESIDUAL_CONFIG = {"generate", "num_steps", "target_error", "metric", "prompts"}
 
 
 class CalibrationConfig(TypedDict, total=False):
@@ -96,7 +98,8 @@ class LiteAttentionRegistry:
             calib_config: of mode "calib": arguments of `lite_attention.calibrate`. With "generate", which runs a
                 generation, the thresholds are found, saved and in use when this returns. Without it, what runs from now
                 on until `save_if_calib` is measured, and skips nothing; the config may then hold "target_error" (0.01)
-                and "metric" ("L1", "Cossim" or "RMSE").
+                and "metric" ("L1", "Cossim" or "RMSE"). A model with method "residual" needs "generate", and its shares
+                to keep are found, see `calibrate_residual`.
             disabled_steps: steps that vote nothing out (threshold -inf), as a list, or a number of them from the
                 start. The first ones, and the one after them, are then dense; a later one skips what was voted out
                 before it.
@@ -115,7 +118,7 @@ class LiteAttentionRegistry:
         self = cls(model, mode, filename)
         self._force = force
         self._disabled_steps = _steps(disabled_steps)
-        if mode == "const" and threshold is None and not has_thresholds(model):
+        if mode == "const" and threshold is None and any(methods_of(model)):
             set_dense(model, False)
         elif mode == "const":
             value = torch.as_tensor(DEFAULT_THRESHOLD if threshold is None else threshold, dtype=torch.float32)
@@ -137,6 +140,12 @@ class LiteAttentionRegistry:
         check_can_be_probed(self.model)
         _check_holds_steps(self.model)
         told = num_steps_of(self.model)
+        if any(methods_of(self.model)):
+            unknown, known = sorted(config.keys() - _RESIDUAL_CONFIG), f"the keys {sorted(_RESIDUAL_CONFIG)}"
+            require(not unknown, "calib_config", f"{known} with method='residual'", unknown)
+            require("generate" in config, "calib_config", "\"generate\" with method='residual'", list(config))
+            self._finish(calibration.calibrate_residual(self.model, **{"num_steps": told, **config}).table)
+            return
         if "generate" not in config:
             self._apply(-math.inf)
             self._calibration = calibration.Calibration(self.model, **config, num_steps=told)
@@ -191,6 +200,14 @@ class LiteAttentionRegistry:
     # ---- setting thresholds ----------------------------------------------------------------------------------------
 
     def _use(self, table: ThresholdTable, strict: bool) -> None:
+        if table.name == "keep":
+            require(
+                not self._disabled_steps, "disabled_steps", "none with a file of shares to keep", self._disabled_steps
+            )
+            table.apply(self.model, strict=strict)
+            set_dense(self.model, False)
+            self.table = table
+            return
         threshold_of = fitted(table, self.model, strict=strict)
         disabled, num_steps = self._disabled_steps, num_steps_of(self.model)
         self._apply(lambda site: _with_disabled(threshold_of(site), disabled, num_steps))

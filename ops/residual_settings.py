@@ -15,7 +15,7 @@ from lite_attention.ops.plan import keep_values, step_plan
 if TYPE_CHECKING:
     from lite_attention.ops.options import ResidualOptions
 
-__all__ = ["UNKNOWN_STEPS", "ResidualSettings", "require_votes", "residual_of"]
+__all__ = ["UNKNOWN_STEPS", "ResidualSettings", "check_keep", "require_residual", "require_votes", "residual_of"]
 
 UNKNOWN_STEPS = 200  # so many steps a plan has where nobody says how many a generation has
 
@@ -52,8 +52,7 @@ class ResidualSettings:
         require(self.residual_dtype in known, "residual_dtype", f"one of {known}", repr(self.residual_dtype))
         options: Any = {"keep": self.keep, "forecast": self.forecast, "memory": self.memory}
         check_residual_options(**options)
-        least = float(keep_values(self.keep).min())
-        require(least > 0, "keep", "a share above 0 and at most 1, or a tensor (steps,) of them", least)
+        check_keep(self.keep)
 
     def plan(self, steps: int) -> list[int]:
         """Return the kind of each step of a generation, see `step_plan`."""
@@ -75,6 +74,18 @@ class ResidualSettings:
             "residual_dtype": self.dtype_on(device), "memory": self.memory,
         }  # fmt: skip
         return options  # type: ignore[no-any-return]
+
+
+def check_keep(keep: float | torch.Tensor) -> None:
+    """Raise ValueError unless a share to keep, or all of a tensor (steps,), are above 0 and at most 1."""
+    least = float(keep_values(keep).min())
+    require(least > 0, "keep", "a share above 0 and at most 1, or a tensor (steps,) of them", least)
+
+
+def require_residual(residual: ResidualSettings | None) -> None:
+    """Raise ValueError where shares to keep are for a site with the method "votes", which keeps none."""
+    expected, got = "a model with method='residual'", "one with method='votes', which has none; set a threshold instead"
+    require(residual is not None, "keep", expected, got)
 
 
 def require_votes(residual: ResidualSettings | None) -> None:

@@ -236,7 +236,7 @@ class ResidualState(SiteState):
         Raises:
             ValueError: other numbers, or more steps than there is room for.
         """
-        _fill("plan", self.plan, plan_values(plan))
+        self.plan.copy_(_extended("plan", plan_values(plan), len(self.plan)))
 
     def set_keep(self, keep: float | torch.Tensor) -> None:
         """Write the share of tiles that deciding steps choose in place: a number, or a tensor (steps,).
@@ -244,7 +244,11 @@ class ResidualState(SiteState):
         Raises:
             ValueError: no shares from 0 to 1, or more steps than there is room for.
         """
-        _fill("keep", self.keep, keep_values(keep))
+        self.keep.copy_(self.keep_table(keep))
+
+    def keep_table(self, keep: float | torch.Tensor) -> torch.Tensor:
+        """Return what `set_keep` would write, float32 (steps,), and raise what it would raise."""
+        return _extended("keep", keep_values(keep), len(self.keep))
 
     def set_time(self, time: float | None) -> None:
         """Write the flow's time of the next calls of all slots; None = the number of the step.
@@ -320,13 +324,11 @@ class ResidualState(SiteState):
         return f"{super().extra_repr()}, {self.residual.shape[1]} residuals in {dtype} on the {self.memory}"
 
 
-def _fill(name: str, buffer: torch.Tensor, values: torch.Tensor) -> None:
-    """Write values by step in place; past their end the last holds."""
-    room = len(buffer)
+def _extended(name: str, values: torch.Tensor, room: int) -> torch.Tensor:
+    """Return values by step for so many steps; past their end the last holds."""
     expected = f"at most {room} steps, as many as the state was made with"
     require(len(values) <= room, name, expected, len(values))
-    buffer[: len(values)].copy_(values)
-    buffer[len(values) :].copy_(values[-1:].expand(room - len(values)))
+    return torch.cat([values, values[-1:].expand(room - len(values))])
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Site", "SiteThreshold", "Threshold"]
+__all__ = ["Site", "SiteKeep", "SiteThreshold", "Threshold"]
 
 
 @dataclass
@@ -52,3 +52,5 @@ class Site:
 Threshold = float | torch.Tensor
 # One for all sites, or a callable that returns one for a `Site` whose sizes are numbers.
 SiteThreshold = Threshold | Callable[[Site], Threshold]
+# Share of tiles, above 0 and at most 1: a number, or a tensor (steps,). One for all sites, or by `Site` likewise.
+SiteKeep = float | torch.Tensor | Callable[[Site], float | torch.Tensor]

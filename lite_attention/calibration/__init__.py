@@ -9,11 +9,21 @@ bounded.py          `Calibration`, whose thresholds keep under a bound
 verification.py     `Verification` on the sparse one
 autosave.py         the file that an interrupted calibration goes on from
 search.py           `calibrate`: from a target to thresholds, for each head or for the whole
+residual.py         `calibrate_residual`: from a target to shares to keep
 """
 
 from lite_attention.calibration.bounded import Calibration
 from lite_attention.calibration.recorder import THRESHOLDS
+from lite_attention.calibration.residual import ResidualCalibration, calibrate_residual
 from lite_attention.calibration.search import CalibrationResult, calibrate
 from lite_attention.calibration.verification import Verification
 
-__all__ = ["THRESHOLDS", "Calibration", "CalibrationResult", "Verification", "calibrate"]
+__all__ = [
+    "THRESHOLDS",
+    "Calibration",
+    "CalibrationResult",
+    "ResidualCalibration",
+    "Verification",
+    "calibrate",
+    "calibrate_residual",
+]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from lite_attention.api import disable, enable, reset
 from lite_attention.compile.settings import CommonOptions
 from lite_attention.enabled import run_by, session_of, store_of
-from lite_attention.model_sites import parts_of, sites_of
+from lite_attention.model_sites import methods_of, parts_of, sites_of
 from lite_attention.module import LiteAttention
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, write_control
 from lite_attention.ops.cpu import skipped_tiles
+from lite_attention.ops.methods import METHODS
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import override, override_of, plain_call, traced_call, uncompiled, unwrapped
@@ -116,9 +117,11 @@ class AttentionProbe:
 
     Raises:
         TypeError: a setting that is none.
-        ValueError: the result of torch.compile, a model that is measured already, or settings for one that has its own.
-            The model is as before then.
+        ValueError: the result of torch.compile, a model that is measured already, settings for one that has its own, or
+            one with another method. The model is as before then.
     """
+
+    method: ClassVar[Literal["votes", "residual"]] = "votes"  # whose calls are caught
 
     def __init__(self, model_or_pipe: Any, num_steps: int | None = None, **settings: Unpack[EnableOptions]) -> None:
         known = EnableOptions.__optional_keys__
@@ -136,14 +139,24 @@ class AttentionProbe:
                 "settings: expected none for a model that was given to enable() or holds LiteAttention, "
                 f"got {sorted(settings)}"
             )
+        if has_its_own:
+            self._check_method()
+        self.ops = frozenset(METHODS[self.method].implementations.values())
         with contextlib.ExitStack() as undo:
             if not has_its_own:
+                settings["method"] = self.method
                 enable(model_or_pipe, compile=False, num_steps=num_steps, **settings)
                 undo.callback(disable, model_or_pipe)
             undo.callback(self.start_fresh)
             for model in self._models.values():
                 self._attach(model, undo)
             self._undo = undo.pop_all()  # nothing went wrong
+
+    def _check_method(self) -> None:
+        for residual in methods_of(self._target):
+            method = "votes" if residual is None else "residual"
+            if method != self.method:
+                raise ValueError(f"method: expected a model with method={self.method!r}, got one with {method!r}")
 
     # ---- what subclasses say ---------------------------------------------------------------------------------------
 
@@ -169,7 +182,8 @@ class AttentionProbe:
             override(module, None)
         inner: Any = plain_call(model)
         if own is not None:
-            store = StateStore(replace(own.settings, threshold=-torch.inf), session_of(model), model, own.prefix)
+            never = replace(own.settings, threshold=-torch.inf) if self.method == "votes" else own.settings
+            store = StateStore(never, session_of(model), model, own.prefix)
             undo.callback(store.clear)
             run, detach = attach(model, store)
             undo.callback(detach)
@@ -252,9 +266,6 @@ class _Catch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if torch.compiler.is_compiling():  # torch.compile of a part of the model
             return traced_call(func, args, kwargs or {})
-        if func in _OPS:
+        if func in self._probe.ops:
             return self._probe._caught(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
-
-
-_OPS = tuple(IMPLEMENTATIONS.values())

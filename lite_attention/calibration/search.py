@@ -89,6 +89,8 @@ def calibrate(
 ) -> CalibrationResult:
     """Find thresholds for a model, and measure on the sparse trajectory what they do.
 
+    This is for method "votes"; `calibrate_residual` finds the shares that method "residual" keeps.
+
     A first pass over the dense trajectory, which measures less, finds what the further ones aim at. With `target_error`
     alone it is a bound for every site, branch, step and head, see `Calibration`; further passes lower the limits of
     those heads whose error grew above it after their tiles had been voted out. With `target_sparsity`, or `budget`, the
@@ -125,6 +127,8 @@ def calibrate(
         OSError: the autosave file cannot be read or written.
         FloatingPointError: attention gives NaN or infinity; names site, slot and step.
     """
+    if settings.get("method", "votes") != "votes":
+        raise ValueError(f"method: expected 'votes', got {settings['method']!r}; see calibrate_residual()")
     prompts, held_out = (_listed(name, of) for name, of in (("prompts", prompts), ("held_out", held_out)))
     if not callable(generate):
         raise ValueError(f"generate: expected a function of a prompt's number, got {type(generate).__name__}")

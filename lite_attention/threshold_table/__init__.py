@@ -1,11 +1,11 @@
-"""Thresholds of a model by name: in a file, and from a file into a model.
+"""Thresholds of a model by name, or shares to keep: in a file, and from a file into a model.
 
-content.py  thresholds by site, and what they were found on
+content.py  values by site, and what they were found on
 file.py     the TOML of it, that a person can read
 fit.py      how it differs from a model
 table.py    `ThresholdTable`: read, written, set in a model
 """
 
-from lite_attention.threshold_table.table import ThresholdTable, loaded, threshold_from
+from lite_attention.threshold_table.table import ThresholdTable, loaded, of_sites
 
-__all__ = ["ThresholdTable", "loaded", "threshold_from"]
+__all__ = ["ThresholdTable", "loaded", "of_sites"]

@@ -18,9 +18,10 @@ __all__ = ["DECIMALS", "parse", "to_toml"]
 _VERSION = 1
 DECIMALS = 3  # of thresholds
 _DIGITS = 6  # of all numbers
-_HEADER = (
-    "# LiteAttention thresholds, log2 units: a row for each step, in it a number for each head; one stands for all.\n"
-)
+_HEADERS = {
+    "threshold": "thresholds, log2 units: a row for each step, in it a number for each head; one stands for all.",
+    "keep": "shares of tiles to keep, 0 to 1: a row for each step; one stands for all.",
+}
 
 # What the existing CUDA project writes: an array of tables for each module, one table for each of its calls.
 _RUN, _DISABLED = "LiteAttentionRunConfig", "LiteAttentionDisabledConfig"
@@ -35,7 +36,7 @@ def to_toml(table: Content) -> str:
     Raises:
         ValueError: `reached` holds something that TOML does not know.
     """
-    lines = [_HEADER, f"version = {_VERSION}\n", "\n[about]\n"]
+    lines = [f"# LiteAttention {_HEADERS[table.name]}\n", f"version = {_VERSION}\n", "\n[about]\n"]
     lines += [f"{name} = {_inline(value)}\n" for name, value in table.about().items()]
     if table.reached:
         lines += ["\n[about.reached]\n", *(f"{_key(k)} = {_inline(v)}\n" for k, v in table.reached.items())]
@@ -45,7 +46,7 @@ def to_toml(table: Content) -> str:
             lines.append(f"tile_shape = {_inline(table.tile_shapes[site])}\n")
         slots = [_collapsed(slot) for slot in threshold.tolist()]
         if all(slot == slots[0] for slot in slots):
-            lines.append(f"threshold = {_rows(slots[0])}\n")
+            lines.append(f"{table.name} = {_rows(slots[0])}\n")
         else:
             lines += [f"threshold_of_slot_{i} = {_rows(slot)}\n" for i, slot in enumerate(slots)]
     return "".join(lines)
@@ -136,16 +137,17 @@ def _parse(content: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(shape, list) or [type(size) for size in shape] != [int, int] or min(shape) < 1:
                 raise ValueError(f"tile_shape of {site}: expected [tile_m, tile_n], got {shape!r}")
             tile_shapes[site] = (shape[0], shape[1])
-    thresholds = {site: _parse_site(site, entry) for site, entry in sites.items()}
+    name = "keep" if known.get("method") == "residual" else "threshold"
+    thresholds = {site: _parse_site(site, entry, name) for site, entry in sites.items()}
     return {"thresholds": thresholds, "tile_shapes": tile_shapes, **known}
 
 
-def _parse_site(site: str, entry: dict[str, Any]) -> torch.Tensor:
+def _parse_site(site: str, entry: dict[str, Any], name: str) -> torch.Tensor:
     rows = {key: value for key, value in entry.items() if key != "tile_shape"}
-    names = [f"threshold_of_slot_{slot}" for slot in range(len(rows))]
-    if not rows or list(rows) not in (["threshold"], names):
-        raise ValueError(f"{site}: expected threshold, or threshold_of_slot_0 and so on, got {', '.join(rows) or None}")
-    slots = [_parse_rows(f"{name} of {site}", value) for name, value in rows.items()]
+    names = [f"{name}_of_slot_{slot}" for slot in range(len(rows))]
+    if not rows or list(rows) not in ([name], names):
+        raise ValueError(f"{site}: expected {name}, or {name}_of_slot_0 and so on, got {', '.join(rows) or None}")
+    slots = [_parse_rows(f"{key} of {site}", value) for key, value in rows.items()]
     steps, heads = (max(slot.shape[dim] for slot in slots) for dim in (0, 1))
     if any(slot.shape[0] not in (1, steps) or slot.shape[1] not in (1, heads) for slot in slots):
         shapes = ", ".join(str(tuple(slot.shape)) for slot in slots)

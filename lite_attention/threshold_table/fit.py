@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lite_attention.enabled import session_of
-from lite_attention.model_sites import ModelSite, models_of, sites_of, stores_of
+from lite_attention.model_sites import ModelSite, methods_of, models_of, sites_of, stores_of
 from lite_attention.ops.control import SEQ_Q, slot_word
 from lite_attention.threshold_table.content import Content
 
@@ -129,7 +129,9 @@ def fitted(table: Content, model_or_pipe: Any, *, strict: bool = True) -> Callab
 
     def threshold_of(site: Site) -> torch.Tensor:
         facts = known.get(site.name)
-        return threshold_at(table, site, num_steps, strict) if facts is None else _of_site(table, facts, strict)
+        if facts is None:
+            return threshold_at(table, site, num_steps, strict)
+        return table.for_state(_of_site(table, facts, strict))
 
     return threshold_of
 
@@ -147,14 +149,14 @@ def threshold_at(table: Content, site: Site, num_steps: int | None, strict: bool
     if strict and table.tokens is not None and tokens > table.tokens:
         raise ValueError(f"{table.label}: expected at most {table.tokens} tokens at {site.name}, got {tokens}")
     born = _Facts(site.name, num_steps, heads=heads, tile_shape=site.tile_shape, dtype=site.dtype)
-    return _of_site(table, born, strict)
+    return table.for_state(_of_site(table, born, strict))
 
 
 def _of_site(table: Content, site: _Facts, strict: bool) -> torch.Tensor:
     threshold = table.thresholds.get(site.name)
     if not strict:
         return (
-            torch.full((1, 1, 1), -math.inf, dtype=torch.float32, device="cpu")
+            torch.full((1, 1, 1), table.dense, dtype=torch.float32, device="cpu")
             if threshold is None
             else _mapped(threshold, site)
         )
@@ -192,6 +194,7 @@ def _differences(table: Content, model: Any, sites: list[_Facts]) -> list[str]:
 
 def _differences_of_whole(table: Content, model: Any, sites: list[_Facts]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what differs, and how it is in a table and in a model."""
+    yield from _differences_of_method(table, model)
     if table.model_class not in (None, class_name(model)):
         yield "model class", table.model_class, class_name(model)
     if table.model is not None and not _is_named(model, table.model):
@@ -203,6 +206,19 @@ def _differences_of_whole(table: Content, model: Any, sites: list[_Facts]) -> It
     by_slot = any(threshold.shape[0] > 1 for threshold in table.thresholds.values())
     if by_slot and any(a != b for a, b in zip(of_table, branches, strict=False)):
         yield "order of branches", ", ".join(of_table), ", ".join(branches)
+
+
+def _differences_of_method(table: Content, model: Any) -> Iterator[tuple[str, Any, Any]]:
+    methods = methods_of(model)
+    for residual in methods:
+        method = "votes" if residual is None else "residual"
+        if method != (table.method or "votes"):
+            yield "method", table.method or "votes", method
+        elif residual is not None:
+            for name in ("full_every", "first_full", "decide_every"):
+                there, here = getattr(table, name), getattr(residual, name)
+                if there not in (None, here):
+                    yield name, there, here
 
 
 def _is_named(model_or_pipe: Any, name: str) -> bool:

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lite_attention.files import write_whole
-from lite_attention.model_sites import set_thresholds
+from lite_attention.model_sites import set_values
 from lite_attention.tables import text_table
 from lite_attention.threshold_table import file as threshold_file
 from lite_attention.threshold_table.content import Content
 from lite_attention.threshold_table.fit import check_fit, fitted, threshold_at
 
 if TYPE_CHECKING:
-    from lite_attention.ops.site import Site, SiteThreshold
+    from lite_attention.ops.site import Site
 
-__all__ = ["ThresholdTable", "loaded", "threshold_from"]
+__all__ = ["ThresholdTable", "loaded", "of_sites"]
 
 
 class ThresholdTable(Content):
-    """Thresholds by site, and what is known of where they come from and what they reach; None = not known.
+    """Thresholds by site, or shares to keep, and what is known of where they come from and what they reach.
 
-    As a mapping: the thresholds by the names of the sites.
+    As a mapping: the values by the names of the sites. What is not known is None.
 
     Args:
-        thresholds: log2 units, by site name: (slots or 1, steps or 1, heads or 1).
+        thresholds: by site name, (slots or 1, steps or 1, heads or 1): log2 units, or, of method "residual", the share
+            of tiles that a step keeps, (1, steps or 1, 1).
         tile_shapes: (tile_m, tile_n) by site name, where known; a threshold is judged tile by tile.
         model_class: name of the model's class.
         model: name of the model on a hub, or a hash of its parameters' names and shapes.
@@ -42,15 +43,19 @@ class ThresholdTable(Content):
         reached: errors on calibration and on held-out prompts, sparsity, ..., by name.
         library_version: of lite_attention.
         date: ISO 8601.
+        method: "residual": the values are shares to keep. None = "votes": they are thresholds.
+        full_every: of method "residual", as are the next: options that the shares were found with.
+        first_full: likewise.
+        decide_every: likewise.
 
     Raises:
-        ValueError: a field is of another kind, or a threshold is NaN or not of three dimensions.
+        ValueError: a field is of another kind, a value is NaN, out of range or not of three dimensions.
     """
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the table as TOML, thresholds rounded to 3 decimals. What is the same for all is written once.
+        """Write the table as TOML, values rounded to 3 decimals. What is the same for all is written once.
 
         The file is there whole or not at all: one of that name is replaced when the new one is complete.
 
@@ -92,7 +97,7 @@ class ThresholdTable(Content):
     # ---- in a model ------------------------------------------------------------------------------------------------
 
     def apply(self, model_or_pipe: Any, *, strict: bool = True) -> None:
-        """Set the thresholds of a model's attention sites, in place, and of states that are yet to come.
+        """Set the values of a model's attention sites, in place, and of states that are yet to come.
 
         A swapped model shows its sites with its first call. If there was none yet, they are looked up as they turn up;
         call `check` after the first step to see whether the rest fits too.
@@ -107,7 +112,7 @@ class ThresholdTable(Content):
             ValueError: it does not fit the model; lists all that differs. Nothing is changed then. Or no attention of
                 ours in the model.
         """
-        set_thresholds(model_or_pipe, fitted(self, model_or_pipe, strict=strict))
+        set_values(model_or_pipe, self.name, fitted(self, model_or_pipe, strict=strict))
 
     def check(self, model_or_pipe: Any) -> None:
         """Hold the table against the sites that a model has shown by now.
@@ -118,7 +123,7 @@ class ThresholdTable(Content):
         check_fit(self, model_or_pipe)
 
     def threshold_of(self, site: Site, *, num_steps: int | None = None, strict: bool = True) -> torch.Tensor:
-        """Return the thresholds of a site, float32 (slots or 1, steps or 1, heads or 1).
+        """Return the thresholds of a site, float32 (slots or 1, steps or 1, heads or 1), or its shares, (steps or 1,).
 
         Args:
             site: whose sizes are numbers.
@@ -153,36 +158,41 @@ def _plain(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def loaded(threshold: SiteThreshold | ThresholdTable | str | Path) -> SiteThreshold | ThresholdTable:
+def loaded(name: Literal["threshold", "keep"], value: Any) -> Any:
     """Return the table of a file in place of its path; anything else as it is.
+
+    Args:
+        name: of the argument, which says what a table must hold.
+        value: what was given for it.
 
     Raises:
         ValueError: there is no such file, or it holds something else.
         OSError: it cannot be read.
     """
-    if not isinstance(threshold, (str, Path)):
-        return threshold
-    if not Path(threshold).is_file():
-        raise ValueError(f"threshold: expected a number or a tensor, or the path of a file, got {str(threshold)!r}")
-    return ThresholdTable.load(threshold)
+    if isinstance(value, (str, Path)):
+        if not Path(value).is_file():
+            raise ValueError(f"{name}: expected a number or a tensor, or the path of a file, got {str(value)!r}")
+        value = ThresholdTable.load(value)
+    if isinstance(value, ThresholdTable) and value.name != name:
+        method = "votes" if name == "threshold" else "residual"
+        raise ValueError(
+            f"{name}: expected a table of method={method!r}, got {value.label}, which is for {value.name}="
+        )
+    return value
 
 
-def threshold_from(
-    threshold: SiteThreshold | ThresholdTable | str | Path, num_steps: int | None = None
-) -> SiteThreshold:
-    """Return a threshold as states take it: a table, or the path of its file, becomes a callable of a `Site`.
+def of_sites(name: Literal["threshold", "keep"], value: Any, num_steps: int | None = None) -> Any:
+    """Return a threshold, or a share to keep, as states take it: a table becomes a callable of a `Site`.
 
     Args:
-        threshold: a `ThresholdTable`, a path of one, or what is a threshold already, which is returned as it is.
+        name: of the argument.
+        value: a `ThresholdTable`, a path of one, or what is such a value already, which is returned as it is.
         num_steps: denoising steps of a generation, where known; a table for another number is refused.
 
     Raises:
-        ValueError: a path without a threshold file. When a state is born: the table does not fit the site.
+        ValueError: a path without such a file. When a state is born: the table does not fit the site.
         OSError: the file cannot be read.
     """
-    threshold = loaded(threshold)
-    return (
-        functools.partial(threshold.threshold_of, num_steps=num_steps)
-        if isinstance(threshold, ThresholdTable)
-        else threshold
-    )
+    value = loaded(name, value)
+    is_table = isinstance(value, ThresholdTable)
+    return functools.partial(value.threshold_of, num_steps=num_steps) if is_table else value

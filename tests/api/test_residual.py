@@ -384,7 +384,10 @@ def test_it_has_no_thresholds(kind: str, called: bool) -> None:
     model = enable(Toy(1), num_steps=4)
     if called:
         model(tokens(0), context())
-    with pytest.raises(ValueError, match="threshold: expected a model with method='votes', got one with method='res"):
+    message = "threshold: expected a model with method='votes', got one with method='residual'"
+    if kind == "a table":
+        message = "method: votes in the file, residual in the model"
+    with pytest.raises(ValueError, match=message):
         lite_attention.set_threshold(model, THRESHOLDS[kind])
 
 
