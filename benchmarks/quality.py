@@ -254,20 +254,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(args.out / "results.jsonl", None if args.report_only else about)
     videos = Videos(args.out / "videos")
 
-    files = list(args.tables)
-    for target in args.calibrate:
-        files.append(args.out / "tables" / f"{target.replace('=', '-')}.toml")
-        if not files[-1].exists() and not args.report_only:
-            calibrate(setup, target, files[-1], args.calibration_prompts, args.calibration_prompts // 2)
-    setup.tables = {file.stem: file for file in files}
-    tables = [f"table:{name}" for name in setup.tables]
-    methods = [*args.methods, *tables, *(f"random:{table}" for table in tables if args.random_of_tables)]
-    for method in methods:
-        check(method, setup.tables)
+    made = {target.replace("=", "-"): target for target in args.calibrate}
+    setup.tables = {file.stem: file for file in args.tables}
+    setup.tables |= {name: args.out / "tables" / f"{name}.toml" for name in made}
+    ready = [name for name, file in setup.tables.items() if file.exists()]
+    for method in args.methods:
+        check(method, ready)
 
     prompts = range(args.first_prompt, args.first_prompt + args.prompts)
     pairs = [(prompt, seed) for seed in range(args.seeds) for prompt in prompts]
-    ran, twins = run_all(Bench(setup, results, videos, not args.report_only, budget), methods, pairs)
+    bench = Bench(setup, results, videos, not args.report_only, budget)
+    ran, twins = run_all(bench, args.methods, pairs)
+    # Tables come last: calibrating takes minutes.
+    for name in [name for name in made if name not in ready]:
+        if bench.computes and budget.allows():
+            calibrate(setup, made[name], setup.tables[name], args.calibration_prompts, args.calibration_prompts // 2)
+    tables = [f"table:{name}" for name, file in setup.tables.items() if file.exists() or not bench.computes]
+    more = run_all(bench, [*tables, *(f"random:{table}" for table in tables if args.random_of_tables)], pairs)
+    ran, twins = list(dict.fromkeys([*ran, *more[0]])), [*twins, *more[1]]
     results.fill_vmaf(videos)
     where = ", ".join(
         f"{'torch ' * (key == 'torch')}{results.about[key]}" for key in ("dtype", "device", "torch", "date")
