@@ -27,7 +27,7 @@ from lite_attention.enabled import session_of
 from lite_attention.model_sites import sites_of
 from tests.support import pipelines
 from tests.support.diffusers_models import TILE, silent_report
-from tests.support.toys import Toy, context, tokens
+from tests.support.toys import OPTIONS, Toy, context, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Guiders are currently")
 
@@ -155,8 +155,9 @@ def test_a_second_pipeline_of_the_same_transformer(compile: bool) -> None:
 
 
 @pytest.mark.parametrize("compile", [True, False])
-def test_a_pipeline_for_each_thread(compile: bool) -> None:
-    base = enable(pipelines.wan(), compile)
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_pipeline_for_each_thread(compile: bool, method: str) -> None:
+    base = enable(pipelines.wan(), compile, **({"method": method, "threshold": None} if method == "residual" else {}))
     want = [pipelines.generate(base, seed, STEPS) for seed in (0, 1)]
     assert not torch.equal(*want)
     barrier = threading.Barrier(2)
@@ -348,6 +349,24 @@ def test_passes_beyond_the_slots_are_dense_and_said_so() -> None:
         close(uncond, dense.transformer(**x)[0])
     assert (cond - uncond).abs().max() > 1e-3  # the first pass skips
     assert not silent_report(pipe).swapped[0].state.control[3] & 2
+
+
+def test_a_pass_beyond_the_slots_of_a_new_size_leaves_no_residual() -> None:
+    """Its state is born in the slot of another pass, whose next call there starts fresh."""
+    options: Any = {"threshold": None, "method": "residual", "slots": 1, "num_steps": 9}
+    model, alone = (enable(pipelines.dm.WAN_OF_ONE_LAYER.model(), **options) for _ in range(2))
+
+    def of(step: int, width: int) -> dict[str, Any]:
+        return wan_inputs(step, 900 - step) | {"hidden_states": pipelines.dm.latents(3, 16, width, step, seed=0)}
+
+    model(**of(0, 8))
+    with pytest.warns(UserWarning, match="more than 1 passes"):
+        model(**of(0, 12))
+    for step in range(1, 6):
+        got = model(**of(step, 12))[0]
+        with lite_attention.branch("alone", step, model=alone):
+            want = alone(**of(step, 12))[0]
+        close(got, want)
 
 
 def test_a_pass_beyond_the_slots_of_a_new_size_leaves_no_votes() -> None:

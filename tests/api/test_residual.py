@@ -19,6 +19,7 @@ from lite_attention.enabled import store_of
 from lite_attention.model_sites import sites_of
 from lite_attention.ops import ResidualState, SkipState, residual_attention, step_plan
 from lite_attention.ops import control as c
+from tests.support import diffusers_models as dm
 from tests.support import pipelines
 from tests.support.diffusers_models import silent_report
 from tests.support.op_cases import clustered_qkv
@@ -414,6 +415,20 @@ def test_a_registry_turns_it_off_and_on(called: bool) -> None:
 
 
 # ---- side by side with votes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", dm.SUPPORTED, ids=lambda case: case.name)
+def test_models_of_diffusers_compiled_as_eager(case: dm.Case) -> None:
+    """Joint attention, key masks, grouped heads, sound beside video: the same sites and numbers on both routes."""
+    compiled, eager = (enable(case.model(), how, num_steps=8, slots=3) for how in (True, False))
+    dense, full = case.model(), enable(case.model(), num_steps=8, full_every=1)
+    for step in range(6):
+        inputs = case.inputs(step, 0)
+        got = dm.run(compiled, inputs)
+        close(got, dm.run(eager, inputs))
+        close(dm.run(full, inputs), dm.run(dense, inputs))
+    assert (got - dm.run(dense, inputs)).abs().max() > 1e-4
+    assert {row.name for row in silent_report(compiled).swapped} == {*case.swapped}
 
 
 @ROUTES
