@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from lite_attention import masks, schedules
 from lite_attention._version import __version__
-from lite_attention.api import branch, disable, enable, reset, set_keep, set_threshold
+from lite_attention.api import branch, disable, enable, reset
 from lite_attention.inspection import Report, SparsityLog, report
 from lite_attention.module import LiteAttention
 from lite_attention.ops import ResidualState, SkipState, attention, residual_attention, skip_attention, step_plan
 from lite_attention.registry import LiteAttentionRegistry, ThresholdTable
+from lite_attention.setting import set_keep, set_threshold
 
 if TYPE_CHECKING:
     from lite_attention.calibration import Calibration, calibrate, calibrate_residual

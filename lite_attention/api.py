@@ -1,4 +1,4 @@
-"""What a user calls: `enable` and `disable`, `branch` and `reset`, `set_threshold`."""
+"""What a user calls: `enable` and `disable`, `branch` and `reset`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lite_attention import token_order as order
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
 from lite_attention.masks import Pattern, grid_of_call
-from lite_attention.model_sites import models_of, parts_of, set_values, sites_of
+from lite_attention.model_sites import models_of, parts_of, sites_of
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.arguments import check_time, require
 from lite_attention.ops.clock import Clock
@@ -26,7 +26,7 @@ from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.pipeline_scheduler import PipelineScheduler
 from lite_attention.presets import preset_of
-from lite_attention.threshold_table import ThresholdTable, loaded, of_sites
+from lite_attention.threshold_table import ThresholdTable, of_sites
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lite_attention.compile.store import StateStore
     from lite_attention.ops.site import SiteKeep, SiteThreshold
 
-__all__ = ["branch", "default_session", "disable", "enable", "reset", "set_keep", "set_threshold"]
+__all__ = ["branch", "default_session", "disable", "enable", "reset"]
 
 _Target = TypeVar("_Target")
 
@@ -325,50 +325,3 @@ def reset(model_or_pipe: Any = None) -> None:
             default_session.is_told = True
     for site in sites_of(model_or_pipe):
         site.reset()
-
-
-def set_threshold(model_or_pipe: Any, threshold: SiteThreshold | ThresholdTable | str | Path) -> None:
-    """Set the thresholds of all attention sites, in place on the device: neither a recompile nor a new CUDA graph.
-
-    States that are yet to come, such as those of another video length, begin with it too, until `enable` is called
-    again. Where any of it does not fit, nothing is changed.
-
-    Args:
-        model_or_pipe: a model or pipeline given to `enable`, one compiled with our backend that has run once, or one
-            that holds `LiteAttention`.
-        threshold: log2 units, at most 0: a number, a tensor that broadcasts to (slots, steps, heads), see
-            `lite_attention.schedules`, a callable that returns one of these for a `Site`, whose name is that which
-            `report` prints, or a `ThresholdTable` or the path of its file, see `ThresholdTable.apply`.
-
-    Raises:
-        ValueError: no attention of ours in it; or a threshold above 0, NaN, or of a shape that does not fit a state: a
-            schedule may be as long as `num_steps`, or, where that is unknown, `max_steps`. A table that does not fit.
-        OSError: the file of a table cannot be read.
-    """
-    _set(model_or_pipe, "threshold", threshold)
-
-
-def set_keep(model_or_pipe: Any, keep: SiteKeep | ThresholdTable | str | Path) -> None:
-    """Set the share of tiles that sparse steps compute, as `set_threshold` does thresholds; for method "residual".
-
-    Args:
-        model_or_pipe: as for `set_threshold`.
-        keep: above 0 and at most 1: a number, a tensor (steps,), past whose end the last holds, a callable that returns
-            one of these for a `Site`, or a `ThresholdTable` of shares, or the path of its file.
-
-    Raises:
-        ValueError: no attention of ours in it, or some with method "votes"; a value that does not fit.
-        OSError: the file of a table cannot be read.
-    """
-    _set(model_or_pipe, "keep", keep)
-    for model in models_of(model_or_pipe).values():
-        if model in wirings:
-            wirings[model].preset = None  # it would set its own
-
-
-def _set(model_or_pipe: Any, name: Literal["threshold", "keep"], value: Any) -> None:
-    value = loaded(name, value)
-    if isinstance(value, ThresholdTable):
-        value.apply(model_or_pipe)
-    else:
-        set_values(model_or_pipe, name, value)

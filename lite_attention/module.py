@@ -5,42 +5,26 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lite_attention.ops import (
-    DEFAULT_SLOTS,
-    DEFAULT_THRESHOLD,
-    ResidualState,
-    SkipState,
-    default_session,
-    tile_shape,
-)
+from lite_attention.module_options import ModuleOptions
+from lite_attention.ops import DEFAULT_SLOTS, ResidualState, default_session, tile_shape
 from lite_attention.ops.arguments import check_count, check_switch, require
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.methods import METHODS
-from lite_attention.ops.options import check_options
 from lite_attention.ops.quantization import quantization_of
-from lite_attention.ops.residual_settings import (
-    UNKNOWN_STEPS,
-    check_keep,
-    require_residual,
-    require_votes,
-    residual_of,
-)
+from lite_attention.ops.residual_settings import ResidualSettings
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor
-from lite_attention.ops.validate import check_inputs, check_threshold, is_bshd
+from lite_attention.ops.validate import check_inputs, is_bshd
 
 __all__ = ["LiteAttention"]
 
 _log = logging.getLogger("lite_attention")
-
-_Value = TypeVar("_Value")
 
 
 class LiteAttention(nn.Module):
@@ -111,26 +95,20 @@ class LiteAttention(nn.Module):
         memory: Literal["device", "host"] | None = None,
     ) -> None:
         super().__init__()
-        self.residual = residual_of(
+        self._options = ModuleOptions.of(
             method,
-            {"threshold": threshold, "allow_positive": allow_positive or None},
-            {
-                "keep": _own(keep), "full_every": full_every, "first_full": first_full, "decide_every": decide_every,
+            votes={"threshold": threshold, "allow_positive": allow_positive or None},
+            residual={
+                "keep": keep, "full_every": full_every, "first_full": first_full, "decide_every": decide_every,
                 "forecast": forecast, "residual_dtype": residual_dtype, "memory": memory,
             },
+            common={
+                "num_steps": num_steps, "slots": slots, "refresh": refresh, "auto_step": auto_step,
+                "initial_mask": initial_mask, "persistent": persistent_state,
+            },
         )  # fmt: skip
-        self.method = method
-        options: dict[str, Any] = {
-            "num_steps": num_steps, "slots": slots, "refresh": refresh, "auto_step": auto_step,
-            "initial_mask": initial_mask, "persistent": persistent_state,
-        }  # fmt: skip
-        if self.residual is None:
-            threshold = DEFAULT_THRESHOLD if threshold is None else _own(threshold)
-            options |= {"threshold": threshold, "allow_positive": allow_positive}
-        check_options(**options)
         check_switch("enable_skipping", enable_skipping)
         require(implementation in (None, "reference"), "implementation", "None or 'reference'", repr(implementation))
-        self._options = options
         self.skipping_enabled = enable_skipping
         self.quantization = quantization_of(use_int8, use_fp8, quantization)
         self.implementation = implementation
@@ -169,16 +147,8 @@ class LiteAttention(nn.Module):
             "batch": batch, "heads": heads, "seq_q": seq_len, "seq_k": seq_len if kv_seq_len is None else kv_seq_len,
             "tile_m": tile_m, "tile_n": tile_n,
         }  # fmt: skip
-        self._adopt(self._new_state(sizes, head_dim if value_dim is None else value_dim, device, self._options))
+        self._adopt(self._options.new_state(sizes, head_dim if value_dim is None else value_dim, device))
         return self
-
-    def _new_state(
-        self, sizes: dict[str, Any], value_dim: int, device: torch.device | str, options: dict[str, Any]
-    ) -> SiteState:
-        if self.residual is None:
-            return SkipState(**sizes, device=device, **options)
-        planned = self.residual.options(self.num_steps or UNKNOWN_STEPS, device)
-        return ResidualState(**sizes, value_dim=value_dim, device=device, **planned, **options)
 
     def _adopt(self, state: SiteState) -> None:
         state.set_flag(FLAG_DENSE, not self.skipping_enabled)
@@ -226,7 +196,7 @@ class LiteAttention(nn.Module):
                     ".allocate(batch, seq_len, heads, head_dim, dtype=..., device=...) on it beforehand"
                 )
             state = self._allocate_for(query, key, value)
-        return METHODS[self.method].attend(
+        return METHODS[self._options.method].attend(
             query,
             key,
             value,
@@ -261,13 +231,13 @@ class LiteAttention(nn.Module):
         check_inputs(query, key, value)  # a call in error must not cost the old state
         if isinstance(query, FakeTensor):  # shapes alone are asked for; what the mode makes is of no use after it
             with query.fake_mode:
-                return self._fake_state(query, key, value)
+                return self._options.passing_state(query, key, value, self.quantization)
         if self.state is not None:
             _log.info(
                 "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",
                 tuple(query.shape), query.dtype, query.device, self.state,
             )  # fmt: skip
-        elif self._options["num_steps"] is None and self._options["auto_step"] and not self._is_told:
+        elif self.num_steps is None and self._options.of_state["auto_step"] and not self._is_told:
             default_session.say_unknown()
         batch, seq_len, heads, head_dim = query.shape
         self.allocate(
@@ -276,12 +246,6 @@ class LiteAttention(nn.Module):
         )  # fmt: skip
         assert self.state is not None
         return self.state
-
-    def _fake_state(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SiteState:
-        if self.residual is None:
-            return SkipState.for_inputs(query, key, quantization=self.quantization)
-        options = self.residual.options(1, query.device)
-        return ResidualState.for_inputs(query, key, value, quantization=self.quantization, **options)
 
     def reset_skip_state(self) -> None:
         """Forget everything: the next call begins a new generation."""
@@ -308,27 +272,12 @@ class LiteAttention(nn.Module):
 
     def check_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
         """Raise what `set_threshold` or `set_keep` would raise, and change nothing."""
-        require_residual(self.residual) if name == "keep" else require_votes(self.residual)
-        if isinstance(self.state, SkipState):
-            self.state.threshold_table(value)
-        elif name == "threshold":
-            check_threshold(value, allow_positive=self._options["allow_positive"])
-        else:
-            check_keep(value)
-            if isinstance(self.state, ResidualState):
-                self.state.keep_table(value)
+        self._options.check_value(name, value, self.state)
 
     def set_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
         """Set the threshold, or the share to keep."""
         self.check_value(name, value)
-        if self.residual is not None:
-            self.residual = replace(self.residual, keep=_own(value))
-        else:
-            self._options["threshold"] = _own(value)
-        if isinstance(self.state, SkipState):
-            self.state.set_threshold(value)
-        elif isinstance(self.state, ResidualState):
-            self.state.set_keep(value)
+        self._options.set_value(value, self.state)
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
         """Turn skipping on or off, on the device; while off, everything is computed and the state stays as it is."""
@@ -349,8 +298,12 @@ class LiteAttention(nn.Module):
     @property
     def num_steps(self) -> int | None:
         """Denoising steps of a generation, as given."""
-        num_steps: int | None = self._options["num_steps"]
-        return num_steps
+        return self._options.num_steps
+
+    @property
+    def residual(self) -> ResidualSettings | None:
+        """The options of method "residual"; None = the other one."""
+        return self._options.residual
 
     def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
         """Return the share of tiles that the next call skips, see `SiteState.sparsity`; 0 before the first call."""
@@ -358,16 +311,11 @@ class LiteAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         names = [key for key in state_dict if key.startswith(prefix + "state.")]
-        if names and self._options["persistent"]:
+        if names and self._options.of_state["persistent"]:
             # Taken out, so that the state is not loaded once more, over the flags and the slot that hold here.
             saved = {key.removeprefix(prefix + "state."): state_dict.pop(key) for key in names}
             device = None if self.state is None else self.state.control.device
-            options = {"device": device, "persistent": True, "auto_step": self._options["auto_step"]}
-            if self.residual is not None:
-                options["memory"] = self.residual.memory
-            elif self._options["allow_positive"]:
-                options["allow_positive"] = True
-            self._adopt(METHODS[self.method].state.from_state_dict(saved, **options))
+            self._adopt(self._options.loaded_state(saved, device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LiteAttention:
@@ -382,7 +330,7 @@ class LiteAttention(nn.Module):
         """Return a module with a state of its own, which has learned the same."""
         twin = self.__new__(type(self))
         modules = {**self._modules, "state": copy.copy(self.state)}
-        twin.__setstate__({**self.__dict__, "_modules": modules, "_options": {**self._options}})
+        twin.__setstate__({**self.__dict__, "_modules": modules, "_options": self._options.copy()})
         return twin
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -399,13 +347,5 @@ class LiteAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options that matter most."""
-        how = f"threshold={self._options.get('threshold')}"
-        if self.residual is not None:
-            how = f"method='residual', keep={self.residual.keep}, full_every={self.residual.full_every}"
-        shown = f"enable_skipping={self.skipping_enabled}, {how}, num_steps={self.num_steps}"
+        shown = f"enable_skipping={self.skipping_enabled}, {self._options}, num_steps={self.num_steps}"
         return shown if self.quantization == "none" else f"{shown}, quantization={self.quantization}"
-
-
-def _own(value: _Value) -> _Value | torch.Tensor:
-    """Return a value that stays as it is when the user's tensor is written to or trained."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
-from lite_attention.api import set_threshold
 from lite_attention.model_sites import methods_of, set_dense, sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.arguments import require
 from lite_attention.ops.validate import check_threshold
+from lite_attention.setting import set_threshold
 from lite_attention.threshold_table.content import is_a
 from lite_attention.threshold_table.fit import fitted, num_steps_of
 from lite_attention.threshold_table.table import ThresholdTable
