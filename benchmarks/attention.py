@@ -1,7 +1,8 @@
 """Time of one attention call on a Hopper GPU, as a ratio to FlashAttention-3 dense on the same tensors.
 
-    python -m benchmarks.attention [--only dense sparse int8 uneven voted host] [--peers cudnn flex fa4 fa3-fp8 sage]
-                                   [--shapes 1,40,32760,128 ...] [--seconds 1.5] [--json FILE] [--plot FILE]
+    python -m benchmarks.attention [--only dense sparse int8 residual uneven voted host]
+                                   [--peers cudnn flex fa4 fa3-fp8 sage] [--shapes 1,40,32760,128 ...]
+                                   [--seconds 1.5] [--json FILE] [--plot FILE]
 
 Needs `pip install fa3-fwd`, and `flash-attn-4` for the peer fa4, `sageattention` for sage. Each kernel runs in a block
 of its own, FA3 before and after it: the card is limited by power, and single calls in turn would lend clock from one
@@ -13,6 +14,8 @@ the output against FA3's, where nothing is skipped.
     sparse    a planted mask in use, and voting; FlexAttention with the same kind of mask, its tiles being 128 x 128
     int8      INT8 scores, and FP8 values besides, what it takes to quantize included: dense flag, and a planted mask;
               of the peers those in 8 bits
+    residual  the kinds of its steps, beside votes on the same mask; and the mean of a step over generations, computed
+              from these by plan, beside votes that compute as many tiles
     uneven    half the heads at 20 %, half at 80 %, against all at 50 %
     voted     a mask voted on clustered inputs
     host      host time of a call: see host.py
@@ -30,7 +33,7 @@ from typing import Any
 import torch
 
 import lite_attention
-from benchmarks import peers
+from benchmarks import peers, residual_steps
 from benchmarks.host import report_host
 from benchmarks.measure import block, going_on, one_line, require_gpu, where
 from benchmarks.peers import Contender
@@ -46,7 +49,7 @@ SHAPES += ["2,24,16384,64"]
 SPARSITIES = (0.0, 0.21, 0.42, 0.57, 0.77)
 SOME_SPARSITIES = (0.42, 0.77)
 QUANTIZED = {"INT8": "int8", "INT8 and FP8": "int8_fp8"}
-GROUPS = ("dense", "sparse", "int8", "uneven", "voted", "host")
+GROUPS = ("dense", "sparse", "int8", "residual", "uneven", "voted", "host")
 PEERS = {
     "cudnn": ("cuDNN", peers.cudnn), "flex": ("FlexAttention", peers.flex), "fa4": ("FlashAttention-4", peers.fa4),
     "fa3-fp8": ("FlashAttention-3, FP8", peers.fa3_fp8), "sage": ("SageAttention", peers.sage),
@@ -155,6 +158,8 @@ def contenders(
         yield "of that, quantizing", partial(quantizing, q, k, v, quantization)
         for share in SOME_SPARSITIES:
             yield f"ours, {name}, mask in use, {share:.0%}", partial(planting, share, quantization)
+    if "residual" in only:
+        yield from residual_steps.contenders(q, k, v)
     if "uneven" in only:
         shares = torch.where(torch.arange(heads) % 2 == 0, 0.2, 0.8)
         yield "ours, half the heads 20 %, half 80 %", partial(planting, shares)
@@ -196,6 +201,9 @@ def measure_shape(text: str, only: Collection[str], others: Collection[str], sec
                 "shape": text, "name": name, "ratio": ours / peer, "ms": ours, "fa3_ms": [before, after],
                 "tflops": speed, "skipped": share, "sqnr": decibels,
             })  # fmt: skip
+    for name, cost, ratio, like in residual_steps.generations(rows):
+        print(f"{name:42}{ratio:7.3f}  votes {like:.3f}  {cost:9.1%} computed", flush=True)
+        rows.append({"shape": text, "name": name, "ratio": ratio, "votes": like, "computed": cost})
     return rows
 
 
