@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from lite_attention.ops import DEFAULT_THRESHOLD, ResidualState, SkipState
+from lite_attention.ops.buffers import readable
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.options import check_options
 from lite_attention.ops.residual_settings import (
@@ -22,6 +24,8 @@ from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.validate import check_threshold
 
 __all__ = ["ModuleOptions"]
+
+_log = logging.getLogger("lite_attention")
 
 _Value = TypeVar("_Value")
 
@@ -66,7 +70,9 @@ class ModuleOptions:
         if self.residual is None:
             return SkipState(**sizes, device=device, **self.of_state)
         planned = self.residual.options(self.num_steps or UNKNOWN_STEPS, device)
-        return ResidualState(**sizes, value_dim=value_dim, device=device, **planned, **self.of_state)
+        state = ResidualState(**sizes, value_dim=value_dim, device=device, **planned, **self.of_state)
+        _log.info("residual of a LiteAttention: %s", readable(state.nbytes))
+        return state
 
     def passing_state(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, quantization: str
