@@ -74,6 +74,9 @@ def draw(
         axes.grid(alpha=0.3)
     for axes in panels[len(metrics) :]:
         axes.set_axis_off()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    if len(metrics) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    else:  # narrower than four columns of names
+        panels[0].legend(loc="upper left", frameon=False)
     figure.savefig(path)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import re
 import warnings
@@ -141,35 +142,34 @@ def test_an_initial_mask_and_a_selection(compile: bool) -> None:
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 
-def test_what_presets_are_said_to_compute() -> None:
-    rows = re.findall(r"\| (\w+) \| (\d+) % \| (\d) \| ([\d.]+) % \| ([\d.]+) % \|", presets.__doc__ or "")
-    assert [name for name, *_ in rows] == [*presets.PRESETS]
-    for name, keep, every, *shares in rows:
-        preset = presets.preset_of(name)
-        assert (float(keep) / 100, int(every)) == preset
-        for steps, share in zip((20, 50), shares, strict=True):
-            plan = step_plan(steps, full_every=preset.full_every)
+@pytest.mark.parametrize("steps", [(20, 50), (8, 4)], ids=["many", "few"])
+def test_what_presets_are_said_to_compute(steps: tuple[int, int]) -> None:
+    table = re.split(r"\n\n\| preset ", presets.__doc__ or "")[1 if steps == (20, 50) else 2]
+    assert [int(number) for number in re.findall(r"of (\d+) steps", table.split("\n")[0])] == [*steps]
+    rows = re.findall(r"\| ([\w, ]+) \| (\d+) % \| (\d) \| ([\d.]+) % \| ([\d.]+) % \|", table)
+    assert [name for names, *_ in rows for name in names.split(", ")] == [*presets.PRESETS]
+    for names, keep, every, *shares in rows:
+        for (number, share), name in itertools.product(zip(steps, shares, strict=True), names.split(", ")):
+            preset = presets.preset_of(name, number)
+            assert (float(keep) / 100, int(every)) == preset
+            plan = step_plan(number, full_every=preset.full_every)
             assert float(share) == pytest.approx(100 * presets.computed_share(plan, preset.keep))
-    few = {int(steps): float(share) for share, steps in re.findall(r"([\d.]+) % of (\d)", presets.__doc__ or "")}
-    assert few.keys() == {8, 4}
-    for steps, share in few.items():
-        preset = presets.preset_of("fast", steps)
-        plan = step_plan(steps, full_every=preset.full_every)
-        assert share == pytest.approx(100 * presets.computed_share(plan, preset.keep))
 
 
 @pytest.mark.parametrize(
     ("options", "want"),
     [
-        ({"preset": "quality"}, (0.3, 2)),
+        ({"preset": "quality"}, (0.5, 2)),
         ({"preset": "balanced"}, (0.3, 3)),
         ({"preset": "fast"}, (0.2, 3)),
         ({"preset": "fast", "num_steps": 20}, (0.2, 3)),
         ({"preset": "fast", "num_steps": 9}, (0.2, 3)),
-        ({"preset": "fast", "num_steps": 8}, (0.4, 2)),
-        ({"preset": "quality", "num_steps": 4}, (0.4, 2)),
+        ({"preset": "fast", "num_steps": 8}, (0.5, 3)),
+        ({"preset": "balanced", "num_steps": 8}, (0.5, 3)),
+        ({"preset": "balanced", "num_steps": 9}, (0.3, 3)),
+        ({"preset": "quality", "num_steps": 4}, (0.5, 2)),
         ({"preset": "fast", "keep": 0.25}, (0.25, 3)),
-        ({"preset": "fast", "num_steps": 4, "full_every": 3}, (0.4, 3)),
+        ({"preset": "fast", "num_steps": 4, "full_every": 2}, (0.5, 2)),
         ({"preset": "balanced", "method": "residual"}, (0.3, 3)),
     ],
     ids=str,
@@ -196,7 +196,7 @@ def test_wrong_presets(options: dict[str, Any], message: str) -> None:
 @ROUTES
 def test_a_preset_heeds_the_number_of_steps_that_the_pipeline_announces(compile: bool) -> None:
     pipe = enable(pipelines.wan(), compile, preset="fast")
-    for steps, (keep, every) in ((4, (0.4, 2)), (12, (0.2, 3)), (6, (0.4, 2))):
+    for steps, (keep, every) in ((4, (0.5, 3)), (12, (0.2, 3)), (6, (0.5, 3))):
         pipelines.generate(pipe, steps=steps)
         for state in states_of(pipe):
             assert float(state.keep[0]) == pytest.approx(keep)
