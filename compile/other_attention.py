@@ -31,8 +31,8 @@ _REASONS = {
     "torch.backends.mha.set_fastpath_enabled(False), and see nn.MultiheadAttention",
     "flex_attention": "another attention backend: FlexAttention",
 }
-# Of diffusers; they call scaled_dot_product_attention.
-_NATIVE = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+# Of diffusers; they call scaled_dot_product_attention. The last is of `lite_attention.integrations.diffusers`.
+_NATIVE = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "lite_attention")
 
 
 @functools.cache  # asked at every call of torch, run eagerly

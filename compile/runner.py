@@ -24,7 +24,7 @@ from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.site import Site
 from lite_attention.ops.torch_internals import fake_mode_of, is_fake, plain_call
 
-__all__ = ["NOT_PICKLED", "Runner", "generations_unknown", "nothing_swapped"]
+__all__ = ["NOT_PICKLED", "Runner", "generations_unknown", "nothing_swapped", "timestep_of"]
 
 NOT_PICKLED = "model: expected one that is not enabled to pickle, copy to another process or torch.save; call " + (
     "lite_attention.disable(model) first, and enable() what is loaded"
@@ -87,9 +87,7 @@ class Runner:
         self._model, self._run, self._checks = model, run, checks
         self._scheduler = scheduler
         self._attention = attention_modules(model)
-        names = [*inspect.signature(type(model).forward).parameters][1:]
-        self._timestep = next((name for name in _TIMESTEPS if name in names), None)
-        self._position = names.index(self._timestep) if self._timestep else -1
+        self._timestep = timestep_of(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one forward.
@@ -155,8 +153,9 @@ class Runner:
         """Return the timestep that the model is given, the largest of several; reading it waits for the device."""
         if self._timestep is None:
             return None
-        value = kwargs.get(self._timestep, args[self._position] if self._position < len(args) else None)
-        return _number(value, _TIMESTEPS[self._timestep])
+        name, position = self._timestep
+        value = kwargs.get(name, args[position] if position < len(args) else None)
+        return _number(value, _TIMESTEPS[name])
 
     def _look_back(self) -> None:
         """Say, once for each cause, what a forward did that the user may not expect."""
@@ -177,6 +176,12 @@ class Runner:
                 "the pipeline tells neither branch nor timestep, so every call of the model counts as a step of one "
                 "branch; if it calls it twice a step, use lite_attention.branch(name) around each"
             )
+
+
+def timestep_of(model: nn.Module) -> tuple[str, int] | None:
+    """Return the name and position of the argument that tells a model the timestep; None if it has none."""
+    names = [*inspect.signature(type(model).forward).parameters][1:]
+    return next(((name, names.index(name)) for name in _TIMESTEPS if name in names), None)
 
 
 def _number(value: object, dims: int = 1) -> float | None:

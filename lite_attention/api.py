@@ -116,7 +116,7 @@ def enable(
         if token_order is not None:
             order.check(token_order, model)
     # Wrong ones are told before anything is changed.
-    known = SkipSettings(**_chosen(threshold, keep, preset, token_order, settings))
+    known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
     disable(model_or_pipe)
     for model in models_of(model_or_pipe).values():
         for within in [module for module in model.modules() if module in wirings]:
@@ -137,7 +137,7 @@ def enable(
     return model_or_pipe
 
 
-def _chosen(
+def chosen_options(
     threshold: Any, keep: Any, preset: str | None, token_order: str | Sequence[int] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the options of `SkipSettings` out of those of `enable`."""
