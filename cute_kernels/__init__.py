@@ -19,6 +19,7 @@ first kernel is compiled, or never, where kernels compiled ahead of time are fou
     build.py           compiles a kernel, with or without a GPU
     cache.py           compiled kernels in memory, on disk, and ahead of time
     aot.py             compiles kernels into a library that needs no compiler where it runs
+    wheel.py           a package of that library
     fingerprint.py     what compiled kernels are of
     files.py           files that code is loaded from: written whole, and by nobody else
     launcher.py        from tensors to a launch; to those that quantize in quantize_launcher.py; both by launch.py

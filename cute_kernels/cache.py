@@ -1,7 +1,8 @@
 """Compiled kernels: in memory, on disk, and ahead of time.
 
-A kernel is looked for in this process, then in the library that `LITE_ATTENTION_KERNELS` names (made by
-`python -m lite_attention compile-kernels`), then in the user's cache folder, and is compiled at last.
+A kernel is looked for in this process, then in the library that `LITE_ATTENTION_KERNELS` names, or else that the
+package `lite_attention_kernels` has (both made by `python -m lite_attention compile-kernels`), then in the user's cache
+folder, and is compiled at last.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import filelock
-import platformdirs
 
 from lite_attention.cute_kernels.config import Config
 from lite_attention.cute_kernels.files import check_owner, whole
@@ -27,6 +27,7 @@ from lite_attention.cute_kernels.fingerprint import cache_fingerprint, kernels_o
 __all__ = [
     "LIBRARY_LABEL",
     "LIBRARY_NAME",
+    "LIBRARY_PACKAGE",
     "Kernel",
     "cache_folder",
     "get_kernel",
@@ -42,6 +43,7 @@ Kernel = Callable[..., Any]
 _LIBRARY_VARIABLE = "LITE_ATTENTION_KERNELS"
 _CACHE_VARIABLE = "LITE_ATTENTION_CACHE"
 LIBRARY_NAME = "lite_attention_kernels.so"
+LIBRARY_PACKAGE = "lite_attention_kernels"
 LIBRARY_LABEL = "kernels of lite_attention "  # in a library, before what it is of
 
 _kernels: dict[Config, Kernel] = {}
@@ -55,18 +57,22 @@ def has_compiler() -> bool:
 
 @functools.cache
 def library() -> Any | None:
-    """Return the module of kernels compiled ahead of time, None if `LITE_ATTENTION_KERNELS` names none.
+    """Return the module of kernels compiled ahead of time, None if there is none.
+
+    It is the one that `LITE_ATTENTION_KERNELS` names, or else that of the installed package `lite_attention_kernels`.
+    A package of other sources is not used, which a warning says: an update of one of the two must not stop the other.
 
     Raises:
-        FileNotFoundError: it names something that is not there.
-        PermissionError: others than the user and root may change it.
-        ValueError: it was compiled from other sources than these.
-        ImportError: apache-tvm-ffi is not installed.
+        FileNotFoundError: the variable names something that is not there.
+        PermissionError: others than the user and root may change what it names.
+        ValueError: that was compiled from other sources than these.
+        ImportError: apache-tvm-ffi is not installed, which that needs.
     """
     named = os.environ.get(_LIBRARY_VARIABLE)
-    if not named:
-        return None
-    path = pathlib.Path(named)
+    return _named(pathlib.Path(named)) if named else _installed()
+
+
+def _named(path: pathlib.Path) -> Any:
     path = path / LIBRARY_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{_LIBRARY_VARIABLE}: expected a library of kernels, got {path}, which is not there")
@@ -78,14 +84,38 @@ def library() -> Any | None:
     return tvm_ffi.load_module(str(path))
 
 
+def _installed() -> Any | None:
+    """Return the installed library. Files of an installed package are as safe as the Python beside them."""
+    spec = importlib.util.find_spec(LIBRARY_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    path = pathlib.Path(spec.origin).with_name(LIBRARY_NAME)
+    got = _label_of(path)
+    if got != kernels_of():
+        _log.warning(
+            "package %s: expected kernels of lite_attention %s, got %s; they are not used: install a wheel of these "
+            "sources, made by `python -m lite_attention compile-kernels --wheel`",
+            LIBRARY_PACKAGE, kernels_of(), got,
+        )  # fmt: skip
+        return None
+    import tvm_ffi  # which the package requires
+
+    return tvm_ffi.load_module(str(path))
+
+
+def _label_of(library: pathlib.Path) -> str:
+    """Return the label of a library, without loading it."""
+    label = re.search(re.escape(LIBRARY_LABEL.encode()) + rb"([\x20-\x7e]*)\0", library.read_bytes())
+    return "something else" if label is None else label[1].decode()
+
+
 def _check_library(path: pathlib.Path) -> None:
     """Check, before it is loaded, whose a library is, and what it is of."""
     file = path.resolve()  # what a link leads to
     places = ((path.parent, "folder of kernels"), (file.parent, "folder of kernels"), (file, "library of kernels"))
     for place, what in places:
         check_owner(place, what, f"set {_LIBRARY_VARIABLE} to another", or_root=True)
-    label = re.search(re.escape(LIBRARY_LABEL.encode()) + rb"([\x20-\x7e]*)\0", path.read_bytes())
-    got = "something else" if label is None else label[1].decode()
+    got = _label_of(path)
     if got != kernels_of():
         raise ValueError(
             f"{_LIBRARY_VARIABLE}: expected kernels of lite_attention {kernels_of()}, got {got} in {path}; "
@@ -98,6 +128,7 @@ def get_kernel(config: Config) -> Kernel:
 
     Raises:
         PermissionError: the cache folder belongs to somebody else, or others may write to it.
+        RuntimeError: no library has it, and there is no compiler.
     """
     kernel = _kernels.get(config)
     if kernel is None:
@@ -112,6 +143,11 @@ def _find(config: Config) -> Kernel:
     if ahead is not None and ahead.implements_function(config.name):
         kernel: Kernel = ahead[config.name]
         return kernel
+    if not has_compiler():
+        raise RuntimeError(
+            f"kernel {config.name}: expected it in the library of kernels, or the CuTe DSL to compile it, got neither; "
+            "pip install 'lite-attention[cu13]', or make the library with --all-variants"
+        )
     path = cache_folder() / cache_fingerprint() / f"{config.name}.o"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):  # one process at a time compiles a kernel
@@ -149,6 +185,11 @@ def publish(kernel: Any, path: pathlib.Path, config: Config) -> None:
         kernel.export_to_c(temporary, function_name=config.name)
 
 
+def _users_cache() -> pathlib.Path:
+    """Return the user's cache folder, as Linux has it: the compiler runs nowhere else."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
 def cache_folder() -> pathlib.Path:
     """Return the folder of compiled kernels: `LITE_ATTENTION_CACHE`, or lite_attention in the user's cache folder.
 
@@ -158,7 +199,7 @@ def cache_folder() -> pathlib.Path:
         PermissionError: it is not.
     """
     named = os.environ.get(_CACHE_VARIABLE)
-    folder = pathlib.Path(named) if named else platformdirs.user_cache_path("lite_attention", appauthor=False)
+    folder = pathlib.Path(named) if named else _users_cache() / "lite_attention"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_owner(folder, "cache folder", f"set {_CACHE_VARIABLE} to another")
     return folder

@@ -6,8 +6,9 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from lite_attention._version import __version__
 
@@ -39,9 +40,10 @@ def source_digest(package: pathlib.Path = _PACKAGE) -> str:
     return digest.hexdigest()[:16]
 
 
-def sources(package: pathlib.Path = _PACKAGE) -> list[pathlib.Path]:
-    """Return the modules of `cute_kernels` and, in turn, all that they import of the package."""
-    pending, found = sorted((package / "cute_kernels").glob("*.py")), set()
+def sources(package: pathlib.Path = _PACKAGE, start: Sequence[pathlib.Path] | None = None) -> list[pathlib.Path]:
+    """Return some modules, by default those of `cute_kernels`, and, in turn, all that they import of the package."""
+    pending = sorted((package / "cute_kernels").glob("*.py")) if start is None else list(start)
+    found: set[pathlib.Path] = set()
     while pending:
         source = pending.pop()
         if source not in found:
@@ -51,9 +53,19 @@ def sources(package: pathlib.Path = _PACKAGE) -> list[pathlib.Path]:
 
 
 def _imported(source: pathlib.Path, package: pathlib.Path) -> Iterator[pathlib.Path]:
-    for node in ast.walk(ast.parse(source.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package.name:
-            room = package.joinpath(*(node.module or "").split(".")[1:])
+    statements = [n for n in ast.walk(ast.parse(source.read_bytes())) if isinstance(n, ast.ImportFrom)]
+    for node in statements:
+        room = _room(node, source, package)
+        if room is not None:
             for alias in node.names:  # a module of the package, or a name out of one
-                places = ((room / alias.name).with_suffix(".py"), room.with_suffix(".py"), room / "__init__.py")
-                yield next(place for place in places if place.is_file())
+                inner = room / alias.name
+                places = (f"{inner}.py", inner / "__init__.py", f"{room}.py", room / "__init__.py")
+                yield next(pathlib.Path(place) for place in places if os.path.isfile(place))
+
+
+def _room(node: ast.ImportFrom, source: pathlib.Path, package: pathlib.Path) -> pathlib.Path | None:
+    """Return the folder or module, without suffix, that names are imported from; None outside of the package."""
+    first, *rest = (node.module or "").split(".")
+    if node.level:  # relative, in a copy of these sources under another name
+        return source.parents[node.level - 1].joinpath(first, *rest)
+    return package.joinpath(*rest) if first == package.name else None

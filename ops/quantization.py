@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 
 from lite_attention.ops.arguments import check_switch
+from lite_attention.ops.namespace import KERNELS
 
 __all__ = ["NONE", "QUANTIZATIONS", "Quantization", "QuantizationName", "check_quantization", "quantization_of"]
 
 QuantizationName = Literal["none", "int8", "int8_fp8"]  # for editors
-
-_SOFTMAX = "lite_attention.cute_kernels"
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,19 +41,19 @@ class Quantization:
         return f"<quantization {self.name}>"
 
 
-NONE = Quantization("none", None, None, key_multiple=16, softmax=f"{_SOFTMAX}.softmax:FloatSoftmax")
+NONE = Quantization("none", None, None, key_multiple=16, softmax=f"{KERNELS}.softmax:FloatSoftmax")
 
 QUANTIZATIONS = {
     quantization.name: quantization
     for quantization in (
         NONE,
         Quantization(
-            "int8", torch.int8, None, key_multiple=16, softmax=f"{_SOFTMAX}.softmax_int8:Int8Softmax",
+            "int8", torch.int8, None, key_multiple=16, softmax=f"{KERNELS}.softmax_int8:Int8Softmax",
             weighs_excluded=True,
         ),
         Quantization(
             "int8_fp8", torch.int8, torch.float8_e4m3fn, key_multiple=32,
-            softmax=f"{_SOFTMAX}.softmax_int8:Int8Fp8Softmax", weighs_excluded=True,
+            softmax=f"{KERNELS}.softmax_int8:Int8Fp8Softmax", weighs_excluded=True,
             short_sums=True,
         ),
     )

@@ -48,6 +48,7 @@ from lite_attention.ops.fakes import (
     stateful_attention_fake,
 )
 from lite_attention.ops.guards import refuse_vmap, without_autocast, without_derivatives
+from lite_attention.ops.namespace import NAMESPACE
 from lite_attention.ops.quantize import key_mean, quantize_key, quantize_query, quantize_value
 from lite_attention.ops.residual import residual_attention_reference
 from lite_attention.ops.torch_internals import writes
@@ -76,7 +77,7 @@ _QUANTIZE_KEY_SCHEMA = (
 _QUANTIZE_VALUE_SCHEMA = "(Tensor v, Tensor? key_mask) -> (Tensor values, Tensor scales)"
 
 _Kernel = Callable[..., Any]
-_library = torch.library.Library("lite_attention", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _cuda(name: str) -> _Kernel:
@@ -98,8 +99,8 @@ def _register(
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"lite_attention::{name}", fake, lib=_library)
-    op = getattr(torch.ops.lite_attention, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _library.impl(name, without_derivatives(op, inputs), "Autograd")
     for key in ("AutocastCPU", "AutocastCUDA"):
         _library.impl(name, without_autocast(op, key), key)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import cuda
 
+from lite_attention.ops.namespace import KERNELS
 from lite_attention.ops.quantization import check_quantization
 from lite_attention.ops.torch_internals import constant_when_compiled
 
@@ -104,8 +105,8 @@ SM90A = Target(
     },
     dtypes=(torch.bfloat16, torch.float16),
     capabilities=((9, 0),),
-    kernel="lite_attention.cute_kernels.forward_sm90:SkipAttentionForward",
-    budget="lite_attention.cute_kernels.budget_sm90:Budget",
+    kernel=f"{KERNELS}.forward_sm90:SkipAttentionForward",
+    budget=f"{KERNELS}.budget_sm90:Budget",
     registers=65536,
     shared_bytes=227 * 1024,
 )

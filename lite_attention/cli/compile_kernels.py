@@ -31,12 +31,18 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes, help="all unless given")
     parser.add_argument("--all-variants", action="store_true", help="also those for initial masks and must_do ranges")
+    parser.add_argument(
+        "--wheel",
+        action="store_true",
+        help="also write a wheel of the library; where it is installed, it is found without a variable",
+    )
     parser.set_defaults(command=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Compile what the command line asks for, and return the exit status."""
     from lite_attention.cute_kernels.aot import compile_library, kernel_configs
+    from lite_attention.cute_kernels.wheel import write_wheel
 
     targets = [TARGETS[name] for name in args.arch]
     configs = kernel_configs(args.head_dims, args.dtypes, all_variants=args.all_variants, targets=targets)
@@ -46,4 +52,9 @@ def main(args: argparse.Namespace) -> int:
         print("not linked: that needs cc, a CUDA 13 toolkit (CUDA_HOME) and the cu13 flavor of the CuTe DSL")
     else:
         print(f"library: {library}; where it runs, set LITE_ATTENTION_KERNELS={args.out}")
+    if not args.wheel:
+        return 0
+    if library is None:
+        raise ValueError("--wheel: expected a library to put into it, got none")
+    print(f"wheel: {write_wheel(library, args.out)}; where it is installed, nothing needs to be set")
     return 0
