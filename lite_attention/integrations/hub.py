@@ -208,8 +208,9 @@ license: mit
 
 # LiteAttention
 
-Attention for diffusion transformers that remembers which tiles do not matter and skips them: the ops of lite-attention {__version__}.
-Compute capabilities: {", ".join(_capabilities())}; on a CPU in plain PyTorch. Kernels are compiled when first needed, in seconds, and kept.
+Attention for diffusion transformers that remembers which tiles do not matter and skips them: the ops of
+lite-attention {__version__}. Compute capabilities: {", ".join(_capabilities())}; on a CPU in plain PyTorch. Kernels are
+compiled when first needed, which takes seconds, and kept.
 
 ```python
 import torch
