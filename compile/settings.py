@@ -10,8 +10,9 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, tile_shape
-from lite_attention.ops.arguments import check_count
+from lite_attention.ops.arguments import check_choice, check_count
 from lite_attention.ops.buffers import Buffers, Sizes, residual_buffers, vote_buffers
+from lite_attention.ops.methods import METHODS
 from lite_attention.ops.options import RESIDUAL_DTYPES
 from lite_attention.ops.quantization import QuantizationName, quantization_of
 from lite_attention.ops.residual_settings import UNKNOWN_STEPS, ResidualSettings, residual_of
@@ -39,7 +40,7 @@ class CommonOptions(TypedDict, total=False):
     quantization: QuantizationName
     use_int8: bool
     use_fp8: bool
-    implementation: Literal["reference"] | None
+    implementation: Literal["reference", "portable"] | None
     dense: Literal["sdpa", "kernel"]
     allow_positive: bool
     method: Literal["votes", "residual"]
@@ -92,7 +93,8 @@ class SkipSettings:
             cannot quantize stay dense; the CPU does all, for comparison.
         use_int8: the same as quantization="int8".
         use_fp8: with `use_int8`, the same as quantization="int8_fp8".
-        implementation: None, or "reference" for the CPU kernel on any device; of the sites that skip.
+        implementation: None, "reference" for the CPU kernel on any device, or "portable" for the kernel of all GPUs
+            from Ampere on where there is another; of the sites that skip.
         dense: what runs sites that do not skip: "sdpa" leaves them as they are, "kernel" puts
             `lite_attention::attention` in place of those that it computes exactly.
         allow_positive: of method "votes": accept thresholds above 0.
@@ -141,10 +143,8 @@ class SkipSettings:
         self._check_method()
         quantization = quantization_of(self.use_int8, self.use_fp8, self.quantization)
         object.__setattr__(self, "quantization", quantization)
-        for name, choices in (("implementation", (None, "reference")), ("dense", ("sdpa", "kernel"))):
-            if getattr(self, name) not in choices:
-                expected = " or ".join(map(repr, choices))
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        check_choice("implementation", self.implementation, METHODS[self.method].implementations)
+        check_choice("dense", self.dense, ("sdpa", "kernel"))
         for name in ("num_steps", "slots", "refresh", "min_tiles", "max_steps"):
             value = getattr(self, name)
             if value is not None or name in ("slots", "min_tiles", "max_steps"):
@@ -206,7 +206,7 @@ class SkipSettings:
         return self.tile_shape or self._tile_shape_of_table(site)
 
     def _tile_shape_of_table(self, site: Site) -> tuple[int, int]:
-        return tile_shape(site.q_shape[3], site.dtype, site.device, self.quantization)
+        return tile_shape(site.q_shape[3], site.dtype, site.device, self.quantization, self.implementation)
 
     def sized(self, site: Site, sizes: tuple[int, int, int], tiles: tuple[int, int]) -> Site:
         """Return a site with numbers for (batch, seq_q, seq_k) and the tiles of its state."""
@@ -283,7 +283,9 @@ class SkipSettings:
 
     def unsupported_reason(self, site: Site) -> str | None:
         """Return why no implementation can compute a site, None if one can."""
-        reason = None if self.implementation == "reference" else _no_kernel_reason(site)
+        reason = None
+        if self.implementation != "reference":
+            reason = _no_kernel_reason(site, self.method, self.implementation)
         if reason is None:
             try:
                 self._tile_shape_of_table(site)
@@ -299,7 +301,7 @@ class SkipSettings:
         return all(holds_unless_unknown(size >= 1) for size in (*site.q_shape[:2], site.k_shape[1]))
 
 
-def _no_kernel_reason(site: Site) -> str | None:
+def _no_kernel_reason(site: Site, method: str = "", implementation: str | None = None) -> str | None:
     """Return why no kernel of the site's device runs it, None if one does."""
     if site.device.type == "cpu":
         return None
@@ -307,4 +309,5 @@ def _no_kernel_reason(site: Site) -> str | None:
         return f"no implementation for device {site.device.type}"
     from lite_attention import cute_kernels  # on first use: it may import cutlass
 
-    return cute_kernels.unsupported_reason(site.q_shape[3], site.v_shape[3], site.dtype, site.device)
+    head_dim, value_dim = site.q_shape[3], site.v_shape[3]
+    return cute_kernels.unsupported_reason(head_dim, value_dim, site.dtype, site.device, method, implementation)

@@ -25,6 +25,16 @@ first kernel is compiled, or never, where kernels compiled ahead of time are fou
     launcher.py        from tensors to a launch; to those that quantize in quantize_launcher.py; both by launch.py
     streams.py         calls with one state from several streams come one after the other
 
+The portable kernel, from Ampere on:
+
+    budget_portable.py     warps, stages, registers and shared memory of a configuration
+    forward_portable.py    host launch and the kernel: a CTA a q-tile
+    storage_portable.py    shared memory of a CTA
+    tile_walk_portable.py  every warp walks the tiles, votes are bits
+    mainloop_portable.py   the tiles of a q-tile, one ahead
+    copies_portable.py     tiles to shared memory by cp.async
+    products_portable.py   instructions and layouts of the two products
+
 Of Hopper alone:
 
     budget_sm90.py     the registers and shared memory that a kernel needs

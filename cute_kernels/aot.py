@@ -29,7 +29,7 @@ from lite_attention.cute_kernels.files import check_owner, whole
 from lite_attention.cute_kernels.fingerprint import kernels_of
 from lite_attention.ops.quantization import NONE, QUANTIZATIONS, Quantization
 from lite_attention.ops.quantize import QUERY_ROWS
-from lite_attention.ops.targets import TARGETS, Target
+from lite_attention.ops.targets import SM90A, Target
 
 __all__ = ["compile_library", "kernel_configs"]
 
@@ -39,7 +39,7 @@ def kernel_configs(
     dtypes: Iterable[str] = tuple(DTYPES),
     *,
     all_variants: bool = False,
-    targets: Iterable[Target] = tuple(TARGETS.values()),
+    targets: Iterable[Target] = (SM90A,),
 ) -> list[Config]:
     """Return the kernels worth having, or all variants: with and without state, residual, key mask and quantization.
 
@@ -47,7 +47,7 @@ def kernel_configs(
         head_dims: of the tables in `lite_attention.ops.targets`; None = all.
         dtypes: "bf16" and "fp16".
         all_variants: also initial masks and must_do ranges, in all combinations, and residuals in bf16.
-        targets: what to compile for.
+        targets: what to compile for, by default Hopper.
     """
     configs: list[Config] = []
     for target, dtype, quantization in itertools.product(targets, dtypes, QUANTIZATIONS.values()):
@@ -55,7 +55,8 @@ def kernel_configs(
             if head_dims is None or head_dim in head_dims:
                 configs += _quantizers(target, dtype, quantization, head_dim)
                 configs += _attention(target, dtype, quantization, head_dim, all_variants)
-        configs += _choice(target, all_variants)
+        if not target.portable:
+            configs += _choice(target, all_variants)
     return list(dict.fromkeys(configs))  # quantizations share some
 
 
@@ -74,7 +75,7 @@ def _attention(
         for initial_mask, must_do in extras:
             votes = replace(config, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask)
             yield votes
-            for residual in RESIDUAL_DTYPES if all_variants else ("fp8",):
+            for residual in () if target.portable else RESIDUAL_DTYPES if all_variants else ("fp8",):
                 yield replace(votes, residual=residual)
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from lite_attention.cute_kernels.config import KernelConfig
 
-__all__ = ["MAX_TILES", "MAX_WORDS", "PROMOTED_KEYS", "Budget"]
+__all__ = ["MAX_TILES", "MAX_WORDS", "Budget"]
 
 MAX_TILES = 8192  # k-tiles of a row: a bit and a byte of each, for three jobs, lie in shared memory
 MAX_WORDS = MAX_TILES // 32
-PROMOTED_KEYS = 1536  # that products of short sums add up before the sum goes on in float32
 
 _WARPGROUP = 128
 # Registers of a consumer thread that hold neither scores, output nor weights: addresses, maxima, sums, pipeline state.

@@ -16,6 +16,7 @@ __all__ = [
     "DTYPES",
     "KEY_BITS_PAD",
     "KEY_CHUNK",
+    "PROMOTED_KEYS",
     "REDUCE_DEPTH",
     "RESIDUAL_DTYPES",
     "VALUE_BLOCK",
@@ -31,6 +32,7 @@ __all__ = [
 
 KEY_BITS_PAD = 8  # words of 0 at the end of the bits of the keys: the last tile reads past the last key
 KEY_CHUNK = 256  # keys that one thread block adds up for their mean, or whose largest values it finds
+PROMOTED_KEYS = 1536  # that products of short sums add up before the sum goes on in float32
 REDUCE_DEPTH = 8  # rows that a thread of `ChannelReduce` has on their way
 VALUE_BLOCK = 128  # keys whose values one thread block transposes
 

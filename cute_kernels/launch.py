@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 
 from lite_attention.cute_kernels.cache import Kernel, has_compiler, library
-from lite_attention.ops.targets import TARGETS, target_of
+from lite_attention.ops.targets import TARGETS, Target, target_of
 
-__all__ = ["check_supported", "parts", "processors", "readable", "reads", "run", "run_in_parts", "unsupported_reason"]
+__all__ = [
+    "check_supported",
+    "parts",
+    "processors",
+    "readable",
+    "reads",
+    "run",
+    "run_in_parts",
+    "say_once",
+    "unsupported_reason",
+]
 
+_log = logging.getLogger("lite_attention")
+
+_MOST_ROW_STRIDE = 2**30  # of [B, S, ...], 2 bytes each: the portable kernel counts bytes in 32 bits
 _MOST_BLOCKS = 65535  # that CUDA launches in y, where the quantizers have their batch elements
 
 
 @functools.cache
-def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def unsupported_reason(
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    method: str = "",
+    implementation: str | None = None,
+) -> str | None:
     """Return why no kernel runs such a call, or None if one does.
 
     Args:
@@ -23,16 +44,20 @@ def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device
         value_dim: of values.
         dtype: of all three.
         device: a CUDA device; its capability is read.
+        method: "residual", or what has no residual.
+        implementation: None = the device's own, "portable" = the portable one.
     """
     if torch.version.hip is not None:  # which calls its devices cuda, and has capabilities of its own
         return f"there are kernels for GPUs of NVIDIA, got ROCm {torch.version.hip}"
-    target = target_of(device)
+    target = target_of(device, implementation)
     reason = target.unsupported_reason(head_dim, value_dim, dtype)
     if reason is not None:
         return reason
+    if method == "residual" and target.portable:
+        return f"the {target.title} kernel has no residual; method 'votes' runs there"
     capability = torch.cuda.get_device_capability(device)
     if capability not in target.capabilities:
-        served = ", ".join(f"{major}.{minor} ({t.title})" for t in TARGETS.values() for major, minor in t.capabilities)
+        served = ", ".join(sorted({f"{x[0]}.{x[1]}" for t in TARGETS.values() for x in t.capabilities}, key=float))
         return f"there are kernels for compute capability {served}, got {capability[0]}.{capability[1]}"
     if library() is None and not has_compiler():
         driver = "cu13" if (torch.version.cuda or "13").startswith("13") else "cu12"
@@ -40,13 +65,21 @@ def unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, device
     return None
 
 
-def check_supported(op: str, head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_supported(
+    op: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    implementation: str | None = None,
+) -> None:
     """Check that a kernel runs such a call of an op.
 
     Raises:
         RuntimeError: none does, with what was found and what is needed.
     """
-    reason = unsupported_reason(head_dim, value_dim, dtype, device)
+    method = "residual" if op == "residual_attention" else ""
+    reason = unsupported_reason(head_dim, value_dim, dtype, device, method, implementation)
     if reason is not None:
         raise RuntimeError(f"lite_attention::{op}: {reason}")
 
@@ -54,7 +87,9 @@ def check_supported(op: str, head_dim: int, value_dim: int, dtype: torch.dtype, 
 def reads(strides: tuple[int, ...]) -> bool:
     """Return whether kernels can read a tensor as it lies, 16 bytes at a time, if its address is one of 16 bytes."""
     *outer, inner = strides
-    return inner == 1 and all(stride > 0 and stride % 8 == 0 for stride in outer)  # 8 elements of 2 bytes
+    if inner != 1 or not all(stride > 0 and stride % 8 == 0 for stride in outer):  # 8 elements of 2 bytes
+        return False
+    return outer[1] < _MOST_ROW_STRIDE
 
 
 def readable(x: torch.Tensor, as_it_lies: bool) -> torch.Tensor:
@@ -91,6 +126,13 @@ def parts(batch: int) -> list[slice]:
 def _cut(argument: object, batch: int, part: slice) -> object:
     whole = not isinstance(argument, torch.Tensor) or len(argument) != batch or part == slice(0, batch)
     return argument if whole else argument[part]  # type: ignore[index]
+
+
+@functools.cache
+def say_once(target: Target) -> None:
+    """Log what users of a target should know."""
+    if target.notice:
+        _log.warning("%s (%s): %s", target.title, target.name, target.notice)
 
 
 @functools.cache

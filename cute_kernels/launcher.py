@@ -18,7 +18,7 @@ from lite_attention.cute_kernels.config import (
     Scales,
     State,
 )
-from lite_attention.cute_kernels.launch import check_supported, processors, readable, reads, run
+from lite_attention.cute_kernels.launch import check_supported, processors, readable, reads, run, say_once
 from lite_attention.cute_kernels.quantize_launcher import mean_of, quantized_key, quantized_query, quantized_value
 from lite_attention.cute_kernels.streams import turn_of
 from lite_attention.ops.allocate import empty_output
@@ -35,7 +35,7 @@ from lite_attention.ops.signature import (
     split_signature,
     tensor_signatures,
 )
-from lite_attention.ops.targets import DTYPE_NAMES, target_of
+from lite_attention.ops.targets import DTYPE_NAMES, Target, target_of
 from lite_attention.ops.tiles import allowed_in_tiles, ceil_div
 from lite_attention.ops.units import LOG2_E
 from lite_attention.ops.validate import check_dense_call
@@ -65,6 +65,7 @@ class _Plan(NamedTuple):
     tile_n: int
     quantization: Quantization
     processors: int
+    target: Target
     choice: tuple[Kernel, Kernel] | None = None  # which find the tiles that stay, where there is a residual
 
 
@@ -75,11 +76,13 @@ def _plan(
     v: TensorSignature,
     scale: float | None,
     quantization: str = "none",
+    implementation: str | None = None,
     **variant: Any,
 ) -> _Plan:
     batch, seq_q, heads, head_dim = q.shape
-    check_supported(op, head_dim, v.shape[3], q.dtype, q.device)
-    target, kind = target_of(q.device), check_quantization(quantization)
+    check_supported(op, head_dim, v.shape[3], q.dtype, q.device, implementation)
+    target, kind = target_of(q.device, implementation), check_quantization(quantization)
+    say_once(target)
     tile_m, tile_n = target.tile_shape(head_dim, quantization)
     config = KernelConfig(DTYPE_NAMES[q.dtype], head_dim, tile_m, tile_n, quantization=kind, target=target, **variant)
     most = config.budget.max_tiles
@@ -96,6 +99,7 @@ def _plan(
         tile_n,
         kind,
         processors(q.device),
+        target,
         _choice(config) if config.residual else None,
     )
 
@@ -105,21 +109,23 @@ def _choice(config: KernelConfig) -> tuple[Kernel, Kernel]:
     return get_kernel(counts), get_kernel(ChoiceConfig("choose_tiles", target=config.target))
 
 
-def _check_tiles(q: TensorSignature, tile_m: int, tile_n: int, quantization: str) -> None:
-    expected = target_of(q.device).tile_shape(q.shape[3], quantization)
+def _check_tiles(
+    q: TensorSignature, tile_m: int, tile_n: int, quantization: str, implementation: str | None = None
+) -> None:
+    expected = target_of(q.device, implementation).tile_shape(q.shape[3], quantization)
     if (tile_m, tile_n) != expected:
         raise ValueError(f"tile_m, tile_n: expected {expected} on {q.device}, got {(tile_m, tile_n)}")
 
 
 @functools.lru_cache(maxsize=4096)
-def _skip_plan(call: CallSignature, quantization: str) -> _Plan:
+def _skip_plan(call: CallSignature, quantization: str, implementation: str | None = None) -> _Plan:
     """Check a call and plan it; a call like one before costs a look-up."""
     check_call(call)
     (q, k, v, *_), (initial_mask, must_do, key_mask), scale, tile_m, tile_n = split_signature(call)
-    _check_tiles(q, tile_m, tile_n, quantization)
+    _check_tiles(q, tile_m, tile_n, quantization, implementation)
     return _plan(
-        "skip_attention", q, k, v, scale, quantization, skip=True, initial_mask=initial_mask is not None,
-        must_do=must_do is not None, key_mask=key_mask is not None,
+        "skip_attention", q, k, v, scale, quantization, implementation, skip=True,
+        initial_mask=initial_mask is not None, must_do=must_do is not None, key_mask=key_mask is not None,
     )  # fmt: skip
 
 
@@ -134,17 +140,17 @@ def _residual_plan(call: CallSignature, quantization: str) -> _Plan:
         raise ValueError(
             f"dtype of residual: expected {' or '.join(map(repr, RESIDUAL_DTYPES))} on {q.device}, got {residual.dtype}"
         )
-    has = {name: t[name] is not None for name in ("initial_mask", "must_do", "key_mask")}
+    has: dict[str, Any] = {name: t[name] is not None for name in ("initial_mask", "must_do", "key_mask")}
     return _plan("residual_attention", q, k, v, scale, quantization, residual=stored[0], **has)
 
 
 @functools.lru_cache(maxsize=4096)
-def _dense_plan(call: CallSignature) -> _Plan:
+def _dense_plan(call: CallSignature, implementation: str | None = None) -> _Plan:
     *tensors, scale = call
     q, k, v = (TensorSignature(*t) for t in tensors[:3])
     key_mask = None if tensors[3] is None else TensorSignature(*tensors[3])
     check_dense_call(q, k, v, key_mask, scale)
-    return _plan("attention", q, k, v, scale, skip=False, key_mask=key_mask is not None)
+    return _plan("attention", q, k, v, scale, implementation=implementation, skip=False, key_mask=key_mask is not None)
 
 
 def _launch(
@@ -185,12 +191,13 @@ def _choose(kernels: tuple[Kernel, Kernel], state: State, residual: Residual, si
 def _quantized(
     plan: _Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scales]:
-    mean = mean_of(k, key_mask)
-    q, q_scales, q_norms, lse_shift = quantized_query(q, mean, plan.scale)
-    k, k_scales, k_norms = quantized_key(k, mean, key_mask, plan.tile_n)
+    target = plan.target
+    mean = mean_of(k, key_mask, target)
+    q, q_scales, q_norms, lse_shift = quantized_query(q, mean, plan.scale, target)
+    k, k_scales, k_norms = quantized_key(k, mean, key_mask, plan.tile_n, target)
     v_scales: torch.Tensor | None = None
     if plan.quantization.values is not None:
-        v, v_scales = quantized_value(v, key_mask)
+        v, v_scales = quantized_value(v, key_mask, target)
         v = v.view(torch.uint8)  # DLPack of old has no FP8
     elif plan.quantization.weighs_excluded:
         v = zero_excluded(v, key_mask)
@@ -212,15 +219,19 @@ def skip_attention_forward(
     tile_m: int,
     tile_n: int,
     quantization: str = "none",
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel for `lite_attention::skip_attention` on torch's current stream.
+
+    With `implementation="portable"` it is the portable kernel, whatever the GPU.
 
     Raises:
         ValueError: an argument does not fit; nothing has been changed then.
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
     state = State(skip_mask, control, threshold, initial_mask, must_do)
-    plan = _skip_plan(call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n), quantization)
+    call = call_signature((q, k, v, *state, key_mask), scale, tile_m, tile_n)
+    plan = _skip_plan(call, quantization, implementation)
     return _launch(plan, q, k, v, state, key_mask)
 
 
@@ -265,13 +276,19 @@ def residual_attention_forward(
 
 
 def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, *, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    *,
+    scale: float | None,
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel for `lite_attention::attention` on torch's current stream.
+    """Launch the kernel for `lite_attention::attention` on torch's current stream, with "portable" the portable one.
 
     Raises:
         ValueError: an argument does not fit.
         RuntimeError: no kernel for this device, dtype or head dim, with what was found and what is needed.
     """
-    plan = _dense_plan((*tensor_signatures((q, k, v, key_mask)), scale))
+    plan = _dense_plan((*tensor_signatures((q, k, v, key_mask)), scale), implementation)
     return _launch(plan, q, k, v, State(), key_mask)

@@ -15,8 +15,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Uint8, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
-from lite_attention.cute_kernels.budget_sm90 import PROMOTED_KEYS
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import PROMOTED_KEYS, KernelConfig
 from lite_attention.cute_kernels.masses import Masses
 from lite_attention.cute_kernels.ptx import max_nan
 from lite_attention.cute_kernels.short_sums import ShortSums

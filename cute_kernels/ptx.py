@@ -16,11 +16,12 @@ TYPES = {
     torch.float8_e4m3fn: cutlass.Float8E4M3FN,
 }
 _PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+_PAIR_OF_ONES = {torch.bfloat16: 0x3F803F80, torch.float16: 0x3C003C00}
 
 
-def _assembly(result, operands, text, constraints):
+def _assembly(result, operands, text, constraints, *, side_effects=False):
     return llvm.inline_asm(
-        result, operands, text, constraints, has_side_effects=False, is_align_stack=False,
+        result, operands, text, constraints, has_side_effects=side_effects, is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,
     )  # fmt: skip
 
@@ -61,10 +62,10 @@ def multiply_add(a, b, c, *, loc=None, ip=None):
 
 @dsl_user_op
 def add_pairs(a, b, dtype, *, loc=None, ip=None):
-    """Sums of two pairs of bf16 or fp16."""
+    """Sums of two pairs of bf16 or fp16, in one rounding: before Hopper there is an addition only with a product."""
     kind = f"{_PTX_NAMES[dtype]}x2"
-    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
-    return Int32(_assembly(T.i32(), operands, f"add.rn.{kind} $0, $1, $2;", "=r,r,r"))
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, _PAIR_OF_ONES[dtype], b)]
+    return Int32(_assembly(T.i32(), operands, f"fma.rn.{kind} $0, $1, $2, $3;", "=r,r,r,r"))
 
 
 @dsl_user_op
@@ -211,3 +212,13 @@ def quad_sum(x: Float32) -> Float32:
     """Sum over the four threads that hold a row."""
     x += cute.arch.shuffle_sync_bfly(x, offset=1)
     return x + cute.arch.shuffle_sync_bfly(x, offset=2)
+
+
+@dsl_user_op
+def held(x, *, loc=None, ip=None):
+    """An integer that the compiler keeps, rather than compute it again in each turn of a loop to spare a register."""
+    kind, result, text, constraints = Int32, T.i32(), "mov.b32 $0, $1;", "=r,r"
+    if isinstance(x, Int64):
+        kind, result, text, constraints = Int64, T.i64(), "mov.b64 $0, $1;", "=l,l"
+    operands = [kind(x).ir_value(loc=loc, ip=ip)]
+    return kind(_assembly(result, operands, text, constraints, side_effects=True))

@@ -12,7 +12,7 @@ from torch import nn
 
 from lite_attention.module_options import ModuleOptions
 from lite_attention.ops import DEFAULT_SLOTS, ResidualState, default_session, tile_shape
-from lite_attention.ops.arguments import check_count, check_switch, require
+from lite_attention.ops.arguments import check_choice, check_count, check_switch
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.quantization import quantization_of
@@ -51,7 +51,8 @@ class LiteAttention(nn.Module):
         initial_mask: bool (batch or 1, heads or 1, q_tiles, k_tiles), True = skipped from the start.
         persistent_state: save the state in the `state_dict` of a model that holds this module.
         allow_positive: of method "votes": accept thresholds above 0.
-        implementation: None, or "reference" for the CPU kernel on any device.
+        implementation: None, "reference" for the CPU kernel on any device, or "portable" for the kernel of all GPUs
+            from Ampere on where there is another.
         method: "votes" skips tiles that every row of a q-tile votes out; "residual" keeps a share of the tiles, and
             what the others gave.
         keep: of method "residual", as are the others below, see `lite_attention.ops.residual_settings`: the share of
@@ -108,7 +109,7 @@ class LiteAttention(nn.Module):
             },
         )  # fmt: skip
         check_switch("enable_skipping", enable_skipping)
-        require(implementation in (None, "reference"), "implementation", "None or 'reference'", repr(implementation))
+        check_choice("implementation", implementation, METHODS[method].implementations)
         self.skipping_enabled = enable_skipping
         self.quantization = quantization_of(use_int8, use_fp8, quantization)
         self.implementation = implementation
@@ -142,7 +143,9 @@ class LiteAttention(nn.Module):
         Raises:
             ValueError: a size or an option out of range, or a head dim that the device cannot quantize.
         """
-        tile_m, tile_n = tile_shape(check_count("head_dim", head_dim), dtype, device, self.quantization)
+        tile_m, tile_n = tile_shape(
+            check_count("head_dim", head_dim), dtype, device, self.quantization, self.implementation
+        )
         sizes = {
             "batch": batch, "heads": heads, "seq_q": seq_len, "seq_k": seq_len if kv_seq_len is None else kv_seq_len,
             "tile_m": tile_m, "tile_n": tile_n,
@@ -223,7 +226,7 @@ class LiteAttention(nn.Module):
         return (
             sizes[0] <= batch and sizes[1] <= seq_q and sizes[2] <= seq_k and query.shape[2] == heads
             and (state.tile_m, state.tile_n)
-            == tile_shape(query.shape[3], query.dtype, query.device, self.quantization)
+            == tile_shape(query.shape[3], query.dtype, query.device, self.quantization, self.implementation)
             and state.is_usable_with(query)
         )  # fmt: skip
 
@@ -231,7 +234,7 @@ class LiteAttention(nn.Module):
         check_inputs(query, key, value)  # a call in error must not cost the old state
         if isinstance(query, FakeTensor):  # shapes alone are asked for; what the mode makes is of no use after it
             with query.fake_mode:
-                return self._options.passing_state(query, key, value, self.quantization)
+                return self._options.passing_state(query, key, value, self.quantization, self.implementation)
         if self.state is not None:
             _log.info(
                 "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",

@@ -75,11 +75,16 @@ class ModuleOptions:
         return state
 
     def passing_state(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, quantization: str
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        quantization: str,
+        implementation: str | None,
     ) -> SiteState:
         """Return a state for one call of which the shapes alone matter."""
         if self.residual is None:
-            return SkipState.for_inputs(query, key, quantization=quantization)
+            return SkipState.for_inputs(query, key, quantization=quantization, implementation=implementation)
         options = self.residual.options(1, query.device)
         return ResidualState.for_inputs(query, key, value, quantization=quantization, **options)
 

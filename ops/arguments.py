@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 
 import torch
 
 __all__ = [
+    "check_choice",
     "check_count",
     "check_has_values",
     "check_step",
@@ -24,6 +26,16 @@ def require(condition: bool, argument: str, expected: str, got: object) -> None:
     """Raise a ValueError that names the argument, what was expected and what came, unless the condition holds."""
     if not condition:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Check that an argument is one of some.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    choices = tuple(choices)  # what cannot be a key is none either
+    require(value in choices, name, " or ".join(map(repr, choices)), repr(value))
 
 
 def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lite_attention.ops.arguments import check_choice
 from lite_attention.ops.ranges import must_do_words, must_skip_mask, range_ends
 from lite_attention.ops.residual_state import ResidualState
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS, RESIDUAL_IMPLEMENTATIONS
@@ -130,7 +131,8 @@ def skip_attention(
         quantization: "none", "int8": scores, and so votes, from INT8 queries and keys, or "int8_fp8": weights and
             values in FP8 besides, see `lite_attention.ops.quantize`. On a GPU the head dims that its table in
             `lite_attention.ops.targets` has; on the CPU, for comparison, all.
-        implementation: None = the one for the device; "reference" = the CPU kernel on any device.
+        implementation: None = the one for the device; "reference" = the CPU kernel on any device; "portable" = the
+            kernel for all GPUs from Ampere on, whose tiles the state must have, also where there is another.
 
     Returns:
         out (batch, seq_q, heads, value_dim); with `return_lse` also lse float32 (batch, heads, seq_q), natural log.
@@ -219,8 +221,7 @@ def _attend(
     implementation: str | None,
 ) -> Any:
     """Call an op with a state; the arguments are those of the functional forms."""
-    if implementation not in tuple(implementations):
-        raise ValueError(f"implementation: expected None or 'reference', got {implementation!r}")
+    check_choice("implementation", implementation, implementations)
     if not (is_bshd(q) and is_bshd(k) and is_bshd(v)):
         check_inputs(q, k, v)  # which tells what is wrong
     seq_k = k.shape[1]

@@ -50,7 +50,7 @@ __all__ = [
     "zero_excluded",
 ]
 
-QUERY_ROWS = 16  # that share a scale: those that one warp of the Hopper kernel holds
+QUERY_ROWS = 16  # that share a scale: those of a warp's product
 
 LARGEST_INT8 = 127
 LARGEST_FP8 = 448  # of e4m3

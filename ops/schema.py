@@ -17,7 +17,8 @@ the first two state tensors written, on the device: a captured graph serves ever
   scores of "int8", and weights and values in FP8; see `quantize.py`.
 * Returns out [B, Sq, Hq, Dv], dense with its dims in q's stride order, and lse float32 [B, Hq, Sq], natural log.
 
-`skip_attention_reference` is the same op running the CPU kernel on every device, for comparison.
+`skip_attention_reference` is the same op running the CPU kernel on every device, for comparison, and
+`skip_attention_portable` one that runs the portable kernel on every GPU, also where there is another.
 
 `residual_attention` keeps what skipped tiles gave, and has a state of its own; the rest is as above.
 
@@ -80,13 +81,13 @@ _Kernel = Callable[..., Any]
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _cuda(name: str) -> _Kernel:
+def _cuda(name: str, **options: Any) -> _Kernel:
     """Return an entry of the CUDA kernels, imported on first use: nothing below imports cutlass."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         from lite_attention import cute_kernels
 
-        return getattr(cute_kernels, name)(*args, **kwargs)
+        return getattr(cute_kernels, name)(*args, **kwargs, **options)
 
     return kernel
 
@@ -119,6 +120,10 @@ def _register_stateful(name: str, schema: str, reference: _Kernel) -> dict[str |
 
 
 IMPLEMENTATIONS = _register_stateful("skip_attention", SCHEMA, skip_attention_reference)
+IMPLEMENTATIONS["portable"] = _register(
+    "skip_attention_portable", SCHEMA, skip_attention_reference,
+    _cuda("skip_attention_forward", implementation="portable"), stateful_attention_fake,
+)  # fmt: skip
 RESIDUAL_IMPLEMENTATIONS = _register_stateful("residual_attention", RESIDUAL_SCHEMA, residual_attention_reference)
 ATTENTION: Any = _register("attention", DENSE_SCHEMA, attention_cpu, _cuda("attention_forward"), attention_fake)
 

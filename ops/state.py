@@ -98,10 +98,16 @@ class SkipState(SiteState):
 
     @classmethod
     def for_inputs(
-        cls, q: torch.Tensor, k: torch.Tensor, *, quantization: str = "none", **options: Unpack[StateOptions]
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        *,
+        quantization: str = "none",
+        implementation: str | None = None,
+        **options: Unpack[StateOptions],
     ) -> SkipState:
         """Return a state sized for q [B, Sq, Hq, D] and k [B, Sk, Hkv, D], with the tile sizes of the table."""
-        tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device, quantization)
+        tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device, quantization, implementation)
         sizes: dict[str, Any] = {"batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
         return cls(**{**sizes, "tile_m": tile_m, "tile_n": tile_n, "device": q.device, **options})
 

@@ -1,6 +1,8 @@
 """What attention runs on: one record for each architecture, with its tile sizes, limits and kernel.
 
-A new one is a record in `TARGETS` and, where none of the kernels fits, one that its `kernel` names.
+A new one is a record in `TARGETS` and, where none of the kernels fits, one that its `kernel` names. The portable kernel
+runs on every GPU of NVIDIA from Ampere on. Its tiles were measured on Hopper alone; for other GPUs they follow from
+published rates.
 """
 
 from __future__ import annotations
@@ -16,7 +18,21 @@ from lite_attention.ops.namespace import KERNELS
 from lite_attention.ops.quantization import check_quantization
 from lite_attention.ops.torch_internals import constant_when_compiled
 
-__all__ = ["CPU", "DTYPE_NAMES", "SM90A", "TARGETS", "Target", "target_of"]
+__all__ = [
+    "CPU",
+    "DTYPE_NAMES",
+    "SM80",
+    "SM86",
+    "SM89",
+    "SM90",
+    "SM90A",
+    "SM100",
+    "SM110",
+    "SM120",
+    "TARGETS",
+    "Target",
+    "target_of",
+]
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # in names of kernels and on the command line
 
@@ -37,6 +53,8 @@ class Target:
         budget: "module:Class", what such a config takes of a multiprocessor, and whether it fits.
         registers: of a multiprocessor, 32 bits each.
         shared_bytes: of shared memory that a thread block may have.
+        sum_registers: of a thread of the portable kernel, that sums of products may take; 0 = it has another kernel.
+        notice: what users of such a GPU should know; said once.
     """
 
     name: str
@@ -48,9 +66,16 @@ class Target:
     budget: str = ""
     registers: int = 0
     shared_bytes: int = 0
+    sum_registers: int = 0
+    notice: str = ""
 
     def __repr__(self) -> str:
         return f"<target {self.name}>"
+
+    @property
+    def portable(self) -> bool:
+        """Whether its kernel is the portable one."""
+        return self.sum_registers > 0
 
     @property
     def symbol(self) -> str:
@@ -111,19 +136,75 @@ SM90A = Target(
     shared_bytes=227 * 1024,
 )
 
-TARGETS = {target.name: target for target in (SM90A,)}  # that kernels are compiled for
+# The same tiles for all, so that states fit all, but for 64 channels where matrix products run at full rate: there,
+# fewer instructions a score count for more than smaller tiles.
+_TILES = {64: (128, 64), 96: (128, 64), 128: (128, 64), 192: (128, 64), 256: (128, 32)}
+_TILES_AT_FULL_RATE = _TILES | {64: (128, 96)}
+_TILES_OF_8_BITS = {64: (128, 64), 128: (128, 64)}
 
 
-def target_of(device: torch.device | str) -> Target:
+def _portable(
+    name: str,
+    title: str,
+    *capabilities: tuple[int, int],
+    shared_kilobytes: int,
+    sum_registers: int = 224,
+    full_rate: bool = False,
+    fp8: bool = False,
+    notice: str = "",
+) -> Target:
+    """Return a target of the portable kernel."""
+    tiles = {"none": _TILES_AT_FULL_RATE if full_rate else _TILES, "int8": _TILES_OF_8_BITS}
+    return Target(
+        name,
+        title,
+        tiles=tiles | ({"int8_fp8": _TILES_OF_8_BITS} if fp8 else {}),
+        dtypes=(torch.bfloat16, torch.float16),
+        capabilities=capabilities,
+        kernel="lite_attention.cute_kernels.forward_portable:PortableAttentionForward",
+        budget="lite_attention.cute_kernels.budget_portable:Budget",
+        registers=65536,
+        shared_bytes=shared_kilobytes * 1024,
+        sum_registers=sum_registers,
+        notice=notice,
+    )
+
+
+_FALLBACK = (
+    "attention is exact, but by instructions that reach about a third of the GPU's rate; where fewer than three "
+    "quarters of the tiles are skipped, PyTorch's own attention is faster"
+)
+
+# Machine code runs on GPUs of its major capability, from its minor one on. Before 8.9 there are no products in e4m3,
+# and on 9.0 and from 10.0 to 11.0 mma.sync makes them of fp16 ones. Blackwell leaves fewer registers for sums.
+SM80 = _portable("sm_80", "Ampere", (8, 0), shared_kilobytes=163, full_rate=True)
+SM86 = _portable("sm_86", "Ampere", (8, 6), (8, 7), shared_kilobytes=99)
+SM89 = _portable("sm_89", "Ada", (8, 9), shared_kilobytes=99, fp8=True)
+SM90 = _portable("sm_90", "Hopper", (9, 0), shared_kilobytes=227, full_rate=True, fp8=True)
+SM100 = _portable("sm_100", "Blackwell", (10, 0), (10, 3), shared_kilobytes=227, sum_registers=216, notice=_FALLBACK)
+SM110 = _portable("sm_110", "Blackwell", (11, 0), shared_kilobytes=227, sum_registers=216, notice=_FALLBACK)
+SM120 = _portable("sm_120", "Blackwell", (12, 0), (12, 1), shared_kilobytes=99, sum_registers=216, fp8=True)
+
+# That kernels are compiled for. Of those that serve a GPU, the first is its own.
+TARGETS = {target.name: target for target in (SM90A, SM80, SM86, SM89, SM90, SM100, SM110, SM120)}
+
+
+def target_of(device: torch.device | str, implementation: str | None = None) -> Target:
     """Return the target that attention on a device is for: of its tiles are the states there.
 
     A GPU that no kernel runs on, or that is not here, has the tiles of the first target.
+
+    Args:
+        device: where attention runs.
+        implementation: "portable" = the portable kernel, also where the GPU has one of its own.
     """
     device = torch.device(device)
     if device.type != "cuda":
         return CPU
     capability = _capability(device)
-    return next((target for target in TARGETS.values() if capability in target.capabilities), SM90A)
+    targets = [target for target in TARGETS.values() if target.portable or implementation != "portable"]
+    serving = [target for target in targets if capability in target.capabilities]
+    return serving[0] if serving else SM90 if implementation == "portable" else SM90A
 
 
 @constant_when_compiled

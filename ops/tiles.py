@@ -30,7 +30,11 @@ def allowed_in_tiles(key_mask: torch.Tensor, tile_n: int) -> torch.Tensor:
 
 
 def tile_shape(
-    head_dim: int, dtype: torch.dtype | None, device: torch.device | str, quantization: str = "none"
+    head_dim: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    quantization: str = "none",
+    implementation: str | None = None,
 ) -> tuple[int, int]:
     """Return (tile_m, tile_n): query rows and keys of one tile of the skip mask. `ops/targets.py` has the tables.
 
@@ -39,11 +43,12 @@ def tile_shape(
         dtype: dtype of the query; no table depends on it yet.
         device: where the attention runs.
         quantization: name of one of `QUANTIZATIONS`, as for the op.
+        implementation: as for `skip_attention`.
 
     Raises:
         ValueError: no such quantization, or not for this head dim on this device.
     """
-    return target_of(device).tile_shape(head_dim, quantization)
+    return target_of(device, implementation).tile_shape(head_dim, quantization)
 
 
 def diagonal_tile(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> int:

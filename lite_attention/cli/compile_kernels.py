@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lite_attention.ops.targets import DTYPE_NAMES, TARGETS
+from lite_attention.ops.targets import DTYPE_NAMES, TARGETS, target_of
 
 __all__ = ["add_parser", "main"]
+
+_ALL = "all"
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +23,11 @@ def add_parser(commands: Any) -> None:
         "They need the same sources of this package there, and a folder that nobody else may write to.",
     )
     parser.add_argument(
-        "--arch", nargs="+", default=list(TARGETS), choices=TARGETS, help="GPU architectures; all unless given"
+        "--arch",
+        nargs="+",
+        default=[target_of("cuda").name],
+        choices=[*TARGETS, _ALL],
+        help="GPU architectures; that of the GPU here unless given, or sm_90a without one",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     head_dims = sorted({head_dim for target in TARGETS.values() for head_dim in target.head_dims()})
@@ -44,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from lite_attention.cute_kernels.aot import compile_library, kernel_configs
     from lite_attention.cute_kernels.wheel import write_wheel
 
-    targets = [TARGETS[name] for name in args.arch]
+    targets = list(TARGETS.values()) if _ALL in args.arch else [TARGETS[name] for name in args.arch]
     configs = kernel_configs(args.head_dims, args.dtypes, all_variants=args.all_variants, targets=targets)
     library = compile_library(configs, args.out)
     print(f"{len(configs)} kernels in {args.out}")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lite_attention
 from lite_attention import ThresholdTable
-from lite_attention.cli import main
+from lite_attention.cli import check, main
+from lite_attention.ops import skip_attention
+from lite_attention.ops.targets import TARGETS
 
 NEVER = -math.inf
 
@@ -54,3 +58,60 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"lite-attention {lite_attention.__version__}\n"
+
+
+def test_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert ["torch", torch.__version__] in [line.split() for line in printed]
+    assert "head dim 128        CPU kernel (cpu), tiles 64x64" in printed
+    assert printed[-1] == "works"
+
+
+def wrong_by(error: float) -> Callable[..., torch.Tensor]:
+    def attend(q: torch.Tensor, *args: Any, implementation: str | None = None, **options: Any) -> torch.Tensor:
+        out = skip_attention(q, *args, implementation=implementation, **options)
+        return out if implementation == "reference" else out + error
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("attend", "said"),
+    [
+        (wrong_by(0.1), "head dim 64 is off by 0.1"),
+        (wrong_by(math.nan), "head dim 64 is off by inf, at most 0.02 was expected"),
+        (lambda *_, **__: 1 / 0, "head dim 64 fails: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_check_says_what_is_wrong(
+    attend: Callable[..., torch.Tensor], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "skip_attention", attend)
+    assert main(["check", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].startswith(said)
+    assert "works" not in printed
+
+
+def test_check_says_why_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite_attention.cute_kernels.unsupported_reason", lambda *_: "the CuTe DSL is not installed")
+    assert check._problem(64, torch.device("cuda")) == "head dim 64 does not run: the CuTe DSL is not installed"
+
+
+def test_compile_kernels_takes_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        "lite_attention.cute_kernels.aot.compile_library", lambda configs, out: compiled.extend(c.name for c in configs)
+    )
+    options = ["--out", str(tmp_path), "--head-dims", "128", "--dtypes", "bf16"]
+    for arch, expected in (
+        ([], {"sm90a"}),  # as there is no GPU here, or a Hopper one
+        (["--arch", "sm_80", "sm_120"], {"sm80", "sm120"}),
+        (["--arch", "all"], {target.symbol for target in TARGETS.values()}),
+    ):
+        compiled.clear()
+        assert main(["compile-kernels", *options, *arch]) == 0
+        assert {name.removeprefix("lite_attention_").split("_")[0] for name in compiled} == expected
+    with pytest.raises(SystemExit):
+        main(["compile-kernels", *options, "--arch", "sm_75"])

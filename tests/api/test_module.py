@@ -270,7 +270,7 @@ def test_quantized_equals_the_functional_form_over_steps(switches: dict[str, boo
 def test_each_quantization_has_tiles_of_its_own(
     switches: dict[str, bool], quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device, asked: str) -> tuple[int, int]:
+    def tiles_of(head_dim: int, dtype: torch.dtype, device: torch.device, asked: str, _: str | None) -> tuple[int, int]:
         return (32, 16) if asked == quantization else (64, 64)
 
     monkeypatch.setattr("lite_attention.module.tile_shape", tiles_of)

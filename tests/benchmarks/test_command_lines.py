@@ -20,7 +20,7 @@ COMMANDS = [
     for path in sorted((CHECKOUT / folder).glob("*.py"))
     if "__main__" in path.read_text()
 ]
-GPU = ["attention", "ceilings", "host", "model", "runner"]
+GPU = ["attention", "ceilings", "host", "model", "portable", "runner"]
 WRONG = """
 benchmarks.attention --seconds 0
 benchmarks.attention --shapes 1,2,3
@@ -44,6 +44,9 @@ benchmarks.model --sparsities 0.4 1.2
 benchmarks.model --residual 0.2,3 1.2,3
 benchmarks.model --residual 0.3
 benchmarks.model --steps 0
+benchmarks.portable --shapes 1,2,3
+benchmarks.portable --seconds 0
+benchmarks.portable --quantizations int4
 benchmarks.quality --steps 0
 benchmarks.quality --prompts 0
 benchmarks.quality --seeds -1

@@ -206,8 +206,8 @@ def test_a_state_belongs_to_tiles_and_a_device(
         other = store.state(record, sizes, cpu)
         elsewhere = store.state(record, sizes, torch.device("meta"))
     assert (other.tile_m, other.tile_n) == (32, 16)
-    assert seen[0] == (64, torch.float32, cpu, quantization)
-    assert seen[-1] == (64, torch.float32, torch.device("meta"), quantization)
+    assert seen[0] == (64, torch.float32, cpu, quantization, None)
+    assert seen[-1] == (64, torch.float32, torch.device("meta"), quantization, None)
     assert elsewhere.control.is_meta
     assert store.state(record, sizes, cpu) is state
     assert len(record.states) == 3

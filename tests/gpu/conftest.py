@@ -1,11 +1,24 @@
-"""These tests have the marker `gpu`, run where a Hopper GPU and its kernels are, and are skipped elsewhere."""
+"""These tests have the marker `gpu`, run where a GPU and its kernels are, and are skipped elsewhere.
+
+On Hopper those with the fixture `each_kernel` run for both kernels; -k "not portable" leaves one out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.gpu_cases import KERNELS_HERE, running
+
+
+@pytest.fixture(scope="module", params=KERNELS_HERE, ids=lambda implementation: implementation or "own")
+def each_kernel(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """Run cases on the GPU's own kernel, and on the portable one."""
+    with running(request.param) as implementation:
+        yield implementation
 
 
 def _missing() -> str | None:

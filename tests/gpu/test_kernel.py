@@ -1,4 +1,4 @@
-"""The Hopper kernel against the CPU kernel in float64."""
+"""The kernels against the CPU kernel in float64."""
 
 from __future__ import annotations
 
@@ -13,10 +13,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lite_attention
+from lite_attention.cute_kernels.config import KernelConfig
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.quantization import QUANTIZATIONS
-from tests.support.gpu_cases import DENSE, HERE, KERNEL, Case, check_step, make_case, processors
+from lite_attention.ops.schema import ATTENTION
+from tests.support.gpu_cases import (
+    HERE,
+    Case,
+    check_step,
+    dense,
+    implementation,
+    kernel,
+    make_case,
+    processors,
+    target,
+)
+
+pytestmark = pytest.mark.usefixtures("each_kernel")
 
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
 
@@ -44,7 +58,7 @@ def test_any_call_matches_the_reference(data: st.DataObject) -> None:
     case = make_case(
         batch=data.draw(st.integers(1, 3)),
         seq_q=data.draw(near_multiples(192, 800) | near_multiples(128, 800)),
-        seq_k=data.draw(near_multiples(80, 1500) | near_multiples(32, 1500)),
+        seq_k=data.draw(near_multiples(80, 1500) | near_multiples(96, 1500) | near_multiples(32, 1500)),
         heads=kv_heads * group,
         kv_heads=kv_heads,
         dim=dim,
@@ -89,19 +103,19 @@ def test_half_of_the_tiles_dropped(
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_minus_infinity_is_dense_bit_for_bit(quantization: str) -> None:
     case = make_case(seq_q=1500, seq_k=1700, threshold=-math.inf, quantization=quantization)
-    out, lse = case.call(KERNEL, case.state)
+    out, lse = case.call(kernel(), case.state)
     case.state.set_flag(FLAG_DENSE, True)
     before = case.state.control.clone()
-    dense, dense_lse = case.call(KERNEL, case.state)
-    assert torch.equal(out, dense)
-    assert torch.equal(lse, dense_lse)
+    flagged, flagged_lse = case.call(kernel(), case.state)
+    assert torch.equal(out, flagged)
+    assert torch.equal(lse, flagged_lse)
     assert torch.equal(case.state.control, before)
     assert not case.state.skip_mask.any()
     q, k, v = (t.transpose(1, 2) for t in (case.q, case.k, case.v))
     sdpa = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2)
     torch.testing.assert_close(out.double(), sdpa, atol=OUT_TOLERANCE[quantization], rtol=0)
     if quantization == "none":
-        stateless, stateless_lse = DENSE(case.q, case.k, case.v, None, scale=None)
+        stateless, stateless_lse = dense(case.q, case.k, case.v)
         assert torch.equal(out, stateless)
         assert torch.equal(lse, stateless_lse)
 
@@ -111,7 +125,7 @@ def test_minus_infinity_is_dense_bit_for_bit(quantization: str) -> None:
 def test_attention_without_state(dim: int, key_mask: bool) -> None:
     case = make_case(batch=2, seq_q=1000, seq_k=1333, heads=4, dim=dim, key_mask=key_mask, head_major=True)
     with processors(3):
-        out, lse = DENSE(case.q, case.k, case.v, case.key_mask, scale=None)
+        out, lse = dense(case.q, case.k, case.v, case.key_mask)
     allowed = torch.ones_like(case.q[:, :1, 0, 0], dtype=torch.bool) if case.key_mask is None else case.key_mask
     q, k, v = (t.double().transpose(1, 2) for t in (case.q, case.k, case.v))
     k, v = (t.repeat_interleave(2, 1) for t in (k, v))
@@ -121,7 +135,7 @@ def test_attention_without_state(dim: int, key_mask: bool) -> None:
     torch.testing.assert_close(out.double(), want.transpose(1, 2), atol=2e-2, rtol=0)
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-4)
     assert out.stride() == case.q.stride()
-    torch.library.opcheck(DENSE, (case.q, case.k, case.v, case.key_mask), {"scale": None})
+    torch.library.opcheck(ATTENTION, (case.q, case.k, case.v, case.key_mask), {"scale": None})
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -134,11 +148,15 @@ def test_a_state_larger_than_the_call(quantization: str) -> None:
 
 
 def test_a_row_of_many_tiles() -> None:
-    seq_k = 80 * 8000  # more words of the mask than a warp has lanes, many times over
-    case = make_case(seq_q=200, seq_k=seq_k, heads=1, kv_heads=1, peak=1.0)
-    kept = torch.rand(1, 1, 2, 8000) < 0.01
+    tile_m, tile_n = target().tile_shape(128)
+    config = KernelConfig("bf16", 128, tile_m, tile_n, target=target())
+    tiles = config.budget.max_tiles - 90  # more words of the mask than a warp has lanes, and not all that there may be
+    case = make_case(seq_q=200, seq_k=tile_n * tiles, heads=1, kv_heads=1, peak=1.0)
+    kept = torch.rand(1, 1, 2, tiles) < 0.01
     kept[..., 0] = True
-    case.state = SkipState.for_inputs(case.q, case.k, threshold=-4.0, initial_mask=~kept)
+    case.state = SkipState.for_inputs(
+        case.q, case.k, threshold=-4.0, initial_mask=~kept, implementation=implementation()
+    )
     for _ in range(2):
         check_step(case)
 
@@ -146,9 +164,9 @@ def test_a_row_of_many_tiles() -> None:
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_repeats_are_bit_equal_under_load(quantization: str) -> None:
     case = make_case(seq_q=2000, seq_k=3000, heads=8, kv_heads=8, peak=1.0, quantization=quantization)
-    case.call(KERNEL, case.state)
+    case.call(kernel(), case.state)
     start = copy.deepcopy(case.state)
-    want, want_lse = case.call(KERNEL, case.state)
+    want, want_lse = case.call(kernel(), case.state)
     after = case.state.skip_mask.clone()
     load = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     side = torch.cuda.Stream()
@@ -156,7 +174,7 @@ def test_repeats_are_bit_equal_under_load(quantization: str) -> None:
         with torch.cuda.stream(side):
             load.fill_(i % 256)
         case.state.load_state_dict(start.state_dict())
-        out, lse = case.call(KERNEL, case.state)
+        out, lse = case.call(kernel(), case.state)
         same = torch.equal(out, want) and torch.equal(lse, want_lse) and torch.equal(case.state.skip_mask, after)
         assert same, f"repeat {i}"
 
@@ -165,16 +183,16 @@ def test_repeats_are_bit_equal_under_load(quantization: str) -> None:
 def test_graph_replay_equals_eager(quantization: str) -> None:
     case = make_case(seq_q=900, seq_k=1100, peak=0.6, num_steps=20, quantization=quantization)
     eager = copy.deepcopy(case.state)
-    case.call(KERNEL, case.state)  # compiles outside of the capture
+    case.call(kernel(), case.state)  # compiles outside of the capture
     case.state.reset()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = case.call(KERNEL, case.state)
+        out, _ = case.call(kernel(), case.state)
     case.state.reset()
     skipped = []
     for step in range(50):
         graph.replay()
-        want, _ = case.call(KERNEL, eager)
+        want, _ = case.call(kernel(), eager)
         assert torch.equal(out, want), f"step {step}"
         assert torch.equal(case.state.skip_mask, eager.skip_mask)
         assert torch.equal(case.state.control, eager.control)
@@ -191,7 +209,7 @@ def test_opcheck(quantization: str, key_mask: bool, head_major: bool) -> None:
     case = make_case(seq_q=200, seq_k=333, key_mask=key_mask, head_major=head_major, quantization=quantization)
     state = case.state
     torch.library.opcheck(
-        KERNEL,
+        kernel(),
         (case.q, case.k, case.v, state.skip_mask, state.control, state.threshold, None, None, case.key_mask),
         {"scale": None, "tile_m": state.tile_m, "tile_n": state.tile_n, "quantization": quantization},
     )
@@ -202,13 +220,13 @@ def test_streams_and_threads() -> None:
     wants = []
     for case in cases:
         state = copy.deepcopy(case.state)
-        wants.append([case.call(KERNEL, state)[0] for _ in range(10)])
+        wants.append([case.call(kernel(), state)[0] for _ in range(10)])
     torch.cuda.synchronize()
     failures: list[int] = []
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
-            outs = [cases[i].call(KERNEL, cases[i].state)[0] for _ in range(10)]
+            outs = [cases[i].call(kernel(), cases[i].state)[0] for _ in range(10)]
             torch.cuda.current_stream().synchronize()
         if not all(torch.equal(out, want) for out, want in zip(outs, wants[i], strict=True)):
             failures.append(i)
@@ -228,12 +246,12 @@ def test_two_streams_with_one_state(quantization: str) -> None:
     alone = copy.deepcopy(case.state)
     streams = [torch.cuda.Stream() for _ in range(2)]
     with processors(torch.cuda.get_device_properties(0).multi_processor_count // 2):
-        wants = [case.call(KERNEL, alone)[0] for _ in range(20)]
+        wants = [case.call(kernel(), alone)[0] for _ in range(20)]
         torch.cuda.synchronize()
         outs = []
         for i in range(20):
             with torch.cuda.stream(streams[i % 2]):
-                outs.append(case.call(KERNEL, case.state)[0])
+                outs.append(case.call(kernel(), case.state)[0])
         torch.cuda.synchronize()
     for step, (out, want) in enumerate(zip(outs, wants, strict=True)):
         assert torch.equal(out, want), f"step {step}"
@@ -249,7 +267,7 @@ def test_nan_and_infinity(bad: float, where: str, quantization: str) -> None:
     getattr(case, where)[0, 333, 1, 5] = bad
     other = copy.deepcopy(case.state)
     for _ in range(2):
-        out, lse = case.call(KERNEL, case.state)
+        out, lse = case.call(kernel(), case.state)
         want, want_lse = case.reference(other)
         assert torch.equal(out.isnan(), want.isnan())
         torch.testing.assert_close(out.double(), want, atol=OUT_TOLERANCE[quantization], rtol=0, equal_nan=True)
@@ -268,7 +286,7 @@ def test_state_lies_between_canaries() -> None:
     views = {name: guarded[name][64:-64].view(buffer.shape) for name, buffer in case.state.named_buffers()}
     case.state = SkipState.over(views, case.state.tile_m, case.state.tile_n)
     for _ in range(3):
-        case.call(KERNEL, case.state)
+        case.call(kernel(), case.state)
     assert case.state.skip_mask.any()
     for around in guarded.values():
         edges = torch.cat([around[:64], around[-64:]]).view(torch.int32)
@@ -280,8 +298,9 @@ def test_state_lies_between_canaries() -> None:
 def test_offsets_beyond_32_bits(quantization: str, seq_q: int, seq_k: int) -> None:
     heads = 128  # 140,000 x 128 x 128 elements are more than 2^31
     q, k, v = (torch.randn(1, s, heads, 128, device="cuda", dtype=torch.bfloat16) for s in (seq_q, seq_k, seq_k))
-    state = SkipState.for_inputs(q, k, threshold=-math.inf, quantization=quantization)
-    out = lite_attention.skip_attention(q, k, v, state, quantization=quantization)
+    how = {"quantization": quantization, "implementation": implementation()}
+    state = SkipState.for_inputs(q, k, threshold=-math.inf, **how)
+    out = lite_attention.skip_attention(q, k, v, state, **how)
     for head in (0, heads - 1):
         picked = (slice(None), slice(-64, None), slice(head, head + 1))
         small = Case(q[picked].contiguous(), k[:, :, head : head + 1], v[:, :, head : head + 1], state)
@@ -291,29 +310,30 @@ def test_offsets_beyond_32_bits(quantization: str, seq_q: int, seq_k: int) -> No
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_what_tma_cannot_read_is_copied(quantization: str) -> None:
+def test_what_kernels_cannot_read_is_copied(quantization: str) -> None:
     case = make_case(seq_q=300, seq_k=400, quantization=quantization)
-    want, _ = case.call(KERNEL, copy.deepcopy(case.state))
+    want, _ = case.call(kernel(), copy.deepcopy(case.state))
     for name in ("q", "k", "v"):
         x = getattr(case, name)
         wide = torch.zeros(*x.shape[:-1], 129, device="cuda", dtype=torch.bfloat16)
         wide[..., 1:] = x
         setattr(case, name, wide[..., 1:])  # odd strides, odd address
-    out, _ = case.call(KERNEL, case.state)
+    out, _ = case.call(kernel(), case.state)
     assert torch.equal(out, want)
 
 
 def test_unsupported_says_why() -> None:
+    how = {"implementation": implementation()}
     q = torch.randn(1, 100, 2, 80, device="cuda", dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="head dims"):
-        lite_attention.skip_attention(q, q, q, SkipState.for_inputs(q, q))
+        lite_attention.skip_attention(q, q, q, SkipState.for_inputs(q, q, **how), **how)
     q = torch.randn(1, 100, 2, 128, device="cuda")
     with pytest.raises(RuntimeError, match="bfloat16 and float16"):
-        lite_attention.skip_attention(q, q, q, SkipState.for_inputs(q, q))
+        lite_attention.skip_attention(q, q, q, SkipState.for_inputs(q, q, **how), **how)
     q = q.bfloat16()
     state = SkipState.for_inputs(q, q, tile_m=64)
     with pytest.raises(ValueError, match="tile_m, tile_n"):
-        lite_attention.skip_attention(q, q, q, state)
+        lite_attention.skip_attention(q, q, q, state, **how)
     assert not state.control[8:].any()
 
 
@@ -341,11 +361,12 @@ def test_compiled_model(mode: str | None) -> None:
     def reference(x: torch.Tensor, branch: str) -> torch.Tensor:
         for i, layer in enumerate(model):
             q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 128)).unbind(2)
-            state = states.setdefault((branch, i), SkipState.for_inputs(q, k, threshold=-4.0, slots=1))
-            x = x + lite_attention.skip_attention(q, k, v, state).flatten(2)
+            state = SkipState.for_inputs(q, k, threshold=-4.0, slots=1, implementation=implementation())
+            state = states.setdefault((branch, i), state)
+            x = x + lite_attention.skip_attention(q, k, v, state, implementation=implementation()).flatten(2)
         return x
 
-    lite_attention.enable(model, threshold=-4.0, num_steps=8, mode=mode)
+    lite_attention.enable(model, threshold=-4.0, num_steps=8, mode=mode, implementation=implementation())
     with torch.inference_mode():
         for _ in range(6):
             for branch in ("cond", "uncond"):

@@ -6,21 +6,16 @@ numbers would see it.
 
 from __future__ import annotations
 
-import os
-import pathlib
 import re
-import shutil
-import subprocess
-import sys
-import sysconfig
 
 import pytest
 
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from lite_attention.cute_kernels.aot import kernel_configs
-from lite_attention.cute_kernels.config import ChoiceConfig, Config, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import ChoiceConfig, KernelConfig, QuantizeConfig
 from lite_attention.ops.targets import SM90A
+from tests.support.kernel_builds import Builds, checked_code, compile_all, count
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kernels")]  # compiled once, not once a worker
 
@@ -34,54 +29,10 @@ CONFIGS += [c for c in FP16 if isinstance(c, KernelConfig) and c.initial_mask an
 CHOICES = [c for c in BF16 if isinstance(c, ChoiceConfig)]
 QUANTIZERS = [c for c in BF16 + FP16 if isinstance(c, QuantizeConfig)]
 
-Builds = tuple[pathlib.Path, dict[str, str]]
-
-COMPILE = """
-import pathlib, sys
-from lite_attention.cute_kernels.aot import kernel_configs
-from lite_attention.cute_kernels.build import compile_kernel
-configs = {config.name: config for config in kernel_configs(all_variants=True)}
-for name in sys.argv[2:]:
-    print("KERNEL", name, flush=True)
-    kernel = compile_kernel(configs[name], options="--keep-cubin --dump-dir " + sys.argv[1])
-    pathlib.Path(sys.argv[1], name + ".cubin").write_bytes(kernel.artifacts.CUBIN)
-"""
-
 
 @pytest.fixture(scope="module")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
-    """Compile all in one process; return the folder of cubins, and what ptxas said of each."""
-    folder = tmp_path_factory.mktemp("kernels")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, folder, *(config.name for config in CONFIGS + QUANTIZERS + CHOICES)],
-        env={**os.environ, "CUTE_DSL_COMPILER_OPT": "remarks{ptx}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    remarks = dict(re.findall(r"KERNEL (\S+)\n(.*?)(?=KERNEL |\Z)", done.stdout, re.DOTALL))
-    return folder, remarks
-
-
-def disassemble(cubin: pathlib.Path) -> str:
-    site = pathlib.Path(sysconfig.get_paths()["platlib"])
-    tool = next(site.glob("nvidia/*/bin/nvdisasm"), None) or shutil.which("nvdisasm")
-    assert tool is not None, "nvdisasm is missing: pip install nvidia-cuda-nvdisasm"
-    return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
-
-
-def checked_code(config: Config, builds: Builds) -> str:
-    """Return the code of a kernel that neither spills nor waits where it need not."""
-    folder, remarks = builds
-    said = remarks[config.name]
-    assert "ptxas info" in said, "ptxas said nothing: has the option for its remarks changed?"
-    assert "0 bytes spill stores, 0 bytes spill loads" in said
-    assert not re.search(r"C75\d\d|serializ", said), said
-    code = disassemble(folder / f"{config.name}.cubin")
-    assert not re.search(r"\b(LDL|STL)\b", code), "registers went to local memory"
-    return code
+    return compile_all(CONFIGS + QUANTIZERS + CHOICES, tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
@@ -97,9 +48,9 @@ def test_build(config: KernelConfig, builds: Builds) -> None:
         assert conversions <= bool(config.residual), "scores are converted, a quarter as fast as anything else"
     else:
         floats += 2 * (config.head_dim // 16)
-    assert len(re.findall(r"\bHGMMA\b", code)) == floats
-    assert len(re.findall(r"\bQGMMA\b", code)) == eights
-    assert len(re.findall(r"\bIGMMA\b", code)) == integers
+    assert count("HGMMA", code) == floats
+    assert count("QGMMA", code) == eights
+    assert count("IGMMA", code) == integers
     assert len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code)) == 4
 
 

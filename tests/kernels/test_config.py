@@ -11,7 +11,7 @@ from lite_attention.cute_kernels import launch
 from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import ChoiceConfig, KernelConfig, QuantizeConfig
 from lite_attention.ops.quantization import QUANTIZATIONS
-from lite_attention.ops.targets import SM90A
+from lite_attention.ops.targets import SM89, SM90A, SM100
 
 OTHER = dataclasses.replace(SM90A, name="sm_100a", tiles={"none": {64: (192, 128)}})
 
@@ -90,10 +90,10 @@ def test_what_threads_cannot_share_out_is_refused(op: str, head_dim: int, rows: 
         (
             (128, 128),
             torch.bfloat16,
-            (8, 0),
+            (7, 5),
             None,
             True,
-            "there are kernels for compute capability 9.0 (Hopper), got",
+            "there are kernels for compute capability 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 11.0, 12.0, 12.1, got 7.5",
         ),
         ((128, 128), torch.bfloat16, (9, 0), "6.4", True, "there are kernels for GPUs of NVIDIA, got ROCm 6.4"),
         (
@@ -119,3 +119,49 @@ def test_why_no_kernel_runs_a_call(
     launch.unsupported_reason.cache_clear()
     assert (got is None) == (reason is None)
     assert reason is None or (got is not None and got.startswith(reason))
+
+
+def test_the_portable_kernel_has_no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="residual: expected none of the portable kernel, got 'fp8'"):
+        KernelConfig("bf16", 128, *SM89.tile_shape(128), residual="fp8", target=SM89)
+    assert not any(isinstance(c, KernelConfig) and c.residual for c in kernel_configs(targets=(SM89,)))
+    monkeypatch.setattr(launch, "target_of", lambda *_: SM89)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(launch, "has_compiler", lambda: True)
+    monkeypatch.setattr(launch, "library", lambda: None)
+    launch.unsupported_reason.cache_clear()
+    about = (128, 128, torch.bfloat16, torch.device("cuda", 0))
+    assert launch.unsupported_reason(*about, "votes") is None
+    reason = "the Ada kernel has no residual; method 'votes' runs there"
+    assert launch.unsupported_reason(*about, "residual") == reason
+    with pytest.raises(RuntimeError, match=f"lite_attention::residual_attention: {reason}"):
+        launch.check_supported("residual_attention", *about)
+    launch.unsupported_reason.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((64, 192, 64), "tile_m: expected 128, got 192"),
+        ((256, 128, 128), "bytes of shared memory"),
+        ((256, 128, 160), "236 of 224 registers a thread"),
+    ],
+)
+def test_what_does_not_fit_the_portable_kernel_is_refused(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KernelConfig("bf16", *sizes, target=SM89)
+
+
+def test_a_fallback_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    launch.say_once.cache_clear()
+    with caplog.at_level("WARNING", "lite_attention"):
+        for target in (SM89, SM100, SM100):
+            launch.say_once(target)
+    assert [record.getMessage() for record in caplog.records] == [f"Blackwell (sm_100): {SM100.notice}"]
+    launch.say_once.cache_clear()
+
+
+def test_rows_far_apart_are_copied() -> None:
+    """The portable kernel counts bytes between rows in 32 bits."""
+    for apart, as_it_lies in ((2**30 - 8, True), (2**30, False)):
+        assert launch.reads((2**40, apart, 128, 1)) == as_it_lies

@@ -17,7 +17,7 @@ from lite_attention.cute_kernels import build, launch, launcher, quantize_launch
 from lite_attention.cute_kernels.config import Config, KernelConfig
 from lite_attention.ops import SkipState
 from lite_attention.ops.quantization import QUANTIZATIONS
-from lite_attention.ops.targets import SM90A
+from lite_attention.ops.targets import SM90A, SM120, Target
 
 DTYPES = {
     "BFloat16": torch.bfloat16, "Float16": torch.float16, "Float32": torch.float32, "Int32": torch.int32,
@@ -51,8 +51,15 @@ def check_arguments(config: Config, *arguments: Any) -> None:
             assert fits or size == 1
 
 
+@pytest.fixture(params=[SM90A, SM120], ids=lambda target: target.name)
+def target(request: pytest.FixtureRequest) -> Target:
+    """One with each kernel."""
+    assert isinstance(request.param, Target)
+    return request.param
+
+
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Config, tuple[Any, ...]]]]:
+def launches(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Config, tuple[Any, ...]]]]:
     """Kernels and what they were given, which is checked, of calls with tensors on the CPU."""
     ran: list[tuple[Config, tuple[Any, ...]]] = []
 
@@ -63,7 +70,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Config, tup
     for module in (launcher, quantize_launcher):
         monkeypatch.setattr(module, "get_kernel", lambda config: config)
         monkeypatch.setattr(module, "check_supported", lambda *_: None)
-        monkeypatch.setattr(module, "target_of", lambda _: SM90A)
+        monkeypatch.setattr(module, "target_of", lambda *_: target)
     for module in (launcher, launch):
         monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(launcher, "processors", lambda _: 132)
@@ -76,10 +83,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Config, tup
 @pytest.mark.parametrize("unaligned", [False, True])
 @pytest.mark.parametrize("key_mask", [False, True])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, launches: list[Any]) -> None:
+def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, target: Target, launches: list[Any]) -> None:
     q, k, v = (torch.randn(2, seq, heads, 129, dtype=torch.bfloat16) for seq, heads in ((70, 6), (333, 3), (333, 3)))
     q, k, v = (x[..., 1:] if unaligned else x[..., 1:].contiguous() for x in (q, k, v))
-    tile_m, tile_n = SM90A.tile_shape(128, quantization)
+    tile_m, tile_n = target.tile_shape(128, quantization)
     state = SkipState.for_inputs(q, k, tile_m=tile_m, tile_n=tile_n)
     mask = torch.ones(1, 333, dtype=torch.bool) if key_mask else None
     out, lse = launcher.skip_attention_forward(
@@ -97,12 +104,14 @@ def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, launc
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_int8_gets_values_without_those_of_excluded_keys(quantization: str, launches: list[Any]) -> None:
+def test_int8_gets_values_without_those_of_excluded_keys(
+    quantization: str, target: Target, launches: list[Any]
+) -> None:
     """Weights made from bits may be a little more than 0 there, and what is masked out may be large."""
     q = torch.randn(2, 100, 2, 128, dtype=torch.bfloat16)
     mask = torch.arange(100).expand(2, -1) % 3 > 0
     v = torch.where(mask[..., None, None], 1.0, 3e38).expand_as(q).to(q.dtype)
-    tile_m, tile_n = SM90A.tile_shape(128, quantization)
+    tile_m, tile_n = target.tile_shape(128, quantization)
     state = SkipState.for_inputs(q, q, tile_m=tile_m, tile_n=tile_n)
     launcher.skip_attention_forward(
         q, q, v.contiguous(), state.skip_mask, state.control, state.threshold, None, None, mask, scale=None,
@@ -122,8 +131,8 @@ def test_one_launch_has_as_many_batch_elements_as_a_grid_can(launches: list[Any]
 
 
 @pytest.mark.parametrize("mask_rows", [None, 1, 70_000])
-def test_more_batch_elements_than_one_launch_has(mask_rows: int | None, launches: list[Any]) -> None:
-    batch, tile_n = 70_000, SM90A.tile_shape(64, "int8")[1]
+def test_more_batch_elements_than_one_launch_has(mask_rows: int | None, target: Target, launches: list[Any]) -> None:
+    batch, tile_n = 70_000, target.tile_shape(64, "int8")[1]
     x = torch.zeros(batch, 1, 1, 64, dtype=torch.bfloat16)
     mask = None if mask_rows is None else torch.ones(mask_rows, 1, dtype=torch.bool)
     mean = quantize_launcher.key_mean(x, mask)

@@ -162,7 +162,10 @@ def test_calls_of_a_module(name: str, first: bool) -> None:
 
 MODULES: list[tuple[Callable[[], Any], str]] = [
     (lambda: LiteAttention(enable_skipping="no"), "enable_skipping: expected True or False, got 'no'"),  # type: ignore
-    (lambda: LiteAttention(implementation="triton"), "implementation: expected None or 'reference', got 'triton'"),
+    (
+        lambda: LiteAttention(implementation="triton"),
+        "implementation: expected None or 'reference' or 'portable', got 'triton'",
+    ),
     (lambda: LiteAttention(initial_mask="x"), "initial_mask: expected a bool tensor, got str"),  # type: ignore
     (lambda: LiteAttention().enable_skip_optimization("x"), "enable: expected True or False, got 'x'"),  # type: ignore
     (lambda: LiteAttention().allocate(1, 128, 2, 2.5), "head_dim: expected an integer"),  # type: ignore

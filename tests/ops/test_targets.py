@@ -12,20 +12,20 @@ import torch
 
 from lite_attention.ops import targets
 from lite_attention.ops.quantization import QUANTIZATIONS, QuantizationName
-from lite_attention.ops.targets import CPU, SM90A, TARGETS, Target, target_of
+from lite_attention.ops.targets import CPU, SM80, SM89, SM90, SM90A, TARGETS, Target, target_of
 from lite_attention.ops.tiles import tile_shape
 
-SM120 = Target(
-    "sm_120", "Blackwell", tiles={"none": {64: (128, 64), 32: (128, 64)}}, dtypes=(torch.float16,),
-    capabilities=((12, 0), (12, 1)),
+OTHER = Target(
+    "sm_150", "Other", tiles={"none": {64: (128, 64), 32: (128, 64)}}, dtypes=(torch.float16,),
+    capabilities=((15, 0), (15, 1)),
 )  # fmt: skip
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """Capabilities of the GPUs here, of which the last one is current; a second target."""
-    here = [(9, 0), (12, 1), (8, 0), (12, 0)]
-    monkeypatch.setitem(targets.TARGETS, SM120.name, SM120)
+    """Capabilities of the GPUs here, of which the last one is current; a target more."""
+    here = [(9, 0), (15, 1), (7, 5), (8, 9), (15, 0)]
+    monkeypatch.setitem(targets.TARGETS, OTHER.name, OTHER)
     cuda = types.SimpleNamespace(
         is_available=lambda: True, device_count=lambda: len(here), current_device=lambda: len(here) - 1,
         get_device_capability=torch.compiler.disable(lambda index: here[index]),  # dynamo does not trace C++ either
@@ -37,30 +37,60 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize(
-    ("device", "target"),
+    ("device", "target", "portable"),
     [
-        ("cpu", CPU), ("meta", CPU), ("mps", CPU), ("cuda:0", SM90A), ("cuda:1", SM120), ("cuda:3", SM120),
-        ("cuda", SM120),  # the current one
-        ("cuda:2", SM90A),  # which no kernel runs on
-        ("cuda:4", SM90A),  # which is not here
+        ("cpu", CPU, CPU), ("meta", CPU, CPU), ("mps", CPU, CPU), ("cuda:0", SM90A, SM90), ("cuda:1", OTHER, SM90),
+        ("cuda:3", SM89, SM89), ("cuda:4", OTHER, SM90),
+        ("cuda", OTHER, SM90),  # the current one
+        ("cuda:2", SM90A, SM90),  # which no kernel runs on
+        ("cuda:5", SM90A, SM90),  # which is not here
     ],
 )  # fmt: skip
-def test_target_of(device: str, target: Target, gpus: list[tuple[int, int]]) -> None:
-    assert target_of(device) is target_of(torch.device(device)) is target
-    assert tile_shape(64, None, device) == target.tile_shape(64)
+def test_target_of(device: str, target: Target, portable: Target, gpus: list[tuple[int, int]]) -> None:
+    for implementation, expected in ((None, target), ("reference", target), ("portable", portable)):
+        assert target_of(device, implementation) is target_of(torch.device(device), implementation) is expected
+        assert tile_shape(64, None, device, "none", implementation) == expected.tile_shape(64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        ((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_110"), ((12, 0), "sm_120"), ((12, 1), "sm_120"),
+    ],
+)  # fmt: skip
+def test_the_gpus_that_there_are_kernels_for(
+    capability: tuple[int, int], name: str, gpus: list[tuple[int, int]]
+) -> None:
+    gpus[0] = capability
+    target, portable = target_of("cuda:0"), target_of("cuda:0", "portable")
+    assert target.name == name
+    assert portable.portable
+    assert capability in portable.capabilities
+    major, minor = divmod(int(portable.name.removeprefix("sm_")), 10)
+    assert major == capability[0]  # machine code runs on no other major number
+    assert minor <= capability[1]
+    assert bool(target.notice) == (capability[0] in (10, 11))
+    # States of all GPUs with one kernel have one shape, but for the smallest heads.
+    assert {d: t for d, t in portable.tiles["none"].items() if d > 64} == {
+        d: t for d, t in SM80.tiles["none"].items() if d > 64
+    }
+    assert portable.tiles["int8"] == SM80.tiles["int8"]
 
 
 def test_without_a_gpu_it_is_the_first_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "cuda", types.SimpleNamespace(is_available=lambda: False))
     assert target_of("cuda") is target_of("cuda:7") is SM90A is next(iter(TARGETS.values()))
+    assert target_of("cuda", "portable") is SM90
 
 
 def test_compiled_code_takes_the_target_for_a_constant(gpus: list[tuple[int, int]]) -> None:
     def shapes(x: torch.Tensor) -> torch.Tensor:
         for device in ("cuda:0", "cuda:1", "cpu"):
             for head_dim in (64, 128):
-                tile_m, tile_n = tile_shape(head_dim, x.dtype, torch.device(device))
-                x = 1000 * x + tile_m + tile_n
+                for implementation in (None, "portable"):
+                    tile_m, tile_n = tile_shape(head_dim, x.dtype, torch.device(device), "none", implementation)
+                    x = 5 * x + tile_m + tile_n
         quantizes = target_of(torch.device("cuda:0")).quantizes(96, "int8")
         return x + 0.5 if quantizes else x
 
@@ -72,20 +102,20 @@ def test_compiled_code_takes_the_target_for_a_constant(gpus: list[tuple[int, int
     ("head_dim", "value_dim", "dtype", "reason"),
     [
         (64, 64, torch.float16, None),
-        (64, 64, torch.bfloat16, "the Blackwell kernel computes in float16, got torch.bfloat16"),
-        (128, 128, torch.float16, "the Blackwell kernel has head dims (64, 32), values alike, got 128 and 128"),
-        (64, 32, torch.float16, "the Blackwell kernel has head dims (64, 32), values alike, got 64 and 32"),
+        (64, 64, torch.bfloat16, "the Other kernel computes in float16, got torch.bfloat16"),
+        (128, 128, torch.float16, "the Other kernel has head dims (64, 32), values alike, got 128 and 128"),
+        (64, 32, torch.float16, "the Other kernel has head dims (64, 32), values alike, got 64 and 32"),
     ],
 )
 def test_unsupported_reason(head_dim: int, value_dim: int, dtype: torch.dtype, reason: str | None) -> None:
-    assert SM120.unsupported_reason(head_dim, value_dim, dtype) == reason
+    assert OTHER.unsupported_reason(head_dim, value_dim, dtype) == reason
 
 
 def test_a_quantization_that_a_target_lacks() -> None:
     with pytest.raises(ValueError, match="quantization: expected head dims none for 'int8', got 64"):
-        SM120.tile_shape(64, "int8")
-    assert not SM120.quantizes(64, "int8")
-    assert SM120.quantizes(17, "none")  # what runs then, `unsupported_reason` says
+        OTHER.tile_shape(64, "int8")
+    assert not OTHER.quantizes(64, "int8")
+    assert OTHER.quantizes(17, "none")  # what runs then, `unsupported_reason` says
     assert CPU.quantizes(17, "int8")
 
 

@@ -1,4 +1,7 @@
-"""Inputs for the kernel, and its comparison with the CPU kernel in float64, step by step from the same state."""
+"""Inputs for a kernel, and its comparison with the CPU kernel in float64, step by step from the same state.
+
+Which kernel, `running` says: None = the GPU's own, "portable" = the portable one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from lite_attention.cute_kernels import launcher
@@ -18,11 +22,11 @@ from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
 from lite_attention.ops.quantize import QUERY_ROWS
-from lite_attention.ops.targets import target_of
+from lite_attention.ops.schema import IMPLEMENTATIONS
+from lite_attention.ops.targets import Target, target_of
 
 HERE = target_of("cuda")
-KERNEL = torch.ops.lite_attention.skip_attention.default
-DENSE = torch.ops.lite_attention.attention.default
+KERNELS_HERE = (None,) if HERE.portable else (None, "portable")
 REFERENCE = torch.ops.lite_attention.skip_attention_reference.default
 KEY_MEAN = torch.ops.lite_attention.key_mean.default
 QUANTIZE_QUERY = torch.ops.lite_attention.quantize_query.default
@@ -32,6 +36,38 @@ QUANTIZE_VALUE = torch.ops.lite_attention.quantize_value.default
 # Of a weight: at most 4 % where it is made from the bits of a score, and half of the last place of e4m3.
 WEIGHT_ERROR = {"none": 0.0, "int8": 0.042, "int8_fp8": 0.042 + 2**-4}
 OUT_ERROR = {"none": 0.0, "int8": 0.03, "int8_fp8": 0.06}  # of the whole output, relative: many weights, many errors
+
+
+_running: str | None = None
+
+
+@contextlib.contextmanager
+def running(implementation: str | None) -> Iterator[str | None]:
+    """Within it, cases are for a kernel, and run on it."""
+    global _running
+    before, _running = _running, implementation
+    yield implementation
+    _running = before
+
+
+def implementation() -> str | None:
+    return _running
+
+
+def target() -> Target:
+    return target_of("cuda", _running)
+
+
+def kernel() -> Any:
+    """The op that runs it."""
+    return IMPLEMENTATIONS[_running]
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without a state."""
+    return launcher.attention_forward(q, k, v, key_mask, scale=None, implementation=_running)
 
 
 @contextlib.contextmanager
@@ -131,7 +167,9 @@ def make_case(
     q, k, v = (t.to(dtype) for t in (q, k, v))
     if head_major:
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
-    tile_m, tile_n = HERE.tile_shape(dim, quantization)
+    if not target().quantizes(dim, quantization):
+        pytest.skip(f"{target()} has no {quantization} for head dim {dim}")
+    tile_m, tile_n = target().tile_shape(dim, quantization)
     q_tiles, k_tiles = math.ceil(seq_q / tile_m), math.ceil(seq_k / tile_n)
 
     def random_bits(*shape: int) -> torch.Tensor:
@@ -139,7 +177,8 @@ def make_case(
 
     if extras:
         state_options["initial_mask"] = random_bits(1, heads, q_tiles, k_tiles)
-    state = SkipState.for_inputs(q, k, threshold=threshold, quantization=quantization, **state_options)
+    state_options |= {"quantization": quantization, "implementation": _running}
+    state = SkipState.for_inputs(q, k, threshold=threshold, **state_options)
     case = Case(q, k, v, state, quantization=quantization)
     if extras:
         case.must_do = pack_bits(random_bits(k_tiles))
@@ -155,7 +194,7 @@ def check_step(case: Case) -> float:
     """Run one step on the kernel and on the CPU kernel, compare all that it computes, and return the sparsity."""
     other = copy.deepcopy(case.state)
     before = copy.deepcopy(case.state)
-    out, lse = case.call(KERNEL, case.state)
+    out, lse = case.call(kernel(), case.state)
     want, want_lse = case.reference(other)
     # FlashAttention's budget: twice the error of the same attention in the inputs' dtype, and one rounding.
     rounding = (want.to(out.dtype).double() - want).abs().max().item()

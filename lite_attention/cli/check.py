@@ -1,0 +1,103 @@
+"""The command `check`: what is installed here, which kernel runs, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+from lite_attention._version import __version__
+from lite_attention.cli.arguments import add_device
+from lite_attention.ops import SkipState, skip_attention
+from lite_attention.ops.targets import target_of
+
+__all__ = ["add_parser", "main"]
+
+_HEAD_DIMS = (64, 128)
+_TOLERANCE = 0.02  # of outputs of about 1: bf16 has 8 bits
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to what `argparse.ArgumentParser.add_subparsers` returned."""
+    parser = commands.add_parser(
+        "check",
+        help="say which kernel runs here, and try it",
+        description="Prints versions, the device, and the kernel that bf16 attention runs on; compiles it, and "
+        "compares three steps of it with the CPU kernel. Its output belongs in a bug report.",
+    )
+    add_device(parser)
+    parser.set_defaults(command=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print what there is, try it, and return the exit status: 0 if all works."""
+    device = torch.device(args.device)
+    for name, value in _about(device).items():
+        print(f"{name:20}{value}")
+    problems = [problem for head_dim in _HEAD_DIMS if (problem := _problem(head_dim, device))]
+    print("\n".join(problems) or "works")
+    return 1 if problems else 0
+
+
+def _about(device: torch.device) -> dict[str, str]:
+    about = {"lite-attention": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("nvidia-cutlass-dsl", "apache-tvm-ffi", "diffusers"):
+        try:
+            about[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            about[package] = "not installed"
+    about["device"] = str(device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        about["device"] = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        about["driver"] = f"{_driver()}; torch was built for {torch.version.cuda or torch.version.hip}"
+    target = target_of(device)
+    for head_dim in _HEAD_DIMS:
+        tiles = "x".join(map(str, target.tile_shape(head_dim)))
+        kernel = "CPU kernel" if not target.kernel else "portable kernel" if target.portable else "kernel of its own"
+        about[f"head dim {head_dim}"] = f"{kernel} ({target.name}), tiles {tiles}"
+    if target.notice:
+        about["note"] = target.notice
+    return about
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def _problem(head_dim: int, device: torch.device) -> str | None:
+    """Return why attention with a head dim does not run, or what is wrong with it; None if it works."""
+    if device.type == "cuda":
+        from lite_attention import cute_kernels  # on first use: it may import cutlass
+
+        reason = cute_kernels.unsupported_reason(head_dim, head_dim, torch.bfloat16, device)
+        if reason is not None:
+            return f"head dim {head_dim} does not run: {reason}"
+    try:
+        off = _try(head_dim, device)
+    except Exception as error:  # whatever the compiler or the driver has to say
+        return f"head dim {head_dim} fails: {type(error).__name__}: {error}"
+    return None if off <= _TOLERANCE else f"head dim {head_dim} is off by {off:.3g}, at most {_TOLERANCE} was expected"
+
+
+def _try(head_dim: int, device: torch.device) -> float:
+    """Return how far three steps are from the CPU kernel's in float32, at most; infinity where a NaN came out."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, seq, 2, head_dim).to(device, torch.bfloat16) for seq in (300, 700, 700))
+    state, other = (SkipState.for_inputs(q, k, threshold=-2.0) for _ in range(2))
+    off = 0.0
+    for _ in range(3):
+        out = skip_attention(q, k, v, state)
+        want = skip_attention(q.float(), k.float(), v.float(), other, implementation="reference")
+        off = max(off, (out - want).abs().nan_to_num(math.inf).max().item())
+        other.load_state_dict(state.state_dict())  # votes at the very threshold may differ
+    return off
