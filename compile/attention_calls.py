@@ -48,6 +48,7 @@ class AttentionCall:
     v: fx.Node
     scale: Any = None
     mask: fx.Node | None = None
+    rows: fx.Node | None = None  # of an outer mask, whose keys are then `mask`: queries whose output is not 0
     dropout_p: Any = 0.0
     is_causal: Any = False
     enable_gqa: Any = True

@@ -21,6 +21,7 @@ from lite_attention.compile.attention_calls import ATTENTION_OPS, SDPA
 from lite_attention.compile.multihead import attend_in_parts, reason_against
 from lite_attention.compile.origins import Origins
 from lite_attention.compile.other_attention import reason_of_op, site_of_op
+from lite_attention.compile.outer_masks import OuterMasks
 from lite_attention.compile.records import SiteRecord
 from lite_attention.compile.runner import NOT_PICKLED
 from lite_attention.compile.settings import SkipSettings
@@ -59,6 +60,7 @@ class _Run:
     ops: Counter[nn.Module] = field(default_factory=Counter)  # that hold attention, likewise
     seen: set[str] = field(default_factory=set)  # kinds of attention that ran since a module began or ended
     origins: Origins | None = None  # kept while sites are to be decided
+    masks: OuterMasks = field(default_factory=OuterMasks)
 
 
 class _EagerSwap(TorchFunctionMode):
@@ -138,16 +140,22 @@ class _EagerSwap(TorchFunctionMode):
             self._note_op(reason, args, kwargs)
         result = self._attend(*args, **kwargs) if is_sdpa else func(*args, **kwargs)
         origins = self._run.origins
-        if origins is None:
-            pass
-        elif is_sdpa or reason is not None or func in ATTENTION_OPS:
-            origins.add_new(result)
-        else:
-            name = getattr(func, "__name__", "")
-            writes_first = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
-            writes_first = writes_first or name.startswith("__i")
-            origins.track((args, kwargs), result, writes_first)
+        if is_sdpa or reason is not None or func in ATTENTION_OPS:
+            if origins is not None:
+                origins.add_new(result)
+            return result
+        name = getattr(func, "__name__", "")
+        if origins is not None:
+            origins.track((args, kwargs), result, _writes_first(name))
+        self._follow_mask(name, args, kwargs, result)
         return result
+
+    def _follow_mask(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> None:
+        of = args[0] if args else None
+        if isinstance(of, torch.Tensor) and of.dtype == torch.bool and (_writes_first(name) or "out" in kwargs):
+            self._run.masks.forget()
+        elif isinstance(result, torch.Tensor) and result.dtype == torch.bool:
+            self._run.masks.follow(name, args, kwargs, result)
 
     def _note_compiled(self) -> None:
         """Note attention that compiled code has run, unless its ops were seen: inductor may fuse them."""
@@ -182,6 +190,9 @@ class _EagerSwap(TorchFunctionMode):
         module = run.running[-1]
         ordinal = run.calls[module]
         run.calls[module] += 1
+        whole, outer = attn_mask, None if attn_mask is None else run.masks.of(attn_mask)
+        if outer is not None and outer.keys is not None:
+            attn_mask = outer.keys
         record = self._records.get((id(module), ordinal))
         if record is None or not record.site.swapped:
             record = self._look_again(record, module, ordinal, tensors, attn_mask, call)
@@ -190,7 +201,7 @@ class _EagerSwap(TorchFunctionMode):
             self.store.note(record, None, reason)
         if record is None or way == "sdpa":
             return scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                query, key, value, whole, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         q, k, v = (t.to(_dtype_of(t)).transpose(1, 2) for t in tensors)
         key_mask = None if attn_mask is None else attn_mask[:, 0, 0]
@@ -203,6 +214,8 @@ class _EagerSwap(TorchFunctionMode):
                 q, k, v, state, scale=scale, key_mask=key_mask, quantization=self.settings.quantization,
                 implementation=self.settings.implementation,
             )  # fmt: skip
+        if attn_mask is not whole and outer is not None and outer.rows is not None:
+            out = out.masked_fill(~outer.rows.flatten(1)[:, :, None, None], 0.0)
         return out.transpose(1, 2)  # type: ignore[no-any-return]
 
     def _look_again(
@@ -281,6 +294,12 @@ class _EagerSwap(TorchFunctionMode):
         if swapped and reason is None:
             return "skip", None
         return "dense" if self.settings.fits_dense_kernel(now) else "sdpa", reason
+
+
+def _writes_first(name: str) -> bool:
+    """Return whether a function of this name writes into its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__setitem__", "__set__") or name.startswith("__i")
 
 
 def _dtype_of(tensor: torch.Tensor) -> torch.dtype:

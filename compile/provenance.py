@@ -62,10 +62,10 @@ def _written(node: fx.Node) -> list[fx.Node]:
         candidates = [args[0]] if target.endswith("_") and not target.endswith("__") else []
     elif node.op == "call_function":
         name = getattr(target, "__name__", "")
-        in_place = target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
-        in_place = in_place or (
-            name.startswith("i") and target is getattr(operator, name, None) and name[1:] in _BINARY
-        )
+        if target is getattr(operator, name, None):  # and_, or_ and not_ are named so for Python's sake
+            in_place = target is operator.setitem or (name.startswith("i") and name[1:] in _BINARY)
+        else:
+            in_place = name.endswith("_") and not name.endswith("__")
         candidates = [args[0] if in_place or node.kwargs.get("inplace") else None, node.kwargs.get("out")]
     return [c for c in candidates if isinstance(c, fx.Node)]
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from lite_attention.compile.attention_calls import AttentionCall, find_attention_calls, is_our_attention, is_sdpa
+from lite_attention.compile.outer_masks import outer_mask_of
 from lite_attention.compile.provenance import Provenance, value_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.ops.site import Site
@@ -51,7 +52,8 @@ class GraphSite:
 
         moved = replace(
             call, node=copy(call.node), q=copy(call.q), k=copy(call.k), v=copy(call.v),
-            mask=None if call.mask is None else copy(call.mask), inner=[*map(copy, call.inner)],
+            mask=None if call.mask is None else copy(call.mask),
+            rows=None if call.rows is None else copy(call.rows), inner=[*map(copy, call.inner)],
         )  # fmt: skip
         return GraphSite(self.site, moved, [*map(copy, self.owners)])
 
@@ -209,6 +211,12 @@ def choice_reason(
     return None
 
 
+def _with_factors(call: AttentionCall) -> AttentionCall:
+    """Return a call with the mask of its keys, and of its queries, where its mask is made of two such."""
+    outer = None if call.mask is None else outer_mask_of(call.mask, call.node)
+    return call if outer is None else replace(call, mask=outer.keys, rows=outer.rows)
+
+
 def find_sites(
     graph: fx.Graph,
     settings: SkipSettings,
@@ -226,7 +234,7 @@ def find_sites(
             left alone, if no module is running either. None: every site has a key of its own.
         names: of the model's modules, where it is known.
     """
-    calls, names = find_attention_calls(graph), names or Names()
+    calls, names = [_with_factors(call) for call in find_attention_calls(graph)], names or Names()
     outputs = {call.node for call in calls}
     provenance = Provenance(
         graph,

@@ -77,6 +77,11 @@ def swap_site(
                 quantization=settings.quantization,
             )  # fmt: skip
         attended = emit(operator.getitem, pair, 0)
+        if call.rows is not None:  # [B or 1, 1, 1, Sq], or so -> [B or 1, Sq, 1, 1]
+            rows = emit(aten.flatten.using_ints, emit(aten.logical_not.default, call.rows), 1)
+            for dim in (2, 3):
+                rows = emit(aten.unsqueeze.default, rows, dim)
+            attended = emit(aten.masked_fill.Scalar, attended, rows, 0.0)
         out = emit(aten.permute.default, attended, list(call.out_permutation))
     call.node.replace_all_uses_with(out)
     for node in (call.node, *call.inner):

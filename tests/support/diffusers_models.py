@@ -272,8 +272,8 @@ HUNYUAN = Case(
     {_REFINER: "bool mask that differs per query"}, block_graphs=3,
 )  # fmt: skip
 HUNYUAN15 = Case(
-    "HunyuanVideo 1.5", _hunyuan15, _hunyuan15_inputs, [_REFINER, *_paths("transformer_blocks", 2, "attn")], [],
-    {"attn": "bool mask that differs per query"}, block_graphs=2,
+    "HunyuanVideo 1.5", _hunyuan15, _hunyuan15_inputs, [_REFINER, *_paths("transformer_blocks", 2, "attn")],
+    _paths("transformer_blocks", 2, "attn"), {_REFINER: "bool mask that differs per query"}, block_graphs=2,
 )  # fmt: skip
 # The attention of the blocks loops over samples of data-dependent length: no graph ever has it.
 MOCHI = Case(
@@ -331,8 +331,9 @@ class ExplicitStates:
                 tile_n=TILE[1], slots=1, threshold=self.threshold,
             )  # fmt: skip
         mask = more.get("attn_mask")
-        key_mask = None if mask is None else mask[:, 0, 0]
-        return lite_attention.skip_attention(q, k, v, self.states[site, branch], key_mask=key_mask).transpose(1, 2)
+        key_mask = None if mask is None else mask[:, 0].any(1)
+        out = lite_attention.skip_attention(q, k, v, self.states[site, branch], key_mask=key_mask).transpose(1, 2)
+        return out if mask is None else out * mask.any(-1, keepdim=True)  # a query without a key gives 0
 
     def reset(self) -> None:
         self.states.clear()
