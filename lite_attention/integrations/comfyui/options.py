@@ -1,0 +1,131 @@
+"""What a user of the node decides, and how blocks and tokens are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lite_attention.ops.arguments import check_count, check_switch, require
+from lite_attention.presets import preset_of
+
+__all__ = ["DEFAULTS", "NodeOptions", "block_numbers", "exact_ranges", "told_ranges"]
+
+DEFAULTS: dict[str, Any] = {
+    "preset": "balanced", "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "exact_tokens": "auto",
+    "min_tokens": 12288, "memory": "device", "verbose": False,
+}  # fmt: skip
+
+_BLOCKS = "numbers and ranges, such as '0, 1, 47-49'"
+_TOKENS = "'auto', or slices of the sequence, such as '0:256' or '-512:'; several with commas between"
+
+_Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """The inputs of the node.
+
+    Args:
+        preset: "quality", "balanced" or "fast", see `lite_attention.presets`.
+        start_percent: of the sampling, 0 to 1: attention is dense before.
+        end_percent: likewise, dense after.
+        dense_blocks: blocks that are always dense, see `block_numbers`.
+        exact_tokens: tokens that all others always attend to, and that attend to all others, see `exact_ranges`.
+        min_tokens: shorter sequences are dense.
+        memory: where residuals live, "device" or "host".
+        verbose: log for each kind of call why it is dense.
+
+    Raises:
+        ValueError: an input out of range.
+    """
+
+    preset: str = DEFAULTS["preset"]
+    start_percent: float = DEFAULTS["start_percent"]
+    end_percent: float = DEFAULTS["end_percent"]
+    dense_blocks: str = DEFAULTS["dense_blocks"]
+    exact_tokens: str = DEFAULTS["exact_tokens"]
+    min_tokens: int = DEFAULTS["min_tokens"]
+    memory: Literal["device", "host"] = DEFAULTS["memory"]
+    verbose: bool = DEFAULTS["verbose"]
+
+    def __post_init__(self) -> None:
+        preset_of(self.preset)
+        for name in ("start_percent", "end_percent"):
+            percent = getattr(self, name)
+            is_share = isinstance(percent, (int, float)) and 0 <= percent <= 1
+            require(is_share, name, "a number from 0 to 1", repr(percent))
+        require(self.start_percent < self.end_percent, "start_percent", "less than end_percent", self.start_percent)
+        block_numbers(self.dense_blocks)
+        exact_ranges(self.exact_tokens, {}, 0)
+        check_count("min_tokens", self.min_tokens, least=0)
+        require(self.memory in ("device", "host"), "memory", "'device' or 'host'", repr(self.memory))
+        check_switch("verbose", self.verbose)
+
+
+def block_numbers(text: str) -> frozenset[int]:
+    """Return the blocks that a text such as "0, 1, 47-49" names; ends are included.
+
+    Raises:
+        ValueError: other text.
+    """
+    blocks: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        if match is None:
+            raise ValueError(f"dense_blocks: expected {_BLOCKS}, got {part!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        require(first <= last, "dense_blocks", _BLOCKS, repr(part))
+        blocks.update(range(first, last + 1))
+    return frozenset(blocks)
+
+
+def exact_ranges(text: str, told: Mapping[str, Any], tokens: int) -> _Ranges:
+    """Return the ranges of tokens, ends excluded, that a text names in a sequence of so many.
+
+    Args:
+        text: slices as in Python with commas between: "0:256, -512:". "auto" is what the model tells, and "" none.
+        told: the model's `transformer_options`.
+        tokens: of the sequence; slices are cut off at its ends.
+
+    Raises:
+        ValueError: other text.
+    """
+    ranges: _Ranges = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(-?\d+)?\s*:\s*(-?\d+)?", part)
+        if part == "auto":
+            ranges += told_ranges(told, tokens)
+        elif match is None:
+            raise ValueError(f"exact_tokens: expected {_TOKENS}, got {part!r}")
+        else:
+            start, end, _ = slice(*(int(end) if end else None for end in match.groups())).indices(tokens)
+            ranges.append((start, end))
+    return _merged(ranges)
+
+
+def told_ranges(told: Mapping[str, Any], tokens: int) -> _Ranges:
+    """Return the tokens that are not of the video or image itself: text, audio, references, as far as a model tells.
+
+    MiniMax-H3 tells the segments of its packed sequence, others where the image stands in the joint one.
+    """
+    layout, image = told.get("minimax_h3_layout"), told.get("img_slice")
+    if layout is not None and layout.seq_len == tokens:
+        return [(start, end) for start, end, kind in layout.segments if kind != "video"]
+    if isinstance(image, (list, tuple)) and len(image) == 2 and all(isinstance(end, int) for end in image):
+        start, end = image
+        if 0 <= start <= end <= tokens:
+            return [(0, start), (end, tokens)]
+    return []
+
+
+def _merged(ranges: _Ranges) -> _Ranges:
+    """Return ranges sorted, without empty ones and without overlap, so that none is computed twice."""
+    merged: _Ranges = []
+    for start, end in sorted(ranges):
+        if start < end and merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif start < end:
+            merged.append((start, end))
+    return merged
