@@ -107,7 +107,8 @@ def test_arrows_run_downwards(folder: str, floors: set[str]) -> None:
 
 def _modules() -> dict[str, Path]:
     """Return the package's modules by name, with their files."""
-    folders = [CHECKOUT / "lite_attention", *(f for f in (CHECKOUT / "lite_attention").iterdir() if f.is_dir())]
+    package = CHECKOUT / "lite_attention"
+    folders = [package, *(f for depth in ("*", "*/*") for f in package.glob(depth) if f.is_dir())]
     files = [file.relative_to(CHECKOUT) for folder in folders for file in folder.glob("*.py")]
     return {".".join(file.with_suffix("").parts).removesuffix(".__init__"): CHECKOUT / file for file in files}
 
@@ -166,6 +167,7 @@ def test_the_wheel_has_every_package() -> None:
         import tomli as tomllib
 
     listed = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = [CHECKOUT / "lite_attention", *(CHECKOUT / "lite_attention").iterdir()]  # some of them are links
+    package = CHECKOUT / "lite_attention"
+    folders = [package, *package.glob("*"), *package.glob("*/*")]  # some of them are links, which ** leaves out
     found = [".".join(f.relative_to(CHECKOUT).parts) for f in folders if (f / "__init__.py").exists()]
     assert sorted(listed) == sorted(found)

@@ -70,13 +70,11 @@ def as_a_node_is_run() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(comfy: Any) -> Any:
     """Return a `ModelPatcher` of a Wan model with two blocks and random weights."""
-    config = comfy.supported_models.WAN21_T2V(
-        {
-            "image_model": "wan2.1", "model_type": "t2v", "dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2,
-            "text_dim": 16, "text_len": 8, "freq_dim": 32, "in_dim": 16, "out_dim": 16, "dtype": torch.float32,
-        }  # fmt: skip
-    )
-    wan = config.get_model({}, device="cpu")
+    sizes = {
+        "image_model": "wan2.1", "model_type": "t2v", "dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2,
+        "text_dim": 16, "text_len": 8, "freq_dim": 32, "in_dim": 16, "out_dim": 16, "dtype": torch.float32,
+    }  # fmt: skip
+    wan = comfy.supported_models.WAN21_T2V(sizes).get_model({}, device="cpu")
     numbers = torch.Generator().manual_seed(0)
     for weight in wan.parameters():
         one = weight.dim() == 1

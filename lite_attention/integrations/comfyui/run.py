@@ -28,6 +28,8 @@ _KNOWN = {"scale", "enable_gqa", "transformer_options", "low_precision_attention
 
 _log = logging.getLogger("lite_attention")
 
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # each (batch, tokens, heads, head_dim)
+
 
 class Call(NamedTuple):
     """What tells the attention calls of a forward apart."""
@@ -129,7 +131,7 @@ class Run:
             if key[1].window is not None and isinstance(memory, Memory) and memory.step < oldest:
                 del self.memories[key]
 
-    def memory(self, call: Call, branch: Branch, qkv: tuple[torch.Tensor, ...]) -> Memory | str:
+    def memory(self, call: Call, branch: Branch, qkv: Qkv) -> Memory | str:
         """Return the memory of a site, made at its first call, or a text why there can be none."""
         (q, k, v), sizes = qkv, tuple((x.shape, x.dtype, x.device) for x in qkv)
         key = (call, branch, sizes)
@@ -158,7 +160,7 @@ class Run:
         reasons = "; ".join(f"{reason} ({count} times)" for reason, count in self.reasons.most_common())
         if states:
             mib = sum(state.nbytes for state in states) / (1 << 20)
-            _log.info("LiteAttention: %d states of %.0f MiB in all; dense were: %s", len(states), mib, reasons or "none")
+            _log.info("LiteAttention: %d states of %.0f MiB; dense were: %s", len(states), mib, reasons or "none")
         else:
             _log.warning("LiteAttention: no attention was skipped; dense were: %s", reasons or "none was seen")
 
@@ -189,20 +191,19 @@ class Forward:
     ) -> torch.Tensor | None:  # fmt: skip
         """Attend, or return None where the call is to be dense; the arguments are those of ComfyUI's functions."""
         head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
-        apart = [x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (-1, head_dim)) for x in (q, k, v)]
+        q, k, v = (x.transpose(1, 2) if skip_reshape else x.unflatten(-1, (-1, head_dim)) for x in (q, k, v))
         told = kwargs.get("transformer_options") or {}
-        out: torch.Tensor | str | None = self._reason(*apart, mask, kwargs)
+        out: torch.Tensor | str | None = self._reason((q, k, v), mask, kwargs)
         if out is None:
-            out = self._attend(*apart, self._next_call(told), told, kwargs.get("scale"))
+            out = self._attend((q, k, v), self._next_call(told), told, kwargs.get("scale"))
         if isinstance(out, str):
             self.run.say(out)
             return None
         return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
 
-    def _reason(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, kwargs: Mapping[str, Any]
-    ) -> str | None:
+    def _reason(self, qkv: Qkv, mask: torch.Tensor | None, kwargs: Mapping[str, Any]) -> str | None:
         """Return why a call is dense whichever block it is of."""
+        q, k, v = qkv
         tokens = q.shape[1]
         given = (name for name, value in kwargs.items() if value is not None and value is not False)
         unknown = [name for name in given if name not in _KNOWN]
@@ -226,22 +227,19 @@ class Forward:
         self._calls[block] += 1
         return Call(*block, self._calls[block])
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, told: Mapping[str, Any],
-        scale: float | None,
-    ) -> torch.Tensor | str:  # fmt: skip
+    def _attend(self, qkv: Qkv, call: Call, told: Mapping[str, Any], scale: float | None) -> torch.Tensor | str:
         """Attend with each conditioning of the batch apart, so that it does not matter which ones come together."""
         if call.number in self.run.dense_blocks:
             return f"block {call.number} is in dense_blocks"
-        exact = exact_ranges(self.run.options.exact_tokens, told, q.shape[1])
-        branches = self.branches if q.shape[0] % len(self.branches) == 0 else [self._joined()]
-        pieces = [*zip(*(x.chunk(len(branches)) for x in (q, k, v)), strict=True)]
+        exact = exact_ranges(self.run.options.exact_tokens, told, qkv[0].shape[1])
+        branches = self.branches if qkv[0].shape[0] % len(self.branches) == 0 else [self._joined()]
+        pieces = [*zip(*(x.chunk(len(branches)) for x in qkv), strict=True)]
         memories = [self.run.memory(call, *each) for each in zip(branches, pieces, strict=True)]
         outs = []
         for piece, memory in zip(pieces, memories, strict=True):
             if isinstance(memory, str):
                 return memory
-            outs.append(self._attend_piece(*piece, memory, exact, scale))
+            outs.append(self._attend_piece(piece, memory, exact, scale))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _joined(self) -> Branch:
@@ -250,9 +248,10 @@ class Forward:
         return Branch(tuple((branch.conditioning, branch.turn) for branch in self.branches), first.window, 1)
 
     def _attend_piece(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, memory: Memory, exact: list[tuple[int, int]],
-        scale: float | None,
-    ) -> torch.Tensor:  # fmt: skip
+        self, qkv: Qkv, memory: Memory, exact: list[tuple[int, int]], scale: float | None
+    ) -> torch.Tensor:
+        """Attend with one conditioning."""
+        q, k, v = qkv
         if self.step < memory.step:
             memory.state.start_fresh()  # a sampler that adds noise again
         memory.step = self.step
