@@ -23,6 +23,7 @@ import filelock
 from lite_attention.cute_kernels.config import Config
 from lite_attention.cute_kernels.files import check_owner, whole
 from lite_attention.cute_kernels.fingerprint import cache_fingerprint, kernels_of
+from lite_attention.ops.namespace import NAMESPACE
 
 __all__ = [
     "LIBRARY_LABEL",
@@ -43,7 +44,7 @@ Kernel = Callable[..., Any]
 _LIBRARY_VARIABLE = "LITE_ATTENTION_KERNELS"
 _CACHE_VARIABLE = "LITE_ATTENTION_CACHE"
 LIBRARY_NAME = "lite_attention_kernels.so"
-LIBRARY_PACKAGE = "lite_attention_kernels"
+LIBRARY_PACKAGE = f"{NAMESPACE}_kernels"  # a copy of these sources has none
 LIBRARY_LABEL = "kernels of lite_attention "  # in a library, before what it is of
 
 _kernels: dict[Config, Kernel] = {}
@@ -59,8 +60,9 @@ def has_compiler() -> bool:
 def library() -> Any | None:
     """Return the module of kernels compiled ahead of time, None if there is none.
 
-    It is the one that `LITE_ATTENTION_KERNELS` names, or else that of the installed package `lite_attention_kernels`.
-    A package of other sources is not used, which a warning says: an update of one of the two must not stop the other.
+    It is the one that `LITE_ATTENTION_KERNELS` names, or, where that is not set, that of the installed package
+    `lite_attention_kernels`. Set and empty means none. A package of other sources is not used, which a warning says: an
+    update of one of the two must not stop the other.
 
     Raises:
         FileNotFoundError: the variable names something that is not there.
@@ -69,7 +71,9 @@ def library() -> Any | None:
         ImportError: apache-tvm-ffi is not installed, which that needs.
     """
     named = os.environ.get(_LIBRARY_VARIABLE)
-    return _named(pathlib.Path(named)) if named else _installed()
+    if named is None:
+        return _installed()
+    return _named(pathlib.Path(named)) if named else None
 
 
 def _named(path: pathlib.Path) -> Any:

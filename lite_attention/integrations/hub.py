@@ -16,6 +16,7 @@ import argparse
 import ast
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def write_build(out: Path, backend: str, name: str | None = None) -> Path:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     files = package_sources()
     name = _digest(files) if name is None else name
-    if not name.isidentifier() and not name.isalnum():
+    if not re.fullmatch(r"\w+", name, re.ASCII):
         raise ValueError(f"name: expected letters, digits and underscores, got {name!r}")
     namespace = f"_{_MODULE}_{backend}_{name}"
     files |= {"_ops.py": _ops(namespace), "metadata.json": json.dumps(_metadata(namespace, backend), indent=2) + "\n"}

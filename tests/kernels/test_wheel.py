@@ -90,6 +90,9 @@ def test_a_package_of_other_sources_is_left_alone(
     library.write_bytes(label(kernels_of()))
     assert cache.library() == f"loaded {library}"
     assert not caplog.records
+    monkeypatch.setenv("LITE_ATTENTION_KERNELS", "")
+    assert cache.library() is None
+    monkeypatch.delenv("LITE_ATTENTION_KERNELS")
     for other in ("0.0.9 0123456789abcdef", f"{__version__} 0123456789abcdef"):
         library.write_bytes(label(other))
         assert cache.library() is None
