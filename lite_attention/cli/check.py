@@ -19,6 +19,7 @@ from lite_attention.ops.targets import target_of
 __all__ = ["add_parser", "main"]
 
 _HEAD_DIMS = (64, 128)
+_UNKNOWN = "unknown"
 _TOLERANCE = 0.02  # of outputs of about 1: bf16 has 8 bits
 
 
@@ -28,18 +29,21 @@ def add_parser(commands: Any) -> None:
         "check",
         help="say which kernel runs here, and try it",
         description="Prints versions, the device, and the kernel that bf16 attention runs on; compiles it, and "
-        "compares three steps of it with the CPU kernel. Its output belongs in a bug report.",
+        "compares three steps of it with the CPU kernel. Without a GPU it says what is missing, unless --device says "
+        "cpu. Its output belongs in a bug report.",
     )
     add_device(parser)
-    parser.set_defaults(command=main)
+    parser.set_defaults(command=main, device=None)
 
 
 def main(args: argparse.Namespace) -> int:
     """Print what there is, try it, and return the exit status: 0 if all works."""
-    device = torch.device(args.device)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for name, value in _about(device).items():
         print(f"{name:20}{value}")
     problems = [problem for head_dim in _HEAD_DIMS if (problem := _problem(head_dim, device))]
+    if device.type == "cpu" and args.device is None:
+        problems.append(f"no GPU: {_missing()}")
     print("\n".join(problems) or "works")
     return 1 if problems else 0
 
@@ -66,12 +70,26 @@ def _about(device: torch.device) -> dict[str, str]:
     return about
 
 
+def _missing() -> str:
+    """Return what a GPU needs that is not here."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} was built without CUDA; install a build for CUDA, see pytorch.org"
+    driver = _driver()
+    if driver == _UNKNOWN:
+        return "there is no driver of NVIDIA, nvidia-smi does not run; install one, or give the container the GPU"
+    wanted = torch.version.cuda or torch.version.hip
+    return (
+        f"torch finds no device, though driver {driver} is there; torch was built for {wanted}, which may need a newer "
+        "driver, or CUDA_VISIBLE_DEVICES hides the GPU"
+    )
+
+
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
+        return _UNKNOWN
 
 
 def _problem(head_dim: int, device: torch.device) -> str | None:

@@ -137,6 +137,7 @@ def write_build(out: Path, backend: str, name: str | None = None) -> Path:
         out: folder of the package.
         backend: "cpu" or "cuda".
         name: tells this build from others in a process, and is in the namespace of its ops; None = a digest of it.
+            So the same build is loaded from one place only, unless it is given two names.
 
     Raises:
         ValueError: no such backend, or a name that is none.

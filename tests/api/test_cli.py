@@ -68,6 +68,31 @@ def test_check_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed[-1] == "works"
 
 
+@pytest.mark.parametrize(
+    ("built_for", "driver", "said"),
+    [
+        (None, "unknown", "was built without CUDA; install a build for CUDA"),
+        ("13.0", "unknown", "there is no driver of NVIDIA, nvidia-smi does not run; install one"),
+        ("13.0", "525.60", "though driver 525.60 is there; torch was built for 13.0, which may need a newer driver"),
+    ],
+)
+def test_check_says_why_there_is_no_gpu(
+    built_for: str | None,
+    driver: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(check, "_driver", lambda: driver)
+    assert main(["check"]) == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("no GPU: ")
+    assert said in last
+    assert main(["check", "--device", "cpu"]) == 0  # what was asked for is there
+
+
 def wrong_by(error: float) -> Callable[..., torch.Tensor]:
     def attend(q: torch.Tensor, *args: Any, implementation: str | None = None, **options: Any) -> torch.Tensor:
         out = skip_attention(q, *args, implementation=implementation, **options)
