@@ -267,11 +267,10 @@ class SkipSettings:
         """Return shapes and dtypes of the buffers of a site's state, in the order of the op's arguments."""
         (batch, seq_q, heads, _), seq_k = site.q_shape, site.k_shape[1]
         sizes = Sizes(batch, heads, seq_q, seq_k, *self.tile_shape_for(site))
-        common: dict[str, Any] = {
-            "slots": self.slots, "steps": self.table_steps, "has_initial_mask": self.initial_mask is not None,
-        }  # fmt: skip
+        common: dict[str, Any] = {"slots": self.slots, "has_initial_mask": self.initial_mask is not None}
         if self.residual is None:
-            return vote_buffers(sizes, **common)
+            return vote_buffers(sizes, **common, steps=self.table_steps)
+        common["steps"] = len(self.residual.plan_table(self.table_steps))
         dtype = RESIDUAL_DTYPES[self.residual.dtype_on(site.device)]
         forecast = self.residual.forecast
         return residual_buffers(sizes, **common, value_dim=site.value_dim, forecast=forecast, dtype=dtype)

@@ -272,7 +272,7 @@ class StateStore:
         assert residual is not None
         for state in [state for record in self.records for state in [*record.states.values()]]:
             assert isinstance(state, ResidualState)
-            state.set_plan(residual.plan(len(state.plan)))
+            state.set_plan(residual.plan_table(len(state.plan) - 1))
             state.set_keep(residual.keep)
 
     # ---- thresholds and shares to keep -----------------------------------------------------------------------------

@@ -40,10 +40,6 @@ __all__ = ["branch", "default_session", "disable", "enable", "reset"]
 
 _Target = TypeVar("_Target")
 
-# Of votes as many as pipelines of diffusers make passes in a step: LTX-2 has three, most have one or two. Residuals
-# take too much memory for a branch that may not come.
-_SLOTS = {"votes": 3, "residual": 2}
-
 # Of models that were freed while they were enabled: the classes of their modules, and the backend. Dynamo forgets them
 # at the next `enable`, since it may be compiling when garbage is collected.
 _freed: list[tuple[set[type[nn.Module]], object]] = []
@@ -149,7 +145,9 @@ def chosen_options(
         chosen["threshold"] = of_sites("threshold", threshold, num_steps)
     if keep is not None:
         chosen["keep"] = of_sites("keep", keep, num_steps)
-    chosen.setdefault("slots", _SLOTS.get(chosen.get("method", "votes"), 1))
+    # As many as pipelines of diffusers make passes in a step: LTX-2 has three, most have one or two. Residuals take too
+    # much memory for a branch that may not come.
+    chosen.setdefault("slots", 2 if chosen.get("method") == "residual" else 3)
     mask = chosen.get("initial_mask")
     if token_order is not None and isinstance(mask, Pattern):
         chosen["initial_mask"] = replace(mask, token_order=token_order)

@@ -51,7 +51,7 @@ def preset_of(name: str, num_steps: int | None = None) -> Preset:
     Raises:
         ValueError: there is no such preset.
     """
-    require(name in PRESETS, "preset", f"one of {[*PRESETS]}", repr(name))
+    require(name in (*PRESETS,), "preset", f"one of {[*PRESETS]}", repr(name))
     few = num_steps is not None and num_steps <= _FEW_STEPS
     return (_OF_FEW_STEPS if few else PRESETS)[name]
 

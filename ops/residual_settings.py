@@ -10,7 +10,7 @@ import torch
 
 from lite_attention.ops.arguments import require
 from lite_attention.ops.options import RESIDUAL_DTYPES, check_residual_options
-from lite_attention.ops.plan import keep_values, step_plan
+from lite_attention.ops.plan import FULL, keep_values, step_plan
 
 if TYPE_CHECKING:
     from lite_attention.ops.options import ResidualOptions
@@ -58,6 +58,10 @@ class ResidualSettings:
         """Return the kind of each step of a generation, see `step_plan`."""
         return step_plan(steps, full_every=self.full_every, first_full=self.first_full, decide_every=self.decide_every)
 
+    def plan_table(self, steps: int) -> list[int]:
+        """Return the plan of so many steps, and a full one: what comes after them is never forecast for good."""
+        return [*self.plan(steps), FULL]
+
     @property
     def steps(self) -> int:
         """Steps that `keep` tells apart."""
@@ -70,7 +74,7 @@ class ResidualSettings:
     def options(self, steps: int, device: torch.device | str) -> ResidualOptions:
         """Return what a `ResidualState` on a device, of generations of at most so many steps, is made with."""
         options: Any = {
-            "plan": self.plan(steps), "keep": self.keep, "forecast": self.forecast,
+            "plan": self.plan_table(steps), "keep": self.keep, "forecast": self.forecast,
             "residual_dtype": self.dtype_on(device), "memory": self.memory,
         }  # fmt: skip
         return options  # type: ignore[no-any-return]
@@ -106,7 +110,7 @@ def residual_of(method: str, of_votes: Mapping[str, Any], of_residual: Mapping[s
         ValueError: no such method, an option of the other one, or one out of range.
     """
     options = {"votes": of_votes, "residual": of_residual}
-    require(method in options, "method", "'votes' or 'residual'", repr(method))
+    require(method in (*options,), "method", "'votes' or 'residual'", repr(method))
     for other, given in options.items():
         for name, value in given.items() if other != method else ():
             require(value is None, name, f"none with method={method!r}", f"{value!r}, an option of method={other!r}")

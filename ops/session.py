@@ -197,6 +197,8 @@ class Session:
         self.is_told = True
         self._count(not self._driven)
         self._restart()
+        if self.told:  # a branch goes on with what it says
+            self._tell_by_hand(self._slot)
 
     # ---- forwards that a model's runner places ---------------------------------------------------------------------
 
@@ -302,6 +304,8 @@ class Session:
         if states:
             zero_each([state.skip_mask for state in states])
             zero_each([state.control[c.slot_word(0, 0) :] for state in states])
+        for slot in self._times:
+            self._write_time(slot, math.nan)
 
     def _enter(self, slot: int) -> None:
         if slot != self._slot:

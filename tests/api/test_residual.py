@@ -49,6 +49,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such method": ({"method": "cache"}, "method: expected 'votes' or 'residual', got 'cache'"),
+    "a list of methods": ({"method": ["residual"]}, r"method: expected 'votes' or 'residual', got \['residual'\]"),
     "a threshold": ({"method": "residual", "threshold": -4.0}, "threshold: expected none with method='res.*', got -4"),
     "the default threshold": ({"method": "residual", "threshold": -10.0}, "threshold: expected none"),
     "allow_positive": ({"method": "residual", "allow_positive": True}, "allow_positive: expected none with"),
@@ -101,11 +102,24 @@ def test_options_reach_the_states(compile: bool) -> None:
             model(tokens(step), context())
     for state in states_of(model):
         assert isinstance(state, ResidualState)
-        assert state.plan.tolist() == step_plan(20, full_every=4, first_full=1, decide_every=3)
-        torch.testing.assert_close(state.keep, torch.cat([keep, keep[-1:].expand(17)]))
+        assert state.plan.tolist() == [*step_plan(20, full_every=4, first_full=1, decide_every=3), 1]
+        torch.testing.assert_close(state.keep, torch.cat([keep, keep[-1:].expand(18)]))
         assert state.residual.shape == (2, 1, 1, 2, 96, 16)
         assert state.residual.dtype == torch.float8_e4m3fn
         assert state.control[c.REFRESH] == 7
+
+
+@ROUTES
+def test_steps_that_no_plan_has_are_full(compile: bool) -> None:
+    # Past the end of a plan whose last step is sparse a forecast would go on and on.
+    model, plain = enable(Toy(1), compile, num_steps=5, full_every=3), Toy(1)
+    wrong = []
+    with torch.no_grad():
+        for step in range(9):
+            with lite_attention.branch("cond", step):
+                got = model(tokens(step), context())
+            wrong.append(float((got - plain(tokens(step), context())).abs().max()) > 1e-4)
+    assert wrong == [False, False, True, False, True, False, False, False, False]
 
 
 @ROUTES
@@ -184,6 +198,7 @@ def test_presets(options: dict[str, Any], want: tuple[float, int]) -> None:
     ("options", "message"),
     [
         ({"preset": "best"}, r"preset: expected one of \['quality', 'balanced', 'fast'\], got 'best'"),
+        ({"preset": ["fast"]}, r"preset: expected one of .* got \['fast'\]"),
         ({"preset": "fast", "method": "votes"}, "preset: expected none with method='votes', got 'fast'"),
         ({"preset": "fast", "threshold": -3.0}, "threshold: expected none with method='residual'"),
     ],
@@ -502,7 +517,7 @@ OPTIONS: dict[str, Any] = {"method": "residual", "keep": 0.4, "num_steps": 9}
 
 def test_a_module_is_the_functional_form_over_steps() -> None:
     module = LiteAttention(**OPTIONS)
-    state = ResidualState.for_inputs(*_inputs(), plan=step_plan(9), keep=0.4, residual_dtype="bf16", num_steps=9)
+    state = ResidualState.for_inputs(*_inputs(), plan=[*step_plan(9), 1], keep=0.4, residual_dtype="bf16", num_steps=9)
     for step in range(11):  # over the wrap
         out, lse = module(*_inputs(step), scale=0.3, return_softmax_lse=True, must_do_list=[70, 80])
         want, want_lse = residual_attention(*_inputs(step), state, scale=0.3, return_lse=True, must_do=[70, 80])

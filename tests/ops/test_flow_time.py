@@ -143,6 +143,20 @@ def test_a_reset_lets_the_next_generation_begin_with_the_same_time() -> None:
         state.reset()
 
 
+def test_a_reset_forgets_a_time_that_nobody_tells_again() -> None:
+    session, state = Session(), _state()
+    session.follow(state)
+    for name in ("cond", "uncond"):
+        with session.branch(name, 0, 1.0):
+            pass
+    assert _same([_now(state, 0), _now(state, 1)], [INF, INF])
+    session.reset()
+    assert _same([_now(state, 0), _now(state, 1)], [NAN, NAN])
+    with session.branch("cond", time=0.5):  # whoever is inside is told still
+        session.reset()
+        assert _now(state) == 0.5
+
+
 def test_a_state_that_follows_later_is_told() -> None:
     session, early, late = Session(), _state(), _state()
     session.follow(early)
