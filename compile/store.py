@@ -71,6 +71,7 @@ class StateStore:
         self.forwards = 0  # of the model so far, where it is enabled and tells
         self.is_dense = False  # states to come begin with skipping off
         self._session = session
+        self._planned: PerThread[SkipSettings] = PerThread(lambda: settings)  # generations may differ in their steps
         self._model = None if model is None else weakref.ref(model)  # it holds the store
         self._forward: PerThread[Forward] = PerThread(Forward)
         # Thresholds, or shares to keep, that were set for a model, with the prefix of its sites' names.
@@ -208,7 +209,7 @@ class StateStore:
                 )
             value, site.name = self._remembered(record)
             self._announce(record, site, sizes)
-            state = self.settings.new_state(site, sizes, value)
+            state = self._planned().new_state(site, sizes, value)
             state.set_flag(FLAG_DENSE, self.is_dense)
             session.follow(state)
             record.states[key] = state
@@ -265,15 +266,26 @@ class StateStore:
 
     # ---- keep -----------------------------------------------------------------------------------------------------
 
-    def plan(self, keep: float | torch.Tensor, full_every: int) -> None:
-        """Let residuals keep so much, and every so many steps be full, in place and in states to come."""
-        self.settings = replace(self.settings, keep=keep, full_every=full_every)
-        residual = self.settings.residual
+    def plan(self, keep: float, full_every: int) -> None:
+        """Let residuals of this thread keep so much, and every so many steps be full, in states to come too.
+
+        Shares that were set for a model stay.
+        """
+        now = self._planned()
+        if self._values or (keep, full_every) == (now.keep, now.full_every):
+            return
+        planned = replace(now, keep=keep, full_every=full_every)
+        self._planned.set(planned)
+        residual = planned.residual
         assert residual is not None
-        for state in [state for record in self.records for state in [*record.states.values()]]:
+        for state in self._states_here():
             assert isinstance(state, ResidualState)
             state.set_plan(residual.plan_table(len(state.plan) - 1))
             state.set_keep(residual.keep)
+
+    def _states_here(self) -> list[SiteState]:
+        session = id(self.session)
+        return [state for record in self.records for key, state in [*record.states.items()] if key[3] == session]
 
     # ---- thresholds and shares to keep -----------------------------------------------------------------------------
 

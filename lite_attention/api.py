@@ -25,7 +25,7 @@ from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.pipeline_scheduler import PipelineScheduler
-from lite_attention.presets import preset_of
+from lite_attention.presets import Preset, preset_of
 from lite_attention.threshold_table import ThresholdTable, of_sites
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def enable(
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
     how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
-    open_preset = preset if keep is None and not {"num_steps", "full_every"} & {*settings} else None
+    is_open = all(given is None for given in (keep, settings.get("num_steps"), settings.get("full_every")))
+    open_preset = preset if is_open else None
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
     scheduler = None if isinstance(model_or_pipe, nn.Module) else PipelineScheduler(model_or_pipe)
     try:
@@ -140,7 +141,8 @@ def chosen_options(
     chosen, num_steps = dict(options), options.get("num_steps")
     if preset is not None:
         require(chosen.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
-        chosen = {"method": "residual", **preset_of(preset, num_steps)._asdict(), **chosen}
+        given = {name: value for name, value in chosen.items() if value is not None or name not in Preset._fields}
+        chosen = {"method": "residual", **preset_of(preset, num_steps)._asdict(), **given}
     if threshold is not None:
         chosen["threshold"] = of_sites("threshold", threshold, num_steps)
     if keep is not None:

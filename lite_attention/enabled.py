@@ -44,9 +44,7 @@ class Wiring:
         """Note that the pipeline begins its loop, of so many steps as far as known."""
         self.clock().begin_loop(total)
         if self.preset is not None and self.store is not None and total:
-            preset, now = preset_of(self.preset, total), self.store.settings
-            if preset != (now.keep, now.full_every):
-                self.store.plan(*preset)
+            self.store.plan(*preset_of(self.preset, total))
 
 
 wirings: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lite_attention.enabled import wirings
-from lite_attention.model_sites import models_of, set_values
+from lite_attention.model_sites import set_values
 from lite_attention.threshold_table import ThresholdTable, loaded
 
 if TYPE_CHECKING:
@@ -49,9 +48,6 @@ def set_keep(model_or_pipe: Any, keep: SiteKeep | ThresholdTable | str | Path) -
         OSError: the file of a table cannot be read.
     """
     _set(model_or_pipe, "keep", keep)
-    for model in models_of(model_or_pipe).values():
-        if model in wirings:
-            wirings[model].preset = None  # it would set its own
 
 
 def _set(model_or_pipe: Any, name: Literal["threshold", "keep"], value: Any) -> None:

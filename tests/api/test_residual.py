@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 import re
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -224,6 +225,44 @@ def test_what_is_given_beside_a_preset_stays() -> None:
     pipe = enable(pipelines.wan(), preset="fast", keep=0.25)
     pipelines.generate(pipe, steps=4)
     assert all(float(state.keep[0]) == 0.25 for state in states_of(pipe))
+
+
+def _table_of(pipe: Any, keep: float) -> ThresholdTable:
+    shares = {site.name: torch.full((1, 1, 1), keep) for site in sites_of(pipe) if site.swapped}
+    return ThresholdTable(shares, method="residual", full_every=3, first_full=2, decide_every=2)
+
+
+@pytest.mark.parametrize("how", ["set_keep", "a table that is applied"])
+def test_what_is_set_in_a_model_with_a_preset_stays(how: str) -> None:
+    pipe = enable(pipelines.wan(), preset="fast")
+    pipelines.generate(pipe, steps=9)
+    lite_attention.set_keep(pipe, 0.55) if how == "set_keep" else _table_of(pipe, 0.55).apply(pipe)
+    for steps in (4, 9):
+        pipelines.generate(pipe, steps=steps)
+        assert all(float(state.keep[0]) == pytest.approx(0.55) for state in states_of(pipe))
+
+
+def test_none_beside_a_preset_is_what_is_not_given() -> None:
+    pipe = enable(pipelines.wan(), preset="quality", keep=None, full_every=None, num_steps=None)
+    assert (store_of(pipe.transformer).settings.keep, store_of(pipe.transformer).settings.full_every) == (0.5, 2)
+    fast = enable(pipelines.wan(), preset="fast", full_every=None, num_steps=None)
+    pipelines.generate(fast, steps=4)
+    assert all(float(state.keep[0]) == 0.5 for state in states_of(fast))  # as few steps have it
+
+
+def test_a_preset_is_planned_for_each_thread_by_its_own_steps() -> None:
+    pipe = enable(pipelines.wan(), preset="fast")
+    pipelines.generate(pipe, steps=9)
+    mine = states_of(pipe)
+    other = threading.Thread(target=pipelines.generate, args=(pipe,), kwargs={"steps": 4})
+    other.start()
+    other.join()
+    assert all(float(state.keep[0]) == pytest.approx(0.2) for state in mine)
+    inputs = {"timestep": torch.tensor([900]), "encoder_hidden_states": dm.noise(1, 24, 16)}
+    with torch.no_grad():
+        pipe.transformer(hidden_states=dm.latents(2, 16, 8), **inputs)
+    assert len(states_of(pipe)) > len(mine)  # of another size
+    assert all(float(state.keep[0]) == pytest.approx(0.2) for state in states_of(pipe))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
