@@ -26,7 +26,7 @@ from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
 from lite_attention.pipeline_scheduler import PipelineScheduler
 from lite_attention.presets import Preset, preset_of
-from lite_attention.threshold_table import ThresholdTable, of_sites
+from lite_attention.threshold_table import ThresholdTable, check_method, loaded, of_sites
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,8 +93,9 @@ def enable(
         The argument, changed in place.
 
     Raises:
-        ValueError: nothing in it can be enabled, a setting is out of range, there is no such file, or a model's tokens
-            cannot be reordered. While running: a table, or a pattern, does not fit the model or the video.
+        ValueError: nothing in it can be enabled, a setting is out of range, there is no such file, a table was found
+            with other settings, or a model's tokens cannot be reordered. While running: a table, or a pattern, does not
+            fit the model or the video.
         TypeError: a setting that there is not.
         OSError: the file of a table cannot be read.
     """
@@ -112,7 +113,10 @@ def enable(
         if token_order is not None:
             order.check(token_order, model)
     # Wrong ones are told before anything is changed.
+    keep = loaded("keep", keep)
     known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
+    if isinstance(keep, ThresholdTable):
+        check_method(keep, known.residual)
     disable(model_or_pipe)
     for model in models_of(model_or_pipe).values():
         for within in [module for module in model.modules() if module in wirings]:

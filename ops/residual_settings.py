@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,7 @@ def residual_of(method: str, of_votes: Mapping[str, Any], of_residual: Mapping[s
     require(method in (*options,), "method", "'votes' or 'residual'", repr(method))
     for other, given in options.items():
         for name, value in given.items() if other != method else ():
-            require(value is None, name, f"none with method={method!r}", f"{value!r}, an option of method={other!r}")
+            got = f"{reprlib.repr(value)}, an option of method={other!r}"
+            require(value is None, name, f"none with method={method!r}", got)
     known = {name: value for name, value in of_residual.items() if value is not None}
     return ResidualSettings(**known) if method == "residual" else None

@@ -6,6 +6,7 @@ fit.py      how it differs from a model
 table.py    `ThresholdTable`: read, written, set in a model
 """
 
+from lite_attention.threshold_table.fit import check_method
 from lite_attention.threshold_table.table import ThresholdTable, loaded, of_sites
 
-__all__ = ["ThresholdTable", "loaded", "of_sites"]
+__all__ = ["ThresholdTable", "check_method", "loaded", "of_sites"]

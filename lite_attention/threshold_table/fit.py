@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from torch import nn
 from lite_attention.enabled import session_of
 from lite_attention.model_sites import ModelSite, methods_of, models_of, sites_of, stores_of
 from lite_attention.ops.control import SEQ_Q, slot_word
+from lite_attention.ops.residual_settings import ResidualSettings
 from lite_attention.threshold_table.content import Content
 
 if TYPE_CHECKING:
     from lite_attention.ops.site import Site
 
 __all__ = [
-    "at_steps", "branches_of", "check_fit", "class_name", "dtype_name", "fitted", "model_name",
+    "at_steps", "branches_of", "check_fit", "check_method", "class_name", "dtype_name", "fitted", "model_name",
     "num_steps_of", "threshold_at",
 ]  # fmt: skip
 
@@ -143,6 +144,13 @@ def check_fit(table: Content, model_or_pipe: Any) -> None:
         raise ValueError(_does_not_fit(table, differences))
 
 
+def check_method(table: Content, residual: ResidualSettings | None) -> None:
+    """Raise ValueError unless a table was found with the options of a method, None = votes."""
+    differences = [*_differences_of_methods(table, [residual])]
+    if differences:
+        raise ValueError(_does_not_fit(table, _lines(differences)))
+
+
 def threshold_at(table: Content, site: Site, num_steps: int | None, strict: bool) -> torch.Tensor:
     """Return the thresholds of a site whose state is born; see `ThresholdTable.threshold_of`."""
     _, tokens, heads, _ = site.q_shape
@@ -173,10 +181,7 @@ def _does_not_fit(table: Content, differences: list[str]) -> str:
 
 def _differences(table: Content, model: Any, sites: list[_Facts]) -> list[str]:
     """Return all in which a table and a model differ, a line for each kind with the sites it concerns."""
-    lines = [
-        f"{what}: {there} in the file, {here} in the model"
-        for what, there, here in _differences_of_whole(table, model, sites)
-    ]
+    lines = _lines(_differences_of_whole(table, model, sites))
     names = {site.name for site in sites}
     if names:
         for what, missing in (
@@ -192,9 +197,13 @@ def _differences(table: Content, model: Any, sites: list[_Facts]) -> list[str]:
     return lines + [f"{difference}: {', '.join(of)}" for difference, of in found.items()]
 
 
+def _lines(differences: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{what}: {there} in the file, {here} in the model" for what, there, here in differences]
+
+
 def _differences_of_whole(table: Content, model: Any, sites: list[_Facts]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what differs, and how it is in a table and in a model."""
-    yield from _differences_of_method(table, model)
+    yield from _differences_of_methods(table, methods_of(model))
     if table.model_class not in (None, class_name(model)):
         yield "model class", table.model_class, class_name(model)
     if table.model is not None and not _is_named(model, table.model):
@@ -208,8 +217,10 @@ def _differences_of_whole(table: Content, model: Any, sites: list[_Facts]) -> It
         yield "order of branches", ", ".join(of_table), ", ".join(branches)
 
 
-def _differences_of_method(table: Content, model: Any) -> Iterator[tuple[str, Any, Any]]:
-    methods = methods_of(model)
+def _differences_of_methods(
+    table: Content, methods: Sequence[ResidualSettings | None]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield in what a table was found with other options than those of some methods, None of them for votes."""
     for residual in methods:
         method = "votes" if residual is None else "residual"
         if method != (table.method or "votes"):

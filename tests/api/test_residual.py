@@ -9,6 +9,7 @@ import re
 import threading
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,6 +231,22 @@ def test_what_is_given_beside_a_preset_stays() -> None:
 def _table_of(pipe: Any, keep: float) -> ThresholdTable:
     shares = {site.name: torch.full((1, 1, 1), keep) for site in sites_of(pipe) if site.swapped}
     return ThresholdTable(shares, method="residual", full_every=3, first_full=2, decide_every=2)
+
+
+@pytest.mark.parametrize("options", [{"full_every": 2}, {"preset": "quality"}, {"first_full": 3}], ids=str)
+def test_a_table_that_was_found_with_other_options_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    called = enable(pipelines.wan())
+    pipelines.generate(called, steps=1)
+    table, pipe = _table_of(called, 0.55), enable(pipelines.wan())
+    table.save(tmp_path / "keep.toml")
+    name = "first_full" if "first_full" in options else "full_every"
+    for keep in (table, tmp_path / "keep.toml"):
+        with pytest.raises(ValueError, match=rf"does not fit the model:\n  {name}: \d in the file, \d in the model"):
+            enable(pipe, keep=keep, **options)
+        assert store_of(pipe.transformer).settings.keep == KEEP  # enabled as it was
+        enable(pipelines.wan(), keep=keep, full_every=3)
+    with pytest.raises(ValueError, match=r"keep: expected none with method='votes', got .{,60}, an option of"):
+        enable(pipe, method="votes", keep=table)
 
 
 @pytest.mark.parametrize("how", ["set_keep", "a table that is applied"])
