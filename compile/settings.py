@@ -236,6 +236,7 @@ class SkipSettings:
         if self.residual is not None:
             options = self.residual.options(self.table_steps, site.device)
             keeping = ResidualState(**common, **options, value_dim=site.value_dim)
+            self.residual.write_plan(keeping)
             keep = self.keep if value is None else value
             if keep is not None:
                 keeping.set_keep(keep(site) if callable(keep) else keep)
@@ -267,10 +268,11 @@ class SkipSettings:
         """Return shapes and dtypes of the buffers of a site's state, in the order of the op's arguments."""
         (batch, seq_q, heads, _), seq_k = site.q_shape, site.k_shape[1]
         sizes = Sizes(batch, heads, seq_q, seq_k, *self.tile_shape_for(site))
-        common: dict[str, Any] = {"slots": self.slots, "has_initial_mask": self.initial_mask is not None}
+        common: dict[str, Any] = {
+            "slots": self.slots, "steps": self.table_steps, "has_initial_mask": self.initial_mask is not None,
+        }  # fmt: skip
         if self.residual is None:
-            return vote_buffers(sizes, **common, steps=self.table_steps)
-        common["steps"] = len(self.residual.plan_table(self.table_steps))
+            return vote_buffers(sizes, **common)
         dtype = RESIDUAL_DTYPES[self.residual.dtype_on(site.device)]
         forecast = self.residual.forecast
         return residual_buffers(sizes, **common, value_dim=site.value_dim, forecast=forecast, dtype=dtype)

@@ -280,7 +280,7 @@ class StateStore:
         assert residual is not None
         for state in self._states_here():
             assert isinstance(state, ResidualState)
-            state.set_plan(residual.plan_table(len(state.plan) - 1))
+            residual.write_plan(state)
             state.set_keep(residual.keep)
 
     def _states_here(self) -> list[SiteState]:

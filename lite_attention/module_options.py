@@ -71,6 +71,7 @@ class ModuleOptions:
             return SkipState(**sizes, device=device, **self.of_state)
         planned = self.residual.options(self.num_steps or UNKNOWN_STEPS, device)
         state = ResidualState(**sizes, value_dim=value_dim, device=device, **planned, **self.of_state)
+        self.residual.write_plan(state)
         _log.info("residual of a LiteAttention: %s", readable(state.nbytes))
         return state
 

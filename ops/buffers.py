@@ -55,7 +55,7 @@ def residual_buffers(
     return {
         "skip_mask": ((slots, MASKS, *sizes.mask), torch.int32),
         "control": ((control_words(slots),), torch.int32),
-        "plan": ((steps,), torch.int32),
+        "plan": ((steps + 1,), torch.int32),  # the last is of all steps that come after
         "keep": ((steps,), torch.float32),
         "times": ((slots, 3), torch.float32),
         "residual": ((slots, planes, *rows, value_dim), dtype),

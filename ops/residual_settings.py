@@ -15,6 +15,7 @@ from lite_attention.ops.plan import FULL, keep_values, step_plan
 
 if TYPE_CHECKING:
     from lite_attention.ops.options import ResidualOptions
+    from lite_attention.ops.residual_state import ResidualState
 
 __all__ = ["UNKNOWN_STEPS", "ResidualSettings", "check_keep", "require_residual", "require_votes", "residual_of"]
 
@@ -59,9 +60,9 @@ class ResidualSettings:
         """Return the kind of each step of a generation, see `step_plan`."""
         return step_plan(steps, full_every=self.full_every, first_full=self.first_full, decide_every=self.decide_every)
 
-    def plan_table(self, steps: int) -> list[int]:
-        """Return the plan of so many steps, and a full one: what comes after them is never forecast for good."""
-        return [*self.plan(steps), FULL]
+    def write_plan(self, state: ResidualState) -> None:
+        """Write the plan into a state; what comes after its steps is full, or a forecast would go on and on."""
+        state.set_plan([*self.plan(len(state.plan) - 1), FULL])
 
     @property
     def steps(self) -> int:
@@ -75,7 +76,7 @@ class ResidualSettings:
     def options(self, steps: int, device: torch.device | str) -> ResidualOptions:
         """Return what a `ResidualState` on a device, of generations of at most so many steps, is made with."""
         options: Any = {
-            "plan": self.plan_table(steps), "keep": self.keep, "forecast": self.forecast,
+            "plan": self.plan(steps), "keep": self.keep, "forecast": self.forecast,
             "residual_dtype": self.dtype_on(device), "memory": self.memory,
         }  # fmt: skip
         return options  # type: ignore[no-any-return]

@@ -233,6 +233,8 @@ class ResidualState(SiteState):
     def set_plan(self, plan: Sequence[int] | torch.Tensor) -> None:
         """Write the kind of each step in place: 0 sparse, 1 full, 2 full and deciding; past its end the last holds.
 
+        It may be one longer than the steps of the state: the last is then of all that come after.
+
         Raises:
             ValueError: other numbers, or more steps than there is room for.
         """
@@ -286,7 +288,7 @@ class ResidualState(SiteState):
         named: dict[str, Any] = {**geometry, "residual_dtype": dtypes[residual.dtype], **options}
         state = cls(
             **named, value_dim=residual.shape[-1], slots=residual.shape[0], forecast=residual.shape[1] > 1,
-            plan=state_dict["plan"], keep=state_dict["keep"], device=device,
+            plan=state_dict["plan"][:-1], keep=state_dict["keep"], device=device,
             initial_mask=cls._saved_initial_mask(state_dict, geometry),
         )  # fmt: skip
         state.load_state_dict(state_dict)

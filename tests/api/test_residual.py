@@ -105,7 +105,7 @@ def test_options_reach_the_states(compile: bool) -> None:
     for state in states_of(model):
         assert isinstance(state, ResidualState)
         assert state.plan.tolist() == [*step_plan(20, full_every=4, first_full=1, decide_every=3), 1]
-        torch.testing.assert_close(state.keep, torch.cat([keep, keep[-1:].expand(18)]))
+        torch.testing.assert_close(state.keep, torch.cat([keep, keep[-1:].expand(17)]))
         assert state.residual.shape == (2, 1, 1, 2, 96, 16)
         assert state.residual.dtype == torch.float8_e4m3fn
         assert state.control[c.REFRESH] == 7
@@ -573,7 +573,8 @@ OPTIONS: dict[str, Any] = {"method": "residual", "keep": 0.4, "num_steps": 9}
 
 def test_a_module_is_the_functional_form_over_steps() -> None:
     module = LiteAttention(**OPTIONS)
-    state = ResidualState.for_inputs(*_inputs(), plan=[*step_plan(9), 1], keep=0.4, residual_dtype="bf16", num_steps=9)
+    state = ResidualState.for_inputs(*_inputs(), plan=step_plan(9), keep=0.4, residual_dtype="bf16", num_steps=9)
+    state.set_plan([*step_plan(9), 1])
     for step in range(11):  # over the wrap
         out, lse = module(*_inputs(step), scale=0.3, return_softmax_lse=True, must_do_list=[70, 80])
         want, want_lse = residual_attention(*_inputs(step), state, scale=0.3, return_lse=True, must_do=[70, 80])

@@ -80,10 +80,10 @@ def test_sizes_and_bytes(residual_dtype: Any, forecast: bool) -> None:
     assert state.skip_mask.shape == (3, 2, 2, 4, 7, 2)
     assert state.residual.shape == (3, planes, 2, 4, 50, 8)
     assert state.row_lse.shape == (3, 1 + planes, 2, 4, 50)
-    assert (state.plan.shape, state.keep.shape, state.times.shape) == ((50,), (50,), (3, 3))
+    assert (state.plan.shape, state.keep.shape, state.times.shape) == ((51,), (50,), (3, 3))
     assert (state.residual_scale is not None) == (residual_dtype == "fp8")
     assert state.times.isnan().all()
-    assert state.plan.tolist() == [*step_plan(20), *[0] * 30]
+    assert state.plan.tolist() == [*step_plan(20), *[0] * 31]
     assert state.kept_tiles().all()
     assert state.kept_tiles().shape == (3, 2, 4, 7, 33)
     assert "7x33 tiles of 8x8" in repr(state)
@@ -95,7 +95,7 @@ def test_sizes_and_bytes(residual_dtype: Any, forecast: bool) -> None:
     assert parts.scale == (0 if state.residual_scale is None else state.residual_scale.nbytes)
     assert parts.lse == state.row_lse.nbytes
     rest = state.nbytes - parts.total
-    assert rest == 4 * (c.control_words(3) + 2 * 50 + 9)
+    assert rest == 4 * (c.control_words(3) + 51 + 50 + 9)
 
 
 def test_the_figures_of_a_large_model() -> None:
@@ -148,9 +148,11 @@ def test_plan_keep_and_time_are_written_in_place() -> None:
     state = _state(num_steps=5)
     addresses = [buffer.data_ptr() for buffer in state.buffers()]
     state.set_plan([2, 1])
-    assert state.plan.tolist() == [2, 1, 1, 1, 1]
+    assert state.plan.tolist() == [2, 1, 1, 1, 1, 1]
     state.set_plan(torch.tensor([2, 0, 0, 0, 1]))
-    assert state.plan.tolist() == [2, 0, 0, 0, 1]
+    assert state.plan.tolist() == [2, 0, 0, 0, 1, 1]
+    state.set_plan([2, 0, 0, 0, 0, 1])  # what comes after the steps may be another kind
+    assert state.plan.tolist() == [2, 0, 0, 0, 0, 1]
     state.set_keep(torch.tensor([0.5, 0.25]))
     assert state.keep.tolist() == [0.5, *[0.25] * 4]
     state.set_keep(0.75)
@@ -167,7 +169,7 @@ def test_plan_keep_and_time_are_written_in_place() -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda state: state.set_plan([0] * 4), "plan: expected at most 3 steps, as many as the state was made with"),
+        (lambda state: state.set_plan([0] * 5), "plan: expected at most 4 steps, as many as the state was made with"),
         (lambda state: state.set_plan([5]), "plan: expected integers"),
         (lambda state: state.set_keep(torch.zeros(4)), "keep: expected at most 3 steps, .*, got 4"),
         (lambda state: state.set_keep(math.nan), "keep: expected a share from 0 to 1"),
@@ -270,7 +272,7 @@ def test_state_dict_round_trip(residual_dtype: str, options: dict[str, Any]) -> 
     ("other", "message"),
     [
         ({"slots": 3}, r"skip_mask: expected torch.int32 \(2, 2, 2, 4, 7, 1\), got torch.int32 \(3, 2, 2, 4, 7, 1\)"),
-        ({"plan": [0] * 4}, r"plan: expected torch.int32 \(3,\), got torch.int32 \(4,\)"),
+        ({"plan": [0] * 4}, r"plan: expected torch.int32 \(4,\), got torch.int32 \(5,\)"),
         ({"residual_dtype": "fp32"}, r"state_dict: expected .*'residual_scale'.* got"),
         ({"forecast": False}, r"residual: expected torch.float8_e4m3fn \(2, 2, 2, 4, 50, 8\), got"),
         ({"value_dim": 16}, r"residual: expected torch.float8_e4m3fn \(2, 2, 2, 4, 50, 8\), got"),
