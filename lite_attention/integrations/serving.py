@@ -1,0 +1,170 @@
+"""`ServedAttention`: the attention layers of a server, with memories by layer, shape, branch and thread.
+
+A host calls a layer's attention, but no model that `enable` has seen. So it says where its forwards are, and asks for
+each call whether LiteAttention is to run it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from lite_attention.compile.store import StateStore
+from lite_attention.integrations.serving_options import ServingOptions, layer_index
+from lite_attention.ops import Session
+from lite_attention.ops.clock import Clock
+from lite_attention.ops.methods import METHODS
+from lite_attention.ops.site import Site
+from lite_attention.ops.threads import PerThread
+from lite_attention.ops.tiles import ceil_div
+from lite_attention.presets import preset_of
+
+__all__ = ["Layer", "Moment", "ServedAttention"]
+
+
+class Moment(NamedTuple):
+    """What a host says of a forward that begins."""
+
+    branch: str | None = None  # None = it does not say
+    step: int | None = None
+    timestep: float | None = None
+    begins: bool = False  # a generation begins with it
+    num_steps: int | None = None  # of the generation
+
+
+@dataclass(eq=False)
+class Layer:
+    """An attention layer of a host. It owns its memories, which go with it."""
+
+    name: str
+    scale: float | None
+
+    def __post_init__(self) -> None:
+        self.index = layer_index(self.name)
+
+
+@dataclass
+class _Here:
+    """Where a thread is."""
+
+    skips: bool = False  # in a forward that may skip
+    step: int | None = None
+    ran: Counter[str | None] = field(default_factory=Counter)  # branches, in this step
+
+
+class ServedAttention:
+    """Runs attention for a host, where there is something to skip.
+
+    Args:
+        options: of all its layers.
+    """
+
+    def __init__(self, options: ServingOptions) -> None:
+        self.options, settings = options, options.settings
+        self.store = StateStore(settings, PerThread(lambda: Session(settings.slots)))
+        self._clock = PerThread(lambda: Clock(settings.num_steps, settings.max_steps))
+        self._here = PerThread(_Here)
+
+    def begin_forward(self, moment: Moment) -> None:
+        """Note that a forward begins in this thread; all its calls until the next one are its own."""
+        session, clock, here = self.store.session, self._clock(), self._here()
+        self.store.begin_forward()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            session.let_the_op_count()  # a replay runs nothing of this
+            here.skips = True
+            return
+        if moment.begins:
+            clock.begin()
+        place = clock.place(self._branch(here, moment), moment.step, moment.timestep)
+        if place.generation != session.generation:
+            self.store.forget_other_sizes()
+            self._plan(moment.num_steps)
+        # The host of this server writes each step, so none is left for the op to count.
+        here.skips = session.enter(place._replace(is_told=True, times=_times(moment.timestep)))
+        if not here.skips:
+            slots = self.options.settings.slots
+            self.store.say(f"a step has more than {slots} passes: the others are dense; configure slots={slots + 1}")
+        here.skips = here.skips and place.step >= self.options.dense_steps
+
+    def leave(self) -> None:
+        """Note that this thread runs no forward of a model that skips; its calls are dense."""
+        self._here().skips = False
+
+    @staticmethod
+    def _branch(here: _Here, moment: Moment) -> str | None:
+        """Return the name of a pass; in a step that is told, a name that ran before is another pass."""
+        if moment.step is None or moment.branch is None:
+            return moment.branch
+        if moment.begins or moment.step != here.step:
+            here.step, here.ran = moment.step, Counter()
+        here.ran[moment.branch] += 1
+        number = here.ran[moment.branch]
+        return moment.branch if number == 1 else f"{moment.branch} {number}"
+
+    def _plan(self, num_steps: int | None) -> None:
+        """Let a preset, some of which depend on the number of steps, be what it is for this generation."""
+        if self.options.preset is not None and num_steps:
+            preset, now = preset_of(self.options.preset, num_steps), self.store.settings
+            if preset != (now.keep, now.full_every):
+                self.store.plan(*preset)
+
+    def attend(
+        self,
+        layer: Layer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        key_mask: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attend with a memory, or return None: then the call is one for dense attention.
+
+        Args:
+            layer: whose call it is; one that a forward calls several times has a memory for each of these calls.
+            q: (batch, seq_q, heads, head_dim).
+            k: (batch, seq_k, kv_heads, head_dim).
+            v: (batch, seq_k, kv_heads, value_dim).
+            key_mask: bool (batch or 1, seq_k), True = the key takes part.
+            return_lse: also return the log-sum-exp.
+
+        Returns:
+            out (batch, seq_q, heads, value_dim), and with `return_lse` lse float32 (batch, heads, seq_q), natural log;
+            or None.
+        """
+        if not self._here().skips or layer.index in self.options.dense_layers:
+            return None
+        site = Site(layer.name, "Attention", 0, q.shape, k.shape, v.shape, q.dtype, q.device, is_self_attention=True)
+        reason = self._reason(site, return_lse)
+        if reason is not None:
+            self.store.say(f"{layer.name} runs dense: {reason}", cause=reason)
+            return None
+        (number,) = self.store.calls_before(Counter({(id(layer),): 1}))
+        record = self.store.record([layer], (number,), site)
+        state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
+        self.store.note(record, state)
+        settings = self.store.settings
+        return METHODS[settings.method].attend(
+            q, k, v, state, scale=layer.scale, return_lse=return_lse, must_do=self.options.must_do(k.shape[1]),
+            key_mask=key_mask, quantization=settings.quantization, implementation=settings.implementation,
+        )  # fmt: skip
+
+    def _reason(self, site: Site, is_part: bool) -> str | None:
+        """Return why a call cannot skip, None if it can; where it is a part of one, it has other keys than queries."""
+        settings = self.store.settings
+        if not is_part and site.q_shape[1] != site.k_shape[1]:
+            return "queries and keys of different number"
+        reason = settings.unsupported_reason(site)
+        if reason is None:
+            k_tiles = ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1])
+            if k_tiles < settings.min_tiles:
+                reason = f"only {k_tiles} k-tile(s), fewer than min_tiles={settings.min_tiles}"
+        return reason
+
+
+def _times(timestep: float | None) -> dict[str, float]:
+    return {} if timestep is None or not math.isfinite(timestep) else {"timestep": timestep}

@@ -1,0 +1,126 @@
+"""`ServingOptions`: what a user of a serving framework writes into its configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lite_attention.compile.settings import SkipSettings
+from lite_attention.ops.arguments import check_count, require
+from lite_attention.presets import preset_of
+
+__all__ = ["ServingOptions", "layer_index", "mapping_of"]
+
+# Options of `SkipSettings` that JSON cannot say.
+_CALLABLES = {"select", "initial_mask"}
+_OF_SETTINGS = {field.name for field in fields(SkipSettings)} - _CALLABLES
+_OWN = {"preset", "dense_steps", "dense_layers", "sinks"}
+
+_SLOTS = {"votes": 3, "residual": 2}  # as `enable` has them
+
+Range = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """Options of attention that a server runs.
+
+    Args:
+        settings: of the sites, as `enable` has them.
+        dense_steps: so many steps at the beginning are dense, and neither vote nor skip.
+        dense_layers: numbers of the layers that stay dense.
+        sinks: ranges of keys that are always computed, as slices: (start, end), where a negative number counts from the
+            end, and None is the start or the end.
+        preset: whose options depend on the number of steps of a request; None = all is said.
+    """
+
+    settings: SkipSettings
+    dense_steps: int = 0
+    dense_layers: frozenset[int] = frozenset()
+    sinks: tuple[Range, ...] = ()
+    preset: str | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | None) -> ServingOptions:
+        """Return the options that a configuration says.
+
+        Args:
+            config: any of the options of `SkipSettings` that are numbers, names or switches, and besides
+                "preset": "quality", "balanced" or "fast", see `lite_attention.presets`;
+                "dense_steps": a number; with the method "residual" it is another name for `first_full`;
+                "dense_layers": a number, a list of numbers, or text such as "0,1,38-39";
+                "sinks": a list of pairs, such as [[0, 226], [-256, null]].
+
+        Raises:
+            ValueError: an option that there is not, or one that is out of range.
+        """
+        given = dict(config or {})
+        unknown = sorted({*given} - _OF_SETTINGS - _OWN)
+        require(not unknown, "config", f"options out of {sorted(_OF_SETTINGS | _OWN)}", unknown)
+        own = {name: given.pop(name) for name in _OWN & {*given}}
+        preset, open_preset = own.get("preset"), None
+        if preset is not None:
+            require(given.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
+            open_preset = None if {"keep", "full_every", "num_steps"} & {*given} else preset
+            given = {"method": "residual", **preset_of(preset, given.get("num_steps"))._asdict(), **given}
+        dense_steps = check_count("dense_steps", own.get("dense_steps", 0), least=0)
+        method = given.get("method", "votes")
+        given.setdefault("slots", _SLOTS.get(method, 1))
+        if method == "residual" and dense_steps:
+            require("first_full" not in given, "dense_steps", "none beside first_full", dense_steps)
+            given["first_full"], dense_steps = dense_steps, 0
+        layers, sinks = _layers(own.get("dense_layers")), _ranges(own.get("sinks", ()))
+        return cls(SkipSettings(**given), dense_steps, layers, sinks, open_preset)
+
+    def must_do(self, seq_k: int) -> tuple[int, ...] | None:
+        """Return the sinks as ranges [start, end, ...] of so many keys; None = there are none."""
+        ranges = [slice(*sink).indices(seq_k)[:2] for sink in self.sinks]
+        return tuple(end for sink in ranges if sink[0] < sink[1] for end in sink) or None
+
+
+def _layers(given: object) -> frozenset[int]:
+    """Return numbers of layers out of a number, a list, or text such as "0,1,38-39"."""
+    expected = "a number, a list of numbers, or text such as '0,1,38-39'"
+    if given is None:
+        return frozenset()
+    if isinstance(given, str):
+        parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in given.split(",") if part.strip()]
+        require(all(parts), "dense_layers", expected, repr(given))
+        ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+        return frozenset(layer for first, last in ends for layer in range(first, last + 1))
+    numbers = given if isinstance(given, Sequence) else [given]
+    require(all(type(n) is int and n >= 0 for n in numbers), "dense_layers", expected, repr(given))
+    return frozenset(numbers)
+
+
+def _ranges(given: object) -> tuple[Range, ...]:
+    listed = given if isinstance(given, Sequence) and not isinstance(given, str) else [None]
+    pairs = [tuple(pair) if isinstance(pair, Sequence) else () for pair in listed]
+    right = all(len(pair) == 2 and all(end is None or type(end) is int for end in pair) for pair in pairs)
+    require(right, "sinks", "a list of pairs [start, end] of integers or null", repr(given))
+    return tuple((start, end) for start, end in pairs)
+
+
+def layer_index(name: str) -> int | None:
+    """Return the number of a layer out of its path: the first one in it; None = it has none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None
+
+
+def mapping_of(text: str) -> dict[str, Any]:
+    """Return a configuration out of JSON, or out of the file of JSON that the text is the path of.
+
+    Raises:
+        ValueError: it is neither.
+        OSError: the file cannot be read.
+    """
+    try:
+        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"configuration: expected JSON, got {text!r}: {error}") from error
+    require(isinstance(config, dict), "configuration", "a JSON object", repr(config))
+    return dict(config)

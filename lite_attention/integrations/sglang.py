@@ -1,0 +1,66 @@
+"""LiteAttention as an attention backend of SGLang's diffusion models, under the name "lite_attention".
+
+```
+sglang generate --model-path ... --attention-backend lite_attention \\
+    --attention-backend-config '{"preset": "balanced", "dense_layers": "0,1", "sinks": [[0, 226]]}'
+```
+
+SGLang finds `register` by its entry point, wherever both packages are installed. The options are those of
+`lite_attention.integrations.serving_options.ServingOptions.of`. Step, branch and request come from SGLang's forward
+context. Cross-attention, causal attention, and all that runs outside of a request's denoising stay with the backend
+that SGLang takes by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lite_attention.integrations.enum_member import add_member
+
+__all__ = ["BACKEND", "backend_member", "register"]
+
+BACKEND = "lite_attention"
+
+_CLASS = "lite_attention.integrations.sglang_backend.LiteAttentionBackend"
+_SERVER_ARGS = "sglang.multimodal_gen.runtime.server_args.server_args.ServerArgs._adjust_attention_backend"
+
+
+def register() -> None:
+    """Add the backend to SGLang: a plug-in of the group `sglang.multimodal_gen.plugins`.
+
+    It registers hooks, and resolves nothing that SGLang has not imported by then.
+    """
+    from sglang.multimodal_gen.runtime.platforms import current_platform
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookType, plugin_hook
+
+    backend_member()
+    platform = next(cls for cls in type(current_platform).__mro__ if "get_attn_backend_cls_str" in vars(cls))
+    resolve = f"{platform.__module__}.{platform.__qualname__}.get_attn_backend_cls_str"
+    plugin_hook(resolve, type=HookType.AROUND)(_resolve)
+    plugin_hook(_SERVER_ARGS, type=HookType.BEFORE)(_admit_ring)
+
+
+def backend_member() -> Any:
+    """Return our member of SGLang's `AttentionBackendEnum`, a sparse one, added at the first call."""
+    from sglang.multimodal_gen.runtime.platforms import AttentionBackendEnum as Backends
+
+    if BACKEND.upper() not in Backends.__members__:
+        of_host = Backends.is_sparse.fget
+        add_member(Backends, BACKEND.upper(), max(member.value for member in Backends) + 1)
+        Backends.is_sparse = property(lambda self: self.name == BACKEND.upper() or of_host(self))
+    return Backends[BACKEND.upper()]
+
+
+def _resolve(resolve: Any, platform: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the path of a backend's class, around a platform's `get_attn_backend_cls_str`."""
+    if selected_backend is backend_member():
+        return _CLASS
+    return resolve(platform, selected_backend, *args, **kwargs)
+
+
+def _admit_ring(server_args: Any) -> None:
+    """Let ring attention have the backend: SGLang keeps a list of the names that tell the log-sum-exp."""
+    module: Any = sys.modules[type(server_args).__module__]
+    if BACKEND not in module.RING_CAPABLE_ATTENTION_BACKENDS:
+        module.RING_CAPABLE_ATTENTION_BACKENDS = (*module.RING_CAPABLE_ATTENTION_BACKENDS, BACKEND)

@@ -1,0 +1,196 @@
+"""What SGLang calls: the backend "lite_attention", and the attention of one layer."""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from dataclasses import dataclass
+from itertools import count, pairwise
+from numbers import Integral
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from sglang.multimodal_gen.runtime.layers.attention.backends.attention_backend import AttentionBackend, AttentionImpl
+from sglang.multimodal_gen.runtime.managers.forward_context import get_forward_context_or_none
+from sglang.multimodal_gen.runtime.platforms import current_platform
+from sglang.multimodal_gen.runtime.server_args import get_global_server_args
+
+from lite_attention.integrations.serving import Layer, Moment, ServedAttention
+from lite_attention.integrations.serving_options import ServingOptions
+from lite_attention.integrations.sglang import backend_member
+from lite_attention.ops import attention
+from lite_attention.ops.threads import PerThread
+from lite_attention.ops.torch_internals import uncompiled
+
+__all__ = ["LiteAttentionBackend", "LiteAttentionImpl"]
+
+_unnamed = count()  # layers that SGLang gives no path
+
+
+class LiteAttentionBackend(AttentionBackend):  # type: ignore[misc]
+    """The backend, as SGLang asks for it."""
+
+    @staticmethod
+    def get_enum() -> Any:
+        """Return its member of the enumeration of backends."""
+        return backend_member()
+
+    @staticmethod
+    def get_impl_cls() -> type[LiteAttentionImpl]:
+        """Return what a layer makes one of."""
+        return LiteAttentionImpl
+
+    @classmethod
+    def supports_ring_rotation(cls) -> bool:
+        """Return that calls tell their log-sum-exp, so that parts can be merged."""
+        return True
+
+
+class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
+    """The attention of one layer.
+
+    Args:
+        num_heads: query heads.
+        head_size: width of a head.
+        softmax_scale: factor of the scores.
+        causal: a causal layer stays dense.
+        num_kv_heads: key heads.
+        prefix: path of the layer in its model.
+        is_cross_attention: such a layer stays dense.
+        options: passed to the dense backend.
+
+    Raises:
+        ValueError: an option in --attention-backend-config that there is not, or one out of range.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        is_cross_attention: bool = False,
+        **options: Any,
+    ) -> None:
+        self._may_skip = not (causal or is_cross_attention)
+        self._served = _served()
+        self._layer = Layer(prefix.removesuffix(".impl") or f"attention[{next(_unnamed)}]", softmax_scale)
+        self._dense = _dense_backend(head_size).get_impl_cls()(
+            num_heads=num_heads, head_size=head_size, softmax_scale=softmax_scale, causal=causal,
+            num_kv_heads=num_kv_heads, prefix=prefix, is_cross_attention=is_cross_attention, **options,
+        )  # fmt: skip
+
+    @uncompiled
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: Any = None,
+        *,
+        return_softmax_lse: bool = False,
+    ) -> Any:
+        """Attend: (batch, tokens, heads, head_dim); the log-sum-exp is (batch, heads, tokens), natural log."""
+        result = self._skipping(query, key, value, return_softmax_lse)
+        if result is not None:
+            return result
+        if return_softmax_lse:
+            return attention(query, key, value, scale=self._layer.scale, return_lse=True)
+        return self._dense.forward(query, key, value, None)
+
+    @uncompiled
+    def forward_varlen(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        cu_seqlens_host: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        """Attend within each of the sequences that are packed one behind the other: (tokens, heads, head_dim)."""
+        if not (self._may_skip and self._served.follow()):
+            return self._dense.forward_varlen(  # type: ignore[no-any-return]
+                query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_host=cu_seqlens_host
+            )
+        bounds = cu_seqlens.tolist() if cu_seqlens_host is None else cu_seqlens_host
+        out = query.new_zeros(*query.shape[:2], value.shape[2])
+        for start, end in pairwise(bounds):
+            if start < end:
+                out[start:end] = self.forward(*(x[None, start:end] for x in (query, key, value)))[0]
+        return out
+
+    @uncompiled
+    def forward_ring_kv_chunk(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend with one part of the keys: (tokens, heads, head_dim), and a log-sum-exp (heads, tokens)."""
+        out, lse = self.forward(query[None], key[None], value[None], return_softmax_lse=True)
+        return out[0], lse[0]
+
+    def _skipping(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, return_lse: bool) -> Any:
+        if not (self._may_skip and self._served.follow()):
+            return None
+        return self._served.attend(self._layer, query, key, value, return_lse=return_lse)
+
+
+def _dense_backend(head_size: int) -> Any:
+    """Return the backend that SGLang takes by itself."""
+    from sglang.multimodal_gen.runtime.utils.precision import get_compute_dtype
+
+    return resolve_name(current_platform.get_attn_backend_cls_str(None, head_size, get_compute_dtype()))
+
+
+@dataclass
+class _Seen:
+    """What a thread saw last: SGLang makes a context for each forward, and has a request for each generation."""
+
+    context: weakref.ref[Any] | None = None
+    request: weakref.ref[Any] | None = None
+
+
+class _Served(ServedAttention):
+    """Follows the forwards of a server."""
+
+    def __init__(self, options: ServingOptions) -> None:
+        super().__init__(options)
+        self._seen = PerThread(_Seen)
+
+    def follow(self) -> bool:
+        """Note which forward this thread is in, and return whether it is one of a request."""
+        context = get_forward_context_or_none()
+        request = None if context is None else context.forward_batch
+        if context is None or request is None:
+            return False
+        seen = self._seen()
+        if seen.context is None or seen.context() is not context:
+            begins = seen.request is None or seen.request() is not request
+            seen.context, seen.request = weakref.ref(context), weakref.ref(request)
+            self.begin_forward(_moment(context, request, begins))
+        return True
+
+
+def _moment(context: Any, request: Any, begins: bool) -> Moment:
+    step = context.current_timestep
+    return Moment(
+        branch="uncond" if getattr(request, "is_cfg_negative", False) else "cond",
+        step=int(step) if isinstance(step, Integral) else None,
+        begins=begins,
+        num_steps=getattr(request, "num_inference_steps", None),
+    )
+
+
+def _served() -> _Served:
+    """Return what serves all layers with the configuration of this server."""
+    config = getattr(get_global_server_args(), "attention_backend_config", None) or {}
+    return _served_with(json.dumps(config, sort_keys=True))
+
+
+@functools.cache
+def _served_with(config: str) -> _Served:
+    return _Served(ServingOptions.of(json.loads(config)))
