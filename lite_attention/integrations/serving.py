@@ -83,8 +83,8 @@ class ServedAttention:
         if place.generation != session.generation:
             self.store.forget_other_sizes()
             self._plan(moment.num_steps)
-        # The host of this server writes each step, so none is left for the op to count.
-        here.skips = session.enter(place._replace(is_told=True, times=_times(moment.timestep)))
+        # Nobody says where a forward ends. It need not be left, since the next one writes its own step.
+        here.skips = session.enter(place._replace(times=_times(moment.timestep)))
         if not here.skips:
             slots = self.options.settings.slots
             self.store.say(f"a step has more than {slots} passes: the others are dense; configure slots={slots + 1}")

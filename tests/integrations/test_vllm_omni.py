@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lite_attention.ops.control import STEP, slot_word
 from lite_attention.presets import preset_of
 from tests.support import hosts, vllm_omni_host
 from tests.support.served_calls import HEAD_DIM, HEADS, TOKENS, ByHand, inputs
@@ -117,6 +118,8 @@ def test_a_memory_for_each_layer_and_branch_begins_with_each_request(start: Star
                 positive, negative = passes(by_hand, step, request)
                 pipeline.predict_noise_maybe_with_cfg(True, 0.5, positive, negative, cfg_normalize=False)
         assert by_hand.skipped > 0.05
+        for record in worker.layer(9)._served.store.records:
+            assert [int(record.last.control[slot_word(slot, STEP)]) for slot in (0, 1)] == [2, 2]
 
 
 def test_a_pass_that_a_step_leaves_out_keeps_its_memory(start: Start) -> None:
@@ -182,6 +185,44 @@ def test_a_model_that_is_called_by_itself_runs_a_layer_once_in_a_forward(start: 
                     qkv = inputs(i, "cond", step, request=request)
                     torch.testing.assert_close(layer.forward(*qkv, None), by_hand(i, qkv))
         assert by_hand.skipped > 0.05
+
+
+def test_passes_of_a_timestep_are_told_apart_by_their_order(start: Start) -> None:
+    worker, by_hand = start(threshold=THRESHOLD), ByHand(THRESHOLD)
+    layers = [worker.layer(0), worker.layer(1)]
+    with worker.context.set_forward_context():
+        for step in range(3):
+            worker.context.set_forward_context_denoise_timestep(1 - step / 3)
+            for branch in BRANCHES:
+                for i, layer in enumerate(layers):
+                    qkv = inputs(i, branch, step)
+                    torch.testing.assert_close(layer.forward(*qkv, None), by_hand((i, branch), qkv))
+    assert by_hand.skipped > 0.05
+
+
+def test_a_method_that_calls_the_one_it_overrides_makes_one_pass(start: Start) -> None:
+    worker, by_hand = start(threshold=THRESHOLD), ByHand(THRESHOLD)
+    base = worker.pipeline(worker.layer(0), worker.layer(1))
+    first, second = (worker.layer(i) for i in (2, 3))
+
+    class Derived(type(base)):  # type: ignore[misc]
+        def predict_noise(self, branch: str, calls: list[Any], expected: list[Any]) -> Any:
+            torch.testing.assert_close(first.forward(*calls[0], None), expected[0])
+            out = super().predict_noise(branch, calls, expected)
+            torch.testing.assert_close(second.forward(*calls[1], None), expected[1])
+            return out
+
+    derived, other = Derived(), ByHand(THRESHOLD)
+    with worker.context.set_forward_context():  # both methods are known from here on
+        base.predict_noise_maybe_with_cfg(False, 1.0, passes(other, 0, 5)[0], None)
+    with worker.context.set_forward_context():
+        for step in range(3):
+            derived.predict_noise_maybe_with_cfg(True, 0.5, *passes(by_hand, step, 0))
+    served = first._served.store
+    assert {len(record.states) for record in served.records} == {1}
+    assert served.session.steps == 3
+    assert len(served.records) == 4
+    assert by_hand.skipped > 0.05
 
 
 def test_masks_of_keys_are_taken_and_others_are_the_hosts(start: Start) -> None:
