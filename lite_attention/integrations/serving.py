@@ -108,9 +108,7 @@ class ServedAttention:
     def _plan(self, num_steps: int | None) -> None:
         """Let a preset, some of which depend on the number of steps, be what it is for this generation."""
         if self.options.preset is not None and num_steps:
-            preset, now = preset_of(self.options.preset, num_steps), self.store.settings
-            if preset != (now.keep, now.full_every):
-                self.store.plan(*preset)
+            self.store.plan(*preset_of(self.options.preset, num_steps))
 
     def attend(
         self,

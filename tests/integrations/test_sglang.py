@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lite_attention.ops import step_plan
 from lite_attention.presets import preset_of
 from tests.support import hosts, sglang_host
 from tests.support.served_calls import HEAD_DIM, HEADS, TOKENS, ByHand, inputs
@@ -286,10 +287,10 @@ def test_a_preset_follows_the_steps_of_a_request(start: Start) -> None:
     for steps in (4, 20):
         with server.step(Request(num_inference_steps=steps), 0):
             layer.forward(*inputs(0, "cond", 0), None)
-        settings = layer._served.store.settings
-        assert (settings.keep, settings.full_every) == preset_of("fast", steps)
         (record,) = layer._served.store.records
-        assert float(record.last.keep[0]) == pytest.approx(settings.keep)
+        keep, full_every = preset_of("fast", steps)
+        assert float(record.last.keep[0]) == pytest.approx(keep)
+        assert record.last.plan[:12].tolist() == step_plan(12, full_every=full_every)
     assert preset_of("fast", 4) != preset_of("fast", 20)
 
 

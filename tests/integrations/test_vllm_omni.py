@@ -271,7 +271,8 @@ def test_a_preset_follows_the_steps_of_a_request(start: Start) -> None:
         with worker.context.set_forward_context(denoise_step_idx=0):
             worker.context.set_forward_context_denoise_total_steps(steps)
             layer.forward(*inputs(0, "cond", 0), None)
-        assert layer._served.store.settings.keep == preset_of("fast", steps).keep
+        (record,) = layer._served.store.records
+        assert float(record.last.keep[0]) == pytest.approx(preset_of("fast", steps).keep)
     assert preset_of("fast", 4) != preset_of("fast", 20)
 
 
