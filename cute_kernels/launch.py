@@ -8,7 +8,8 @@ import logging
 import torch
 
 from lite_attention.cute_kernels.cache import Kernel, has_compiler, library
-from lite_attention.ops.targets import TARGETS, Target, target_of
+from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.ops.targets import DTYPE_NAMES, TARGETS, Target, target_of
 
 __all__ = [
     "check_supported",
@@ -59,10 +60,19 @@ def unsupported_reason(
     if capability not in target.capabilities:
         served = ", ".join(sorted({f"{x[0]}.{x[1]}" for t in TARGETS.values() for x in t.capabilities}, key=float))
         return f"there are kernels for compute capability {served}, got {capability[0]}.{capability[1]}"
-    if library() is None and not has_compiler():
-        driver = "cu13" if (torch.version.cuda or "13").startswith("13") else "cu12"
-        return f"the CuTe DSL is not installed: pip install 'lite-attention[{driver}]'"
-    return None
+    residual = "fp8" if method == "residual" else ""
+    tiles = target.tile_shape(head_dim)
+    return _not_to_be_had(KernelConfig(DTYPE_NAMES[dtype], head_dim, *tiles, residual=residual, target=target))
+
+
+def _not_to_be_had(config: KernelConfig) -> str | None:
+    """Return why a kernel can neither be found nor compiled, or None if it can."""
+    ahead = library()
+    if has_compiler() or (ahead is not None and ahead.implements_function(config.name)):
+        return None
+    driver = "cu13" if (torch.version.cuda or "13").startswith("13") else "cu12"
+    besides = "" if ahead is None else f", and the library of kernels has no {config.name}"
+    return f"the CuTe DSL is not installed{besides}: pip install 'lite-attention[{driver}]'"
 
 
 def check_supported(

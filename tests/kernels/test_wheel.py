@@ -6,15 +6,17 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 import zipfile
 
 import pytest
+import torch
 
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from lite_attention import __version__
 from lite_attention.cli import main
-from lite_attention.cute_kernels import aot, cache, wheel
+from lite_attention.cute_kernels import aot, cache, launch, wheel
 from lite_attention.cute_kernels.config import ChoiceConfig
 from lite_attention.cute_kernels.fingerprint import kernels_of
 from tests.kernels.test_cache import CAN_LINK
@@ -24,6 +26,7 @@ KERNEL, OTHER = ChoiceConfig("choose_tiles"), ChoiceConfig("count_masses")
 
 GET = f"""
 import sys
+import types
 from lite_attention.cute_kernels import cache
 from lite_attention.cute_kernels.config import ChoiceConfig
 cache.has_compiler = lambda: False
@@ -119,3 +122,23 @@ def test_the_command_writes_it(
     monkeypatch.setattr(aot, "compile_library", lambda configs, out: None)
     assert main([*arguments, "--wheel"]) == 1
     assert "--wheel: expected a library to put into it, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("has", "compiler", "reason"),
+    [
+        ("lite_attention_sm90a_skip_bf16_d128_192x80", False, None),
+        ("another", True, None),
+        ("another", False, "and the library of kernels has no lite_attention_sm90a_skip_bf16_d128_192x80: pip install"),
+    ],
+)
+def test_what_a_library_lacks_is_known_before_a_call(
+    has: str, compiler: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "has_compiler", lambda: compiler)
+    monkeypatch.setattr(launch, "library", lambda: types.SimpleNamespace(implements_function=has.__eq__))
+    launch.unsupported_reason.cache_clear()
+    got = launch.unsupported_reason(128, 128, torch.bfloat16, torch.device("cuda", 0))
+    launch.unsupported_reason.cache_clear()
+    assert got is reason if reason is None else reason in str(got)
