@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.presets import preset_of
@@ -19,6 +21,7 @@ __all__ = ["ServingOptions", "layer_index", "mapping_of"]
 _CALLABLES = {"select", "initial_mask"}
 _OF_SETTINGS = {field.name for field in fields(SkipSettings)} - _CALLABLES
 _OWN = {"preset", "dense_steps", "dense_layers", "sinks"}
+_BY_STEP = {"threshold": (-1, 1), "keep": (-1,)}  # shapes that tables of steps have
 
 _SLOTS = {"votes": 3, "residual": 2}  # as `enable` has them
 
@@ -49,7 +52,8 @@ class ServingOptions:
         """Return the options that a configuration says.
 
         Args:
-            config: any of the options of `SkipSettings` that are numbers, names or switches, and besides
+            config: any of the options of `SkipSettings` that are numbers, names or switches, where "threshold" and
+                "keep" may be lists with a number for each step. Besides
                 "preset": "quality", "balanced" or "fast", see `lite_attention.presets`;
                 "dense_steps": a number; with the method "residual" it is another name for `first_full`;
                 "dense_layers": a number, a list of numbers, or text such as "0,1,38-39";
@@ -62,6 +66,9 @@ class ServingOptions:
         unknown = sorted({*given} - _OF_SETTINGS - _OWN)
         require(not unknown, "config", f"options out of {sorted(_OF_SETTINGS | _OWN)}", unknown)
         own = {name: given.pop(name) for name in _OWN & {*given}}
+        given |= {name: _steps(name, given[name]) for name in {*_BY_STEP} & {*given}}
+        if given.get("num_steps") is not None:
+            check_count("num_steps", given["num_steps"])
         preset, open_preset = own.get("preset"), None
         if preset is not None:
             require(given.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
@@ -69,7 +76,7 @@ class ServingOptions:
             given = {"method": "residual", **preset_of(preset, given.get("num_steps"))._asdict(), **given}
         dense_steps = check_count("dense_steps", own.get("dense_steps", 0), least=0)
         method = given.get("method", "votes")
-        given.setdefault("slots", _SLOTS.get(method, 1))
+        given.setdefault("slots", _SLOTS.get(str(method), 1))
         if method == "residual" and dense_steps:
             require("first_full" not in given, "dense_steps", "none beside first_full", dense_steps)
             given["first_full"], dense_steps = dense_steps, 0
@@ -80,6 +87,15 @@ class ServingOptions:
         """Return the sinks as ranges [start, end, ...] of so many keys; None = there are none."""
         ranges = [slice(*sink).indices(seq_k)[:2] for sink in self.sinks]
         return tuple(end for sink in ranges if sink[0] < sink[1] for end in sink) or None
+
+
+def _steps(name: str, given: Any) -> Any:
+    """Return a list of numbers as a tensor that holds one for each step, and anything else as it is."""
+    if not isinstance(given, list):
+        return given
+    right = bool(given) and all(type(number) in (int, float) for number in given)
+    require(right, name, "a number, or a list with one for each step", repr(given))
+    return torch.tensor(given, dtype=torch.float32).view(_BY_STEP[name])
 
 
 def _layers(given: object) -> frozenset[int]:

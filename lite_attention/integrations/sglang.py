@@ -23,7 +23,7 @@ __all__ = ["BACKEND", "backend_member", "register"]
 BACKEND = "lite_attention"
 
 _CLASS = "lite_attention.integrations.sglang_backend.LiteAttentionBackend"
-_SERVER_ARGS = "sglang.multimodal_gen.runtime.server_args.server_args.ServerArgs._adjust_attention_backend"
+_SERVER_ARGS = "sglang.multimodal_gen.runtime.server_args.server_args"
 
 
 def register() -> None:
@@ -38,7 +38,7 @@ def register() -> None:
     platform = next(cls for cls in type(current_platform).__mro__ if "get_attn_backend_cls_str" in vars(cls))
     resolve = f"{platform.__module__}.{platform.__qualname__}.get_attn_backend_cls_str"
     plugin_hook(resolve, type=HookType.AROUND)(_resolve)
-    plugin_hook(_SERVER_ARGS, type=HookType.BEFORE)(_admit_ring)
+    plugin_hook(f"{_SERVER_ARGS}.ServerArgs._adjust_attention_backend", type=HookType.BEFORE)(_admit_ring)
 
 
 def backend_member() -> Any:
@@ -59,8 +59,8 @@ def _resolve(resolve: Any, platform: Any, selected_backend: Any, *args: Any, **k
     return resolve(platform, selected_backend, *args, **kwargs)
 
 
-def _admit_ring(server_args: Any) -> None:
+def _admit_ring(*_: Any) -> None:
     """Let ring attention have the backend: SGLang keeps a list of the names that tell the log-sum-exp."""
-    module: Any = sys.modules[type(server_args).__module__]
+    module: Any = sys.modules[_SERVER_ARGS]
     if BACKEND not in module.RING_CAPABLE_ATTENTION_BACKENDS:
         module.RING_CAPABLE_ATTENTION_BACKENDS = (*module.RING_CAPABLE_ATTENTION_BACKENDS, BACKEND)

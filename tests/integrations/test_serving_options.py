@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lite_attention.integrations.enum_member import add_member
 from lite_attention.integrations.serving_options import ServingOptions, layer_index, mapping_of
@@ -53,6 +54,13 @@ def test_options_of_the_sites(config: dict[str, Any], expected: dict[str, Any]) 
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
+def test_a_list_has_a_number_for_each_step() -> None:
+    threshold = ServingOptions.of({"threshold": [-5, -2.5]}).settings.threshold
+    assert torch.equal(torch.as_tensor(threshold), torch.tensor([[-5.0], [-2.5]]))
+    keep = ServingOptions.of({"method": "residual", "keep": [0.5, 0.25]}).settings.keep
+    assert torch.equal(torch.as_tensor(keep), torch.tensor([0.5, 0.25]))
+
+
 @pytest.mark.parametrize(
     ("config", "is_open"),
     [({}, True), ({"slots": 1}, True), ({"keep": 0.5}, False), ({"full_every": 2}, False), ({"num_steps": 9}, False)],
@@ -91,6 +99,11 @@ def test_sinks_are_slices(sinks: list[list[int]], expected: tuple[int, ...] | No
         ({"preset": "fast", "method": "votes"}, "preset: expected none with method='votes'"),
         ({"threshold": 3.0}, "threshold: expected"),
         ({"threshold": -3.0, "preset": "fast"}, "threshold: expected none with method='residual'"),
+        ({"threshold": []}, "threshold: expected a number, or a list"),
+        ({"threshold": [-1, [-2]]}, "threshold: expected a number, or a list"),
+        ({"threshold": "-3"}, "threshold: expected a number"),
+        ({"method": ["votes"]}, "method: expected 'votes' or 'residual'"),
+        ({"preset": "fast", "num_steps": "4"}, "num_steps: expected an integer"),
         ({"dense_steps": -1}, "dense_steps: expected an integer, at least 0|dense_steps: expected at least 0"),
         ({"dense_steps": 2.5}, "dense_steps: expected an integer"),
         ({"method": "residual", "dense_steps": 3, "first_full": 2}, "dense_steps: expected none beside first_full"),

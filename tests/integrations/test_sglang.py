@@ -93,8 +93,8 @@ def test_it_is_registered_once(start: Start) -> None:
 def test_ring_attention_is_admitted(start: Start) -> None:
     server = start()
     module = server.module("server_args.server_args")
-    for _ in range(2):
-        module.ServerArgs()._adjust_attention_backend()
+    for cls in (module.ServerArgs, type("Derived", (module.ServerArgs,), {})):
+        cls()._adjust_attention_backend()
         assert module.RING_CAPABLE_ATTENTION_BACKENDS == ("fa", "sage_attn", "lite_attention")
 
 
@@ -171,6 +171,17 @@ def test_dense_steps_and_layers(start: Start) -> None:
                 qkv = inputs(i, "cond", step)
                 expected = by_hand(i, qkv) if i == 1 and step >= 2 else dense(*qkv)
                 torch.testing.assert_close(layer.forward(*qkv, None), expected)
+    assert by_hand.skipped > 0
+
+
+def test_a_threshold_for_each_step(start: Start) -> None:
+    server, by_hand = start(threshold=[float("-inf"), THRESHOLD]), ByHand(THRESHOLD)
+    layer, request = server.layer(), Request()
+    for step in range(4):
+        with server.step(request, step):
+            qkv = inputs(0, "cond", step)
+            expected = by_hand(0, qkv) if step else dense(*qkv)
+            torch.testing.assert_close(layer.forward(*qkv, None), expected)
     assert by_hand.skipped > 0
 
 
