@@ -200,19 +200,10 @@ class LiteAttention(nn.Module):
                 )
             state = self._allocate_for(query, key, value)
         return METHODS[self._options.method].attend(
-            query,
-            key,
-            value,
-            state,
-            scale=scale,
-            return_lse=return_softmax_lse,
-            must_do=must_do_list,
-            must_skip=must_skip_list,
-            key_lengths=key_lengths,
-            key_mask=key_mask,
-            quantization=self.quantization,
+            query, key, value, state, scale=scale, return_lse=return_softmax_lse, must_do=must_do_list,
+            must_skip=must_skip_list, key_lengths=key_lengths, key_mask=key_mask, quantization=self.quantization,
             implementation=self.implementation,
-        )
+        )  # fmt: skip
 
     def _fits(self, state: SiteState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         if not (is_bshd(query) and is_bshd(key)):
@@ -344,6 +335,8 @@ class LiteAttention(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Let the state of a copy follow the branches as the original's does."""
+        if isinstance(state["_options"], dict):  # pickled by version 0.1, which had votes alone
+            state = {**state, "_options": ModuleOptions("votes", None, state["_options"])}
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.state is not None:
             default_session.follow(self.state)

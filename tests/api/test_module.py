@@ -509,3 +509,17 @@ def test_tracing_without_a_state_that_fits_names_allocate() -> None:
     for module in (LiteAttention(), LiteAttention().allocate(1, 100, HEADS, DIM)):
         with torch.no_grad(), pytest.raises(Exception, match=r"\.allocate\(batch, seq_len, heads, head_dim"):
             torch.compile(module, fullgraph=True, backend="eager")(*_inputs())
+
+
+def test_a_module_that_version_0_1_pickled() -> None:
+    module = LiteAttention(threshold=-2.0, num_steps=8, refresh=3)
+    module(*_inputs())
+    # It had its options as a dict, those of `SkipState`.
+    pickled = {**copy.deepcopy(module).__dict__, "_options": dict(module._options.of_state)}
+    loaded = LiteAttention.__new__(LiteAttention)
+    loaded.__setstate__(pickled)
+    for step in (1, 2):
+        assert torch.equal(loaded(*_inputs(step)), module(*_inputs(step)))
+    assert (str(loaded), loaded.num_steps, loaded.residual) == (str(module), 8, None)
+    loaded.set_threshold(-5.0)
+    assert float(_state_of(loaded).threshold.max()) == -5.0
