@@ -1,9 +1,9 @@
-"""`SiteRecord`: one attention site of one layer, what it is called, and its states."""
+"""`SiteRecord`: one attention site of one layer, what it is called, and its states; `Forward`: what a thread is at."""
 
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,10 +14,20 @@ from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import WRAPPED
 
-__all__ = ["SiteRecord", "Sizes", "StateKey", "paths_of"]
+__all__ = ["Forward", "SiteRecord", "Sizes", "StateKey", "paths_of"]
 
 Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
 StateKey = tuple[Sizes, torch.device, tuple[int, int], int]  # with tile_m and tile_n, and the id of the session
+
+
+@dataclass
+class Forward:
+    """What a thread is at."""
+
+    number: int = 0  # of the forward of the model; 0 where none is known
+    calls: Counter[tuple[int, ...]] = field(default_factory=Counter)  # of attention, by the ids of the owners
+    skipped: bool = False  # a site that may skip ran
+    is_explained: bool = False  # that a site which skips did not is said
 
 
 @dataclass

@@ -10,14 +10,14 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lite_attention.compile.memory_notice import MemoryNotice
-from lite_attention.compile.records import SiteRecord, Sizes, paths_of
+from lite_attention.compile.records import Forward, SiteRecord, Sizes, paths_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.values import SiteValue, table_of
 from lite_attention.ops import ResidualState, Session
@@ -28,7 +28,7 @@ from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.threads import PerThread
 
-__all__ = ["Forward", "StateStore", "stores_with"]
+__all__ = ["StateStore", "stores_with"]
 
 _stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
 
@@ -36,16 +36,6 @@ _stores: weakref.WeakSet[StateStore] = weakref.WeakSet()
 # The sites of one run of a graph, each with its state or why it does not skip; and the states' buffers in the order of
 # the graph's inputs.
 Resolved = tuple[list[tuple[SiteRecord, SiteState | None, str | None]], list[torch.Tensor]]
-
-
-@dataclass
-class Forward:
-    """What a thread is at."""
-
-    number: int = 0  # of the forward of the model; 0 where none is known
-    calls: Counter[tuple[int, ...]] = field(default_factory=Counter)  # of attention, by the ids of the owners
-    skipped: bool = False  # a site that may skip ran
-    is_explained: bool = False  # that a site which skips did not is said
 
 
 class StateStore:
@@ -140,7 +130,11 @@ class StateStore:
         forward.skipped |= state is not None
         forward.is_explained |= state is None and record.last is not None
         if state is not None:
-            record.last = record.recent[id(self.session)] = state
+            session = self.session
+            record.last = record.recent[id(session)] = state
+            slot, step = session.slot_and_step
+            if isinstance(state, ResidualState) and step is not None:
+                state.note_step(slot, step)
             record.ran_dense = None
         elif reason != record.ran_dense:
             record.ran_dense = reason

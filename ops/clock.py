@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lite_attention.ops.session import Place
+from lite_attention.ops.place import Place
 
 __all__ = ["Clock"]
 

@@ -29,6 +29,7 @@ RESIDUAL_BUFFERS = (  # as the op takes them; the scale and the last may be None
 )  # fmt: skip
 
 _ON_HOST = ("residual", "residual_scale")  # with memory="host"
+_LONG_AWAY = 3  # steps; nothing is forecast over more
 
 
 class ResidualBytes(NamedTuple):
@@ -123,6 +124,7 @@ class ResidualState(SiteState):
         )  # fmt: skip
         self.value_dim = check_count("value_dim", value_dim)
         self.memory = memory
+        self._seen: dict[int, int] = {}  # slot -> step of its last call, as far as told
         kinds, shares = plan_values(plan), keep_values(keep)
         steps = max(len(kinds), len(shares), int(num_steps or 0))
         options = {"slots": slots, "forecast": forecast, "residual_dtype": residual_dtype}
@@ -264,6 +266,14 @@ class ResidualState(SiteState):
             require(is_number and math.isfinite(time), "time", "a finite number or None", repr(time))
             value = float(time)
         self.times[:, 0].fill_(value)
+
+    def note_step(self, slot: int, step: int) -> None:
+        """Note the step of the next call of a slot; one that was away for long is full: its residuals are forgotten."""
+        away = step - self._seen.get(slot, step) - 1
+        self._seen[slot] = step
+        if away >= _LONG_AWAY:
+            word = c.slot_word(slot, c.RESIDUALS)
+            self.control[word : word + 1].zero_()
 
     def masks_in_use(self) -> torch.Tensor:
         """Return int32 [slots, B, Hq, q_tiles, k_words], 1 = skipped by a sparse step, with the mask in use."""

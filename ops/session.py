@@ -8,13 +8,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lite_attention.ops import control as c
 from lite_attention.ops.arguments import check_step, check_time
+from lite_attention.ops.place import Place, Told
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import add_to_each, zero_each
 
@@ -24,24 +24,6 @@ __all__ = ["BRANCH_TIME", "STEP_TIME", "Place", "Session", "Told", "default_sess
 BRANCH_TIME, STEP_TIME = "branch", "step"
 
 _TIMES = 3  # floats of a slot in the buffer `times`; the first is the time now
-
-
-class Place(NamedTuple):
-    """Where in a generation one forward of a model is."""
-
-    branch: str | int  # a name, or, for passes that nobody names, how many came before it in the step
-    step: int
-    generation: int  # another one than before: everything starts fresh
-    is_told: bool  # the caller says the step, and will say the next one
-    times: Mapping[str, float] = MappingProxyType({})  # the flow's time, by who tells it, the surest first
-
-
-class Told(NamedTuple):
-    """What a caller says of the forwards inside a branch."""
-
-    branch: str
-    step: int | None
-    times: dict[str, Any]  # the flow's time, by who tells it: a number, or a tensor that holds one
 
 
 class Session:
@@ -84,6 +66,11 @@ class Session:
     def states(self) -> list[SiteState]:
         """The states that follow, in no particular order."""
         return list(self._states)
+
+    @property
+    def slot_and_step(self) -> tuple[int, int | None]:
+        """Where the next call is; the step is None while the op counts."""
+        return self._slot, None if self._counting else self._steps.get(self._slot)
 
     def follow(self, state: SiteState) -> None:
         """Let a state follow from now on, and tell it where the session is.

@@ -124,6 +124,31 @@ def test_steps_that_no_plan_has_are_full(compile: bool) -> None:
     assert wrong == [False, False, True, False, True, False, False, False, False]
 
 
+# What runs in each step: batch sizes, or branches. The last of them is back after a pause over full steps.
+PAUSES: dict[str, list[int | str]] = {
+    "a batch": [2, 2, 2, 2, 1, 1, 1, 1, 2],
+    "a branch": ["uncond", "uncond", "uncond", "uncond", "cond", "cond", "cond", "cond", "uncond"],
+}
+
+
+@ROUTES
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("case", PAUSES)
+def test_what_was_away_for_long_computes_everything(case: str, by_hand: bool, compile: bool) -> None:
+    assert step_plan(9)[8] == 0
+    model, plain = enable(Toy(1), compile, num_steps=20), Toy(1)
+    with torch.no_grad():
+        for step, what in enumerate(PAUSES[case]):
+            name, batch = ("cond", what) if case == "a batch" else (what, 1)
+            x, text = tokens(step, batch=batch), context(batch)
+            if not by_hand and case == "a branch" and what == "uncond" and step < 4:
+                with lite_attention.branch("cond", model=model):
+                    model(x, text)  # so that steps are counted alike
+            with lite_attention.branch(name, step if by_hand else None, model=model):
+                got = model(x, text)
+    close(got, plain(x, text))
+
+
 @ROUTES
 @pytest.mark.parametrize("dtype", ["fp8", "bf16", "fp32"])
 @pytest.mark.parametrize("forecast", [True, False])
