@@ -67,26 +67,29 @@ class ServingOptions:
         require(not unknown, "config", f"options out of {sorted(_OF_SETTINGS | _OWN)}", unknown)
         own = {name: given.pop(name) for name in _OWN & {*given}}
         given |= {name: _steps(name, given[name]) for name in {*_BY_STEP} & {*given}}
-        if given.get("num_steps") is not None:
-            check_count("num_steps", given["num_steps"])
-        preset, open_preset = own.get("preset"), None
-        if preset is not None:
-            require(given.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
-            open_preset = None if {"keep", "full_every", "num_steps"} & {*given} else preset
-            given = {"method": "residual", **preset_of(preset, given.get("num_steps"))._asdict(), **given}
+        preset = own.get("preset")
+        is_open = preset is not None and not {"keep", "full_every", "num_steps"} & {*given}
+        given = given if preset is None else _with_preset(preset, given)
+        given.setdefault("slots", _SLOTS.get(str(given.get("method", "votes")), 1))
         dense_steps = check_count("dense_steps", own.get("dense_steps", 0), least=0)
-        method = given.get("method", "votes")
-        given.setdefault("slots", _SLOTS.get(str(method), 1))
-        if method == "residual" and dense_steps:
+        if given.get("method") == "residual" and dense_steps:
             require("first_full" not in given, "dense_steps", "none beside first_full", dense_steps)
             given["first_full"], dense_steps = dense_steps, 0
         layers, sinks = _layers(own.get("dense_layers")), _ranges(own.get("sinks", ()))
-        return cls(SkipSettings(**given), dense_steps, layers, sinks, open_preset)
+        return cls(SkipSettings(**given), dense_steps, layers, sinks, preset if is_open else None)
 
     def must_do(self, seq_k: int) -> tuple[int, ...] | None:
         """Return the sinks as ranges [start, end, ...] of so many keys; None = there are none."""
         ranges = [slice(*sink).indices(seq_k)[:2] for sink in self.sinks]
         return tuple(end for sink in ranges if sink[0] < sink[1] for end in sink) or None
+
+
+def _with_preset(preset: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return options with those of a preset, where they say nothing else."""
+    require(given.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
+    num_steps = given.get("num_steps")
+    steps = None if num_steps is None else check_count("num_steps", num_steps)
+    return {"method": "residual", **preset_of(preset, steps)._asdict(), **given}
 
 
 def _steps(name: str, given: Any) -> Any:

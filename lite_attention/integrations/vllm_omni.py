@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,13 +49,20 @@ passes: PerThread[Passes] = PerThread(Passes)
 
 
 def register() -> None:
-    """Add the backend to vLLM-Omni: a plug-in of the group `vllm_omni.general_plugins`. Once more changes nothing."""
-    from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum
-    from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+    """Add the backend to vLLM-Omni: a plug-in of the group `vllm_omni.general_plugins`. Once more changes nothing.
 
+    It runs wherever both packages are installed, wanted or not. So a version without its places gets a warning only.
+    """
+    try:
+        from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBackendEnum
+        from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+    except ImportError as error:
+        warnings.warn(f"lite_attention: this vLLM-Omni does not get the backend {BACKEND}: {error}", stacklevel=2)
+        return
     add_member(DiffusionAttentionBackendEnum, BACKEND, _CLASS)
     for name in _ROUNDS:
-        _wrap(CFGParallelMixin, name, _round)
+        if name in vars(CFGParallelMixin):
+            _wrap(CFGParallelMixin, name, _round)
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:

@@ -103,6 +103,15 @@ def test_registering_again_changes_nothing(start: Start) -> None:
     assert worker.mixin.predict_noise_maybe_with_cfg is method
 
 
+def test_a_host_without_a_place_for_it_goes_on_without(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = start()
+    monkeypatch.setattr(worker.module("distributed.cfg_parallel"), "CFGParallelMixin", type("Other", (), {}))
+    worker.plugin.register()
+    monkeypatch.delattr(worker.module("distributed.cfg_parallel"), "CFGParallelMixin")
+    with pytest.warns(UserWarning, match="does not get the backend LITE_ATTENTION: cannot import name"):
+        worker.plugin.register()
+
+
 @pytest.mark.parametrize("told", ["nothing", "timestep", "step"])
 def test_a_memory_for_each_layer_and_branch_begins_with_each_request(start: Start, told: str) -> None:
     worker = start(threshold=THRESHOLD)
