@@ -92,6 +92,19 @@ def _of(**inputs: Callable[[], Any]) -> Callable[[], Inputs]:
     return lambda: {name: make() for name, make in inputs.items()}
 
 
+def _minimax_h3() -> Inputs:
+    """One sequence of text, audio and video."""
+    text, audio, video = torch.arange(TEXT + 96 + 96).split((TEXT, 96, 96))
+    return {
+        "hidden_states": noise(1, 96, 16), "audio_hidden_states": noise(1, 96, 4, seed=3),
+        "timestep": torch.tensor([0.3, 0.4, 1.0]),
+        "timestep_indices": torch.cat([torch.full((part.numel(),), i) for i, part in enumerate((text, audio, video))]),
+        "token_tags": torch.tensor([1] * TEXT + [2] * 96 + [0] * 96),
+        "position_ids": torch.arange(TEXT + 192).unsqueeze(1).expand(-1, 3),
+        "video_indices": video, "audio_indices": audio, "text_indices": text,
+    }  # fmt: skip
+
+
 _VIDEO = _of(hidden_states=_video)
 _VIDEO_TCHW = _of(hidden_states=lambda: _video().transpose(1, 2))
 _IMAGE = _of(hidden_states=_image)
@@ -304,6 +317,10 @@ CONFIGS: dict[str, Config] = {
     "MiniMaxMusic3Transformer1DModel": Config(
         _of(hidden_states=lambda: noise(1, 4, 96), encoder_hidden_states=lambda: noise(1, 96, 16)),
         {"ff_inner_dim": 32, "rotary_dim": 8, "fourier_embedding_dim": 16},
+    ),
+    "MiniMaxH3Transformer3DModel": Config(
+        _minimax_h3,
+        {"time_embed_hidden_dim": 16, "rope_freq_dim": 2, "audio_in_channels": 4, "patch_size": (1, 2, 2)},
     ),
     "MochiTransformer3DModel": Config(
         _VIDEO,

@@ -150,7 +150,7 @@ class Runner:
         return {source: time for source, time in times.items() if time is not None and math.isfinite(time)}
 
     def _timestep_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
-        """Return the timestep that the model is given, the largest of several; reading it waits for the device."""
+        """Return the timestep that the model is given, the middle of several; reading it waits for the device."""
         if self._timestep is None:
             return None
         name, position = self._timestep
@@ -185,11 +185,18 @@ def timestep_of(model: nn.Module) -> tuple[str, int] | None:
 
 
 def _number(value: object, dims: int = 1) -> float | None:
-    """Return a number as it is, or the largest of a tensor of at most so many dimensions; None of anything else."""
+    """Return a number as it is, or the middle of a tensor of at most so many dimensions; None of anything else.
+
+    Parts of a sequence may have timesteps of their own, some of which stay: those of a first frame at the lower end,
+    those of reference audio at the upper. The middle of both ends moves as long as one of them does.
+    """
     if isinstance(value, torch.Tensor):
         numbers = value.is_floating_point() or value.dtype in _INTEGERS
         is_one = numbers and value.dim() <= dims
-        return float(value.max()) if is_one and value.numel() and not is_fake(value) else None
+        if not is_one or not value.numel() or is_fake(value):
+            return None
+        low, high = value.aminmax()
+        return (float(low) + float(high)) / 2 if value.numel() > 1 else float(value)
     return float(value) if isinstance(value, (int, float)) else None
 
 

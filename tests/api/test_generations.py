@@ -533,6 +533,9 @@ class WithT(Timed):
         (WithTimestep, [torch.tensor(900), torch.tensor(500)], 2),
         (WithTimestep, [torch.tensor([900.0, 900.0]), torch.tensor([500.0, 500.0])], 2),
         (WithTimestep, [torch.full((1, 96), 900.0), torch.full((1, 96), 500.0)], 2),
+        (WithTimestep, [torch.tensor([0, 900]), torch.tensor([0, 500])], 2),  # a first frame that is given
+        (WithTimestep, [torch.tensor([0.1, 0.2, 1.0]), torch.tensor([0.3, 1.0])], 2),  # as MiniMax-H3 beside references
+        (WithTimestep, [torch.tensor(list(t)) for t in ((0, 0.3), (0.2, 0.3), (0.4,), (0.9, 1))], 4),
         (WithTimestep, [900, 500.0], 2),
         (WithT, [torch.tensor([900.0]), torch.tensor([500.0])], 2),
         (WithT, [torch.rand(1, 96, 32), torch.rand(1, 96, 32)], None),
