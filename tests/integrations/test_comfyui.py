@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -94,18 +96,18 @@ def one_block(attend: Any, told: dict[str, Any]) -> torch.Tensor:
     return attend(*(flat(torch.cat(each)) for each in zip(*qkv, strict=True)), HEADS)
 
 
-def by_hand(branch: int, preset: str = "balanced", sigmas: torch.Tensor = SIGMAS, **kwargs: Any) -> list[torch.Tensor]:
-    """Return what a state of its own gives a branch, step by step."""
-    steps, outs = len(sigmas) - 1, []
-    choice = preset_of(preset, steps)
+def by_hand(branch: int, seen: Sequence[int] = range(STEPS), **kwargs: Any) -> dict[int, torch.Tensor]:
+    """Return what a state of its own gives a branch, in the steps that it sees."""
+    outs, choice = {}, preset_of("balanced", STEPS)
     state = ResidualState.for_inputs(
-        *inputs(1.0, branch), plan=step_plan(steps, full_every=choice.full_every), keep=choice.keep, slots=1,
+        *inputs(1.0, branch), plan=step_plan(STEPS, full_every=choice.full_every), keep=choice.keep, slots=1,
         residual_dtype="bf16", auto_step=False,
     )  # fmt: skip
-    for step, sigma in enumerate(sigmas[:-1].tolist()):
+    for step in seen:
+        sigma = float(SIGMAS[step])
         state.set_step(step)
         state.set_time(sigma)
-        outs.append(flat(residual_attention(*inputs(sigma, branch), state, **kwargs)))
+        outs[step] = flat(residual_attention(*inputs(sigma, branch), state, **kwargs))
     return outs
 
 
@@ -122,7 +124,7 @@ def test_each_conditioning_of_a_batch_has_a_state_of_its_own() -> None:
     host = Host(one_block, options())
     outs = host.sample(lambda: [host.forward(sigma, (1, 0)) for sigma in SIGMAS[:-1].tolist()])
     for chunk, branch in enumerate((1, 0)):
-        for out, expected in zip(outs, by_hand(branch), strict=True):
+        for out, expected in zip(outs, by_hand(branch).values(), strict=True):
             assert torch.equal(out[chunk : chunk + 1], expected)
     exact = [torch.allclose(out[:1], dense(1, s), atol=1e-4) for out, s in zip(outs, SIGMAS.tolist(), strict=False)]
     assert exact.count(False) > STEPS // 3
@@ -162,6 +164,21 @@ def test_each_sampling_starts_fresh() -> None:
     assert host.patch._run is None
     assert host.forward(0.5) is not None  # outside of a sampling it is dense
     assert_close(host.forward(0.5), dense(0, 0.5))
+
+
+def test_memory_is_given_back_after_each_sampling() -> None:
+    host = Host(one_block, options())
+
+    def body() -> weakref.ref[ResidualState]:
+        host.forward(1.0)
+        assert host.patch._run is not None
+        (memory,) = host.patch._run.memories.values()
+        assert not isinstance(memory, str)
+        return weakref.ref(memory.state)
+
+    state = host.sample(body)
+    gc.collect()
+    assert state() is None
 
 
 def test_start_and_end_percent() -> None:
@@ -217,20 +234,22 @@ def test_a_block_that_is_left_out_does_not_move_the_others() -> None:
 
     host = Host(model, options())
     outs = host.sample(lambda: [host.forward(sigma) for sigma in SIGMAS[:-1].tolist()])
-    assert all(torch.equal(*each) for each in zip(outs, by_hand(1), strict=True))
+    assert all(torch.equal(*each) for each in zip(outs, by_hand(1).values(), strict=True))
 
 
 def test_exact_tokens() -> None:
     """Ranges are must_do for all queries, and their own rows are dense."""
     host = Host(one_block, options(exact_tokens="0:64, -40:"))
     outs = host.sample(lambda: [host.forward(sigma) for sigma in SIGMAS[:-1].tolist()])
-    expected = by_hand(0, must_do=[0, 64, TOKENS - 40, TOKENS])
+    expected = [*by_hand(0, must_do=[0, 64, TOKENS - 40, TOKENS]).values()]
     for sigma, out, of_state in zip(SIGMAS.tolist(), outs, expected, strict=False):
         rows = dense(0, sigma)
         assert_close(out[:, :64], rows[:, :64])
         assert_close(out[:, -40:], rows[:, -40:])
         assert torch.equal(out[:, 64:-40], of_state[:, 64:-40])
-    assert not all(torch.equal(*each) for each in zip(expected, by_hand(0), strict=True))  # must_do says something
+    assert not all(
+        torch.equal(*each) for each in zip(expected, by_hand(0).values(), strict=True)
+    )  # must_do says something
 
 
 SEGMENTS = [(0, 10, "text"), (10, 30, "audio"), (30, 90, "video"), (90, 100, "cond")]
@@ -373,7 +392,7 @@ def test_layouts_and_scale() -> None:
             outs[skip_reshape, skip_output_reshape] = host.sample(
                 lambda host=host: [host.forward(sigma) for sigma in SIGMAS[:-1].tolist()]
             )
-    expected = by_hand(0, scale=0.1)
+    expected = [*by_hand(0, scale=0.1).values()]
     for out in outs.values():
         assert all(torch.equal(*each) for each in zip(out, expected, strict=True))
 
@@ -443,14 +462,23 @@ def test_a_batch_that_is_not_of_the_conditionings() -> None:
         return torch.cat([attend(*map(flat, inputs(sigma, seed)), HEADS) for seed in told["cond_or_uncond"]])
 
     host = Host(model, options())
-    outs = host.sample(lambda: [host.forward(sigma, (0, 1)) for sigma in SIGMAS[:-1].tolist()])
-    for step, out in enumerate(outs):
-        assert torch.equal(out, torch.cat([by_hand(0)[step], by_hand(1)[step]]))
+    pairs = [(0, 1 + step % 2) for step in range(STEPS)]  # the second one is another every other step
+    outs = host.sample(lambda: [host.forward(float(SIGMAS[step]), pair) for step, pair in enumerate(pairs)])
+    for step, (out, pair) in enumerate(zip(outs, pairs, strict=True)):
+        expected = [by_hand(branch, range(step % 2, STEPS, 2))[step] for branch in pair]
+        assert torch.equal(out, torch.cat(expected))
 
 
 def test_two_nodes_do_not_pile_up() -> None:
     """Where both wrappers are there, the outer one attends; the inner one leaves the forward alone."""
-    inner, outer = Host(one_block, options()), Host(one_block, options())
+
+    def model(attend: Any, told: dict[str, Any]) -> torch.Tensor:
+        out = one_block(attend, told)
+        q, k, v = map(flat, inputs(1.0, 9))
+        assert_close(attend(q, k[:, :64], v[:, :64], HEADS), host_attention(q, k[:, :64], v[:, :64], HEADS))
+        return out
+
+    inner, outer = Host(model, options()), Host(model, options())
 
     def chained(x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, told: dict[str, Any]) -> Any:
         return inner.patch._apply_model(inner, x, t, c_concat, c_crossattn, control, told)

@@ -12,7 +12,6 @@ import torch
 
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.ops import ResidualState, attention, residual_attention
-from lite_attention.ops.control import FLAG_AUTO_STEP
 from lite_attention.ops.site import Site
 from lite_attention.presets import preset_of
 
@@ -145,7 +144,6 @@ class Run:
         batch, seq_q, _, _ = site.q_shape
         state = self.settings.new_state(site, (batch, seq_q, site.k_shape[1]))
         assert isinstance(state, ResidualState)
-        state.set_flag(FLAG_AUTO_STEP, False)  # the run writes the step
         return Memory(state, 0)
 
     def say(self, reason: str) -> None:
