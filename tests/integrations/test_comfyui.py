@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lite_attention import attention, residual_attention
+from lite_attention import attention, residual_attention, skip_attention
 from lite_attention.integrations.comfyui.options import NodeOptions, block_numbers, exact_ranges
 from lite_attention.integrations.comfyui.patch import Patch
 from lite_attention.integrations.comfyui.schedule import Schedule
-from lite_attention.ops import ResidualState, step_plan
+from lite_attention.ops import ResidualState, SkipState, step_plan
 from lite_attention.presets import preset_of
 
 HEADS, HEAD_DIM, TOKENS = 2, 16, 256
@@ -166,10 +166,33 @@ def test_each_sampling_starts_fresh() -> None:
     assert_close(host.forward(0.5), dense(0, 0.5))
 
 
+def test_votes() -> None:
+    """A method without residuals, by the same steps and conditionings."""
+
+    def with_a_sink(sigma: float, branch: int) -> Qkv:
+        q, k, v = inputs(sigma, branch)
+        k[:, :64] *= 4
+        return q, k, v
+
+    def model(attend: Any, told: dict[str, Any]) -> torch.Tensor:
+        qkv = [with_a_sink(float(told["sigmas"][0]), branch) for branch in told["cond_or_uncond"]]
+        return attend(*(flat(torch.cat(each)) for each in zip(*qkv, strict=True)), HEADS)
+
+    host = Host(model, options(preset="votes", threshold=-3.0, exact_tokens="128:192"))
+    outs = host.sample(lambda: [host.forward(sigma, (1, 0)) for sigma in SIGMAS[:-1].tolist()])
+    for chunk, branch in enumerate((1, 0)):
+        state = SkipState.for_inputs(*inputs(1.0, branch)[:2], threshold=-3.0, slots=1, auto_step=False)
+        for step, (sigma, out) in enumerate(zip(SIGMAS.tolist(), outs, strict=False)):
+            state.set_step(step)
+            expected = flat(skip_attention(*with_a_sink(sigma, branch), state, must_do=[128, 192]))
+            assert torch.equal(out[chunk : chunk + 1, :128], expected[:, :128])
+        assert float(state.sparsity()) > 0.1
+
+
 def test_memory_is_given_back_after_each_sampling() -> None:
     host = Host(one_block, options())
 
-    def body() -> weakref.ref[ResidualState]:
+    def body() -> weakref.ref[Any]:
         host.forward(1.0)
         assert host.patch._run is not None
         (memory,) = host.patch._run.memories.values()
@@ -292,7 +315,8 @@ def test_block_numbers(text: str, expected: set[int]) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"preset": "fastest"}, r"preset: expected one of \['quality', 'balanced', 'fast'\], got 'fastest'"),
+        ({"preset": "fastest"}, r"preset: expected one of \[.*, 'fast', 'votes'\], got 'fastest'"),
+        ({"threshold": 0.5}, "threshold: .*got 0.5"),
         ({"start_percent": -0.1}, "start_percent: expected a number from 0 to 1, got -0.1"),
         ({"end_percent": 1.5}, "end_percent: expected a number from 0 to 1, got 1.5"),
         ({"end_percent": "1"}, "end_percent: expected a number from 0 to 1, got '1'"),

@@ -6,9 +6,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from lite_attention.presets import PRESETS
-
-from .options import DEFAULTS, NodeOptions
+from .options import CHOICES, DEFAULTS, NodeOptions
 from .patch import Patch
 
 __all__ = ["LiteAttentionExtension", "LiteAttentionNode"]
@@ -30,8 +28,14 @@ class LiteAttentionNode(io.ComfyNode):  # type: ignore[misc]
             inputs=[
                 io.Model.Input("model", tooltip="The model to patch."),
                 io.Combo.Input(
-                    "preset", options=[*PRESETS], default=DEFAULTS["preset"],
-                    tooltip="How much is computed. fast is fastest, quality is nearest to dense attention.",
+                    "preset", options=CHOICES, default=DEFAULTS["preset"],
+                    tooltip="How much is computed. fast is fastest, quality is nearest to dense attention. votes is "
+                    "a method that takes hardly any memory and runs on more GPUs, but is farther from dense.",
+                ),
+                io.Float.Input(
+                    "threshold", default=DEFAULTS["threshold"], min=-40.0, max=0.0, step=0.5,
+                    tooltip="Of votes alone: what lies so far below the largest score, in powers of 2, is skipped. "
+                    "-10 is careful, -3 is bold.",
                 ),
                 io.Float.Input(
                     "start_percent", default=DEFAULTS["start_percent"], **percent,

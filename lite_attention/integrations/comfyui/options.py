@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lite_attention.compile.settings import SkipSettings
+from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.arguments import check_count, check_switch, require
-from lite_attention.presets import preset_of
+from lite_attention.ops.validate import check_threshold
+from lite_attention.presets import PRESETS, preset_of
 
-__all__ = ["DEFAULTS", "NodeOptions", "block_numbers", "exact_ranges", "told_ranges"]
+__all__ = ["CHOICES", "DEFAULTS", "NodeOptions", "block_numbers", "exact_ranges", "told_ranges"]
+
+_VOTES = "votes"  # the method that needs no residual
+CHOICES = [*PRESETS, _VOTES]
 
 DEFAULTS: dict[str, Any] = {
-    "preset": "balanced", "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "exact_tokens": "auto",
-    "min_tokens": 12288, "memory": "device", "verbose": False,
+    "preset": "balanced", "threshold": DEFAULT_THRESHOLD, "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "",
+    "exact_tokens": "auto", "min_tokens": 12288, "memory": "device", "verbose": False,
 }  # fmt: skip
 
 _BLOCKS = "numbers and ranges, such as '0, 1, 47-49'"
@@ -28,7 +34,8 @@ class NodeOptions:
     """The inputs of the node.
 
     Args:
-        preset: "quality", "balanced" or "fast", see `lite_attention.presets`.
+        preset: "quality", "balanced" or "fast", see `lite_attention.presets`; or "votes", the method without residuals.
+        threshold: of "votes": log2 units, at most 0; more negative skips less.
         start_percent: of the sampling, 0 to 1: attention is dense before.
         end_percent: likewise, dense after.
         dense_blocks: blocks that are always dense, see `block_numbers`.
@@ -42,6 +49,7 @@ class NodeOptions:
     """
 
     preset: str = DEFAULTS["preset"]
+    threshold: float = DEFAULTS["threshold"]
     start_percent: float = DEFAULTS["start_percent"]
     end_percent: float = DEFAULTS["end_percent"]
     dense_blocks: str = DEFAULTS["dense_blocks"]
@@ -51,7 +59,8 @@ class NodeOptions:
     verbose: bool = DEFAULTS["verbose"]
 
     def __post_init__(self) -> None:
-        preset_of(self.preset)
+        require(self.preset in CHOICES, "preset", f"one of {CHOICES}", repr(self.preset))
+        check_threshold(self.threshold, allow_positive=False)
         for name in ("start_percent", "end_percent"):
             percent = getattr(self, name)
             is_share = isinstance(percent, (int, float)) and 0 <= percent <= 1
@@ -62,6 +71,14 @@ class NodeOptions:
         check_count("min_tokens", self.min_tokens, least=0)
         require(self.memory in ("device", "host"), "memory", "'device' or 'host'", repr(self.memory))
         check_switch("verbose", self.verbose)
+
+    def settings(self, steps: int, skipping: int) -> SkipSettings:
+        """Return what states are made with, in a sampling of so many steps, of which so many may skip."""
+        common: dict[str, Any] = {"num_steps": max(skipping, 1), "slots": 1}
+        if self.preset == _VOTES:
+            return SkipSettings(threshold=self.threshold, **common)
+        preset = preset_of(self.preset, steps)._asdict()
+        return SkipSettings(method="residual", memory=self.memory, **preset, **common)
 
 
 def block_numbers(text: str) -> frozenset[int]:

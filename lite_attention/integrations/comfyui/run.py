@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lite_attention.compile.settings import SkipSettings
-from lite_attention.ops import ResidualState, attention, residual_attention
+from lite_attention.ops import ResidualState, attention
+from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site import Site
-from lite_attention.presets import preset_of
+from lite_attention.ops.site_state import SiteState
 
 from .options import NodeOptions, block_numbers, exact_ranges
 from .schedule import Schedule
@@ -55,7 +55,7 @@ class Branch(NamedTuple):
 class Memory:
     """The state of one attention site in one branch, and the step that it saw last."""
 
-    state: ResidualState
+    state: SiteState
     step: int
 
 
@@ -103,11 +103,7 @@ class Run:
         self._sigmas = sigmas
         self.memories.clear()
         self.schedule = Schedule(sigmas[:-1].tolist(), highest, lowest)
-        preset = preset_of(self.options.preset, len(self.schedule.sigmas))
-        self.settings = SkipSettings(
-            method="residual", **preset._asdict(), num_steps=len(self.schedule.skipping) or 1, slots=1,
-            memory=self.options.memory,
-        )  # fmt: skip
+        self.settings = self.options.settings(len(self.schedule.sigmas), len(self.schedule.skipping))
 
     def _branches(self, told: Mapping[str, Any], sigma: float, step: int) -> list[Branch]:
         """Return the branches of the batch of a forward, in its order."""
@@ -142,9 +138,7 @@ class Run:
 
     def _new_memory(self, site: Site) -> Memory:
         batch, seq_q, _, _ = site.q_shape
-        state = self.settings.new_state(site, (batch, seq_q, site.k_shape[1]))
-        assert isinstance(state, ResidualState)
-        return Memory(state, 0)
+        return Memory(self.settings.new_state(site, (batch, seq_q, site.k_shape[1])), 0)
 
     def say(self, reason: str) -> None:
         """Note why a call is dense; log it once."""
@@ -250,13 +244,16 @@ class Forward:
     ) -> torch.Tensor:
         """Attend with one conditioning."""
         q, k, v = qkv
+        state = memory.state
         if self.step < memory.step:
-            memory.state.start_fresh()  # a sampler that adds noise again
+            state.start_fresh()  # a sampler that adds noise again
         memory.step = self.step
-        memory.state.set_step(self.step)
-        memory.state.set_time(self.sigma)
+        state.set_step(self.step)
+        if isinstance(state, ResidualState):
+            state.set_time(self.sigma)
         must_do = [end for ends in exact for end in ends] or None
-        out: torch.Tensor = residual_attention(q, k, v, memory.state, scale=scale, must_do=must_do)
+        method = METHODS[self.run.settings.method]
+        out: torch.Tensor = method.attend(q, k, v, state, scale=scale, must_do=must_do)
         for start, end in exact:
             out[:, start:end] = attention(q[:, start:end], k, v, scale=scale)
         return out
