@@ -247,6 +247,16 @@ def test_the_copied_folder_is_loaded(comfy: Any, model: Any, pack: Any) -> None:
         node.execute(model, **{**DEFAULTS, "dense_blocks": "all"})
 
 
+def test_a_file_of_one_line_is_loaded(pack: Any, tmp_path: Path) -> None:
+    """The README names it as the other way to install the node."""
+    readme = (files(comfyui) / "README.md").read_text()
+    (line,) = (line.strip() for line in readme.splitlines() if "import comfy_entrypoint" in line)
+    (tmp_path / "lite_attention_node.py").write_text(line)
+    del pack.NODE_CLASS_MAPPINGS["LiteAttention"]
+    assert asyncio.run(pack.load_custom_node(str(tmp_path / "lite_attention_node.py"), module_parent="custom_nodes"))
+    assert "LiteAttention" in pack.NODE_CLASS_MAPPINGS
+
+
 def test_the_workflow_fits_the_nodes(pack: Any) -> None:
     """All required inputs are there, none is unknown, and each link is of the type that is asked for."""
     for name in ("nodes_model_advanced", "nodes_hunyuan", "nodes_video"):
