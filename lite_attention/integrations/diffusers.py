@@ -15,8 +15,9 @@ A backend of diffusers is a function that knows neither the layer nor the step. 
 name is the model's own; diffusers makes others that of all models that name none. A model given to `enable` before
 keeps its options, and stays enabled whatever is reset. `enable(pipe)` also knows the pipeline's loop and scheduler.
 
-Attention that runs outside of a model's call, as a VAE's, is PyTorch's. So is that of models that another library
-compiled as a whole by `torch.compile(model)`. With `enable_parallelism` both raise ValueError.
+Attention that runs outside of a model's call, as a VAE's, is PyTorch's. Within the context, so is that of what
+`torch.compile(model)` returned; `configure(compile=True)` compiles. With `enable_parallelism` either way raises
+ValueError.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ def test_set_threshold_reaches_all_states_in_place() -> None:
         ({"slots": 0}, "slots: expected at least 1, got 0"),
         ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
         ({"min_tiles": -1}, "min_tiles: expected at least 1, got -1"),
-        ({"implementation": "fast"}, "implementation: expected None or 'reference', got 'fast'"),
+        ({"implementation": "fast"}, "implementation: expected None or 'reference' or 'portable', got 'fast'"),
         ({"dense": "flash"}, "dense: expected 'sdpa' or 'kernel', got 'flash'"),
         ({"use_int8": 1}, "use_int8: expected True or False, got 1"),
         ({"use_int8": True, "use_fp8": None}, "use_fp8: expected True or False, got None"),

@@ -207,6 +207,15 @@ def test_compiled_models_are_enabled_so_by_an_option() -> None:
     assert min(skipped(model).values()) > 0
 
 
+def test_the_result_of_torch_compile_stays_as_it_is_within_the_context() -> None:
+    model, inputs = dm.WAN_OF_ONE_LAYER.model(), dm.WAN.inputs(0, 0)
+    dense = dm.run(model, inputs)
+    compiled = torch.compile(model, backend="eager")
+    with with_backend("lite_attention"):
+        torch.testing.assert_close(dm.run(compiled, inputs), dense, rtol=0, atol=1e-5)
+    assert store_of(model) is None
+
+
 def test_nothing_keeps_a_model_alive() -> None:
     model = dm.WAN.model()
     model.set_attention_backend("lite_attention")
