@@ -13,6 +13,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 
 from lite_attention.cute_kernels.config import ChoiceConfig
 from lite_attention.cute_kernels.ptx import has_bit, to_int, to_int_below
+from lite_attention.cute_kernels.tile_iterator import diagonal_tile
 from lite_attention.ops.choice import BINS, BINS_PER_OCTAVE, HASH, LOWEST_OCTAVE
 
 _WARPS = 8
@@ -53,7 +54,7 @@ class CountMasses:
             for row in cutlass.range(block * _WARPS + thread // 32, heads * q_tiles, blocks * _WARPS, unroll=1):
                 q_tile = row % q_tiles
                 masses = mass[batch, row // q_tiles, q_tile, None]
-                diagonal = diagonal_of(q_tile, sizes, k_tiles)
+                diagonal = diagonal_tile(q_tile, *sizes, k_tiles)
                 total = Float32(0.0)
                 for j in cutlass.range(lane, k_tiles, 32, unroll=4):
                     total += Float32(Uint32(masses[j]))
@@ -80,14 +81,6 @@ class CountMasses:
         if const_expr(must_do is not None):
             named = has_bit(Uint32(must_do[j // 32]), j % 32) != 0
         return named
-
-
-@cute.jit
-def diagonal_of(q_tile: Int32, sizes, k_tiles: Int32) -> Int32:
-    """The k-tile at the relative position of a q-tile."""
-    seq_q, seq_k, tile_m, tile_n = sizes
-    numerator = Int64(2 * q_tile + 1) * Int64(tile_m) * Int64(seq_k)
-    return Int32(cutlass.min(Int64(k_tiles - 1), numerator // (Int64(2) * Int64(seq_q) * Int64(tile_n))))
 
 
 class ChooseTiles:

@@ -10,11 +10,12 @@ from cutlass import Boolean, Float32, Int32, const_expr
 from lite_attention.cute_kernels import residual_call
 from lite_attention.cute_kernels.config import KernelConfig, Masks, Residual, Scales, State
 from lite_attention.cute_kernels.epilogue import Epilogue
-from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Outputs, Shared
+from lite_attention.cute_kernels.jobs_sm90 import Jobs, Outputs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Accumulators, Job, Mainloop, Operands, Pipes, Tiles
 from lite_attention.cute_kernels.masses import QTile
 from lite_attention.cute_kernels.products_sm90 import Products
 from lite_attention.cute_kernels.ptx import uniform_float
+from lite_attention.cute_kernels.residual_call import DENSE, FRESH, SLOT
 from lite_attention.cute_kernels.residual_epilogue import ResidualEpilogue
 from lite_attention.cute_kernels.softmax import Keys, Rows, Votes
 from lite_attention.cute_kernels.tile_iterator import TileIterator, mask_rows

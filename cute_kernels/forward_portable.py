@@ -20,16 +20,14 @@ from lite_attention.cute_kernels.epilogue import Epilogue
 from lite_attention.cute_kernels.mainloop_portable import Block, Job, Mainloop, Sources
 from lite_attention.cute_kernels.products_portable import Layouts, Products
 from lite_attention.cute_kernels.ptx import uniform_float
+from lite_attention.cute_kernels.residual_call import DENSE, FRESH, SLOT
 from lite_attention.cute_kernels.softmax import Keys, Rows
 from lite_attention.cute_kernels.storage_portable import (
     BATCH,
     COUNT,
-    DENSE,
     DIAGONAL,
-    FRESH,
     HEAD,
     Q_TILE,
-    SLOT,
     Shared,
     storage_of,
     views,

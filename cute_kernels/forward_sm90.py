@@ -17,10 +17,11 @@ from cutlass.cute.nvgpu import cpasync
 from lite_attention.cute_kernels import residual_call
 from lite_attention.cute_kernels.config import KernelConfig, Masks, Residual, Scales, State
 from lite_attention.cute_kernels.consumer_sm90 import Consumer
-from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Load, Loads, Outputs, Shared
+from lite_attention.cute_kernels.jobs_sm90 import Jobs, Load, Loads, Outputs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Pipes
 from lite_attention.cute_kernels.producer_sm90 import Producer
 from lite_attention.cute_kernels.products_sm90 import Products
+from lite_attention.cute_kernels.residual_call import DENSE, FRESH, SLOT
 from lite_attention.cute_kernels.storage_sm90 import Layouts, storage_of, views
 from lite_attention.cute_kernels.tile_scheduler import DONE, RING, TileScheduler
 from lite_attention.ops import control as c

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-SLOT, FRESH, DENSE = range(3)  # of `Jobs.call`; those of the residual are in residual_call.py
-
 
 class Load(NamedTuple):
     """How TMA loads tiles of a tensor."""

@@ -218,11 +218,7 @@ class Mainloop:
                     last_tile = j
         # Q is free. Lane 0 releases for all: none may still be busy with the job before, whose place in the ring goes
         # with it.
-        if const_expr(self.config.residual):
-            if is_last:
-                cute.arch.sync_warp()
-                pipes.q.consumer_release(q_state)
-        else:
+        if is_last:
             cute.arch.sync_warp()
             pipes.q.consumer_release(q_state)
         # The values of the last tile.

@@ -10,9 +10,10 @@ from cutlass.cute.nvgpu import cpasync
 
 from lite_attention.cute_kernels import residual_call
 from lite_attention.cute_kernels.config import KernelConfig, Masks, Residual, Scales, State
-from lite_attention.cute_kernels.jobs_sm90 import DENSE, FRESH, SLOT, Jobs, Loads, Shared
+from lite_attention.cute_kernels.jobs_sm90 import Jobs, Loads, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Pipes, Tiles
 from lite_attention.cute_kernels.products_sm90 import Products
+from lite_attention.cute_kernels.residual_call import DENSE, FRESH, SLOT
 from lite_attention.cute_kernels.tile_iterator import TileIterator, mask_rows
 from lite_attention.cute_kernels.tile_scheduler import (
     BATCH,

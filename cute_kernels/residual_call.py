@@ -10,7 +10,8 @@ from lite_attention.cute_kernels.config import Residual
 from lite_attention.cute_kernels.ptx import as_float, as_int
 from lite_attention.ops import control as c
 
-# Words of a call in shared memory, after slot, fresh and dense.
+# Words of a call in shared memory. The first three are there without a residual, too.
+SLOT, FRESH, DENSE = range(3)
 FULL = 3  # 0: sparse
 MASKED = 4  # some mask is in use: kept tiles come first, or alone
 HALF = 5  # of the skip mask, that is in use
@@ -60,7 +61,7 @@ def begin(control, residual: Residual, call, block: Int32, slot: Int32, fresh: B
 @cute.jit
 def end(control, residual: Residual, call, block: Int32, step: Int32):
     """One thread, the last of a call that is not dense: note what it did."""
-    slot = call[0]
+    slot = call[SLOT]
     control[block + c.RESIDUALS] = call[RESIDUALS]
     control[block + c.DECIDED] = call[DECIDED]
     control[block + c.TAKEN] = call[TAKEN]

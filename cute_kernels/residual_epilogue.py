@@ -122,15 +122,16 @@ class ResidualEpilogue:
         """Bring what `store` will add nearer."""
         for half in cutlass.range_constexpr(2):
             place = (batch, head, cutlass.min(first_row + 8 * half, seq_q - 1))
-            prefetch_to_l2(self.quarter(residual.values[(words[0], words[call.PLANE], *place, None)]).iterator.toint())
+            last = self.quarter(residual.values[(words[call.SLOT], words[call.PLANE], *place, None)])
+            prefetch_to_l2(last.iterator.toint())
             if as_float(words[call.FACTOR]) != 0.0:
-                other = self.quarter(residual.values[(words[0], 1 - words[call.PLANE], *place, None)])
-                prefetch_to_l2(other.iterator.toint())
+                before = self.quarter(residual.values[(words[call.SLOT], 1 - words[call.PLANE], *place, None)])
+                prefetch_to_l2(before.iterator.toint())
 
     @cute.jit
     def fetch(self, residual: Residual, words, half: cutlass.Constexpr, place):
         """Load what a sparse step adds to a row: values, their factors, and what the LSE lacks."""
-        slot, plane, factor = words[0], words[call.PLANE], as_float(words[call.FACTOR])
+        slot, plane, factor = words[call.SLOT], words[call.PLANE], as_float(words[call.FACTOR])
         other = plane
         if factor != 0.0:
             other = 1 - plane
@@ -159,8 +160,8 @@ class ResidualEpilogue:
                 pairs[(i // 2) * 4 + lane % 4] = pair
             if lane % 4 == 0:
                 lse[place] = value
-                if words[2] == 0:  # not dense
-                    residual.row_lse[(words[0], 0, *place)] = value
+                if words[call.DENSE] == 0:
+                    residual.row_lse[(words[call.SLOT], 0, *place)] = value
 
     @cute.jit
     def add_residual(self, out, half: cutlass.Constexpr, value: Float32, left) -> Float32:
@@ -183,7 +184,7 @@ class ResidualEpilogue:
     ):  # fmt: skip
         """Write a row of the output, and of what it has beyond that of the kept tiles, which lies in its place."""
         batch, head, row = place
-        slot, plane = words[0], words[call.PLANE]
+        slot, plane = words[call.SLOT], words[call.PLANE]
         kept = cute.make_rmem_tensor(self.values // 2, Int32)
         cute.autovec_copy(self.quarter(gout[row, None, head, batch]), kept)
         kept_lse, difference, largest = lse[place], value, Float32(0.0)

@@ -10,9 +10,11 @@ from cutlass import Float32, Int32, Uint32
 from lite_attention.cute_kernels.budget_portable import MAX_WORDS
 from lite_attention.cute_kernels.config import KernelConfig
 from lite_attention.cute_kernels.products_portable import Layouts, Products
+from lite_attention.cute_kernels.residual_call import DENSE
 
 CALL_WORDS = 8
-SLOT, FRESH, DENSE, COUNT, DIAGONAL, Q_TILE, HEAD, BATCH = range(CALL_WORDS)  # of `Shared.call`
+# Of `Shared.call`, after what all kernels have.
+COUNT, DIAGONAL, Q_TILE, HEAD, BATCH = range(DENSE + 1, CALL_WORDS)
 
 
 class Shared(NamedTuple):

@@ -8,10 +8,10 @@ from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig, State
 from lite_attention.cute_kernels.ptx import has_bit
+from lite_attention.ops.tiles import SAMPLE_EVERY
 
 PARTIAL = 1 << 15  # of an entry: some key of the tile is excluded
 TILE_BITS = PARTIAL - 1
-SAMPLE_EVERY = 16  # tiles: of these a fresh step takes a first look at one
 _SPECIAL = 3  # the tiles visited first: on the diagonal, the first, the last
 
 
@@ -27,6 +27,14 @@ def mask_rows(state: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int3
             batches, heads = state.initial_mask.shape[0], state.initial_mask.shape[1]
             initial_row = state.initial_mask[batch % batches, head % heads, q_tile, None]
     return row, initial_row
+
+
+@cute.jit
+def diagonal_tile(q_tile: Int32, seq_q: Int32, seq_k: Int32, tile_m, tile_n, k_tiles: Int32) -> Int32:
+    """The k-tile at the relative position of a q-tile, as `ops/tiles.py` has it."""
+    numerator = Int64(2 * q_tile + 1) * Int64(tile_m) * Int64(seq_k)
+    tile = numerator // (Int64(2) * Int64(seq_q) * Int64(tile_n))
+    return Int32(cutlass.min(Int64(k_tiles - 1), tile))
 
 
 class TileIterator:
@@ -124,9 +132,7 @@ class TileIterator:
     @cute.jit
     def diagonal(self, q_tile: Int32, seq_q: Int32, seq_k: Int32, k_tiles: Int32) -> Int32:
         """The k-tile at the relative position of a q-tile."""
-        numerator = Int64(2 * q_tile + 1) * Int64(self.config.tile_m) * Int64(seq_k)
-        tile = numerator // (Int64(2) * Int64(seq_q) * Int64(self.config.tile_n))
-        return Int32(cutlass.min(Int64(k_tiles - 1), tile))
+        return diagonal_tile(q_tile, seq_q, seq_k, self.config.tile_m, self.config.tile_n, k_tiles)
 
     def turns(self, words: Int32) -> Int32:
         """Number of turns of a walk: the special tiles, and each word once, the diagonal's in two parts."""

@@ -6,7 +6,7 @@ import functools
 import os
 import weakref
 from dataclasses import dataclass, field
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -125,8 +125,7 @@ class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
 def _dense_backend(head_size: int) -> Any:
     """Return the backend that vLLM-Omni takes by itself."""
     path = current_omni_platform.get_diffusion_attn_backend_cls(selected_backend=None, head_size=head_size)
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
+    return resolve_name(path)
 
 
 def _refuse_ring() -> None:

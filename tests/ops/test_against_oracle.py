@@ -10,51 +10,15 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from lite_attention.ops import SkipState
-from lite_attention.ops import control as c
-from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
-from lite_attention.ops.tiles import ceil_div
+from tests.support.drawn_calls import DrawnCall, DrawnCase, near_tile_edges
 from tests.support.op_cases import assert_step, clustered_qkv, live_sparsity, too_close
 
 
-@dataclass
-class Call:
-    """One step: what is asked of the op, and what happens to the state before."""
-
-    before: str
-    slot: int
-    batch: int
-    seq_q: int
-    seq_k: int
-    must_do: bool
-    key_mask: str
-    scale: float | None
-
-
-@dataclass
-class Case:
-    seed: int
-    dtype: torch.dtype
-    quantization: str
-    capacity: tuple[int, int, int]  # batch, seq_q, seq_k
-    kv_heads: int
-    group: int
-    head_dim: int
-    value_dim: int
-    tile_m: int
-    tile_n: int
-    slots: int
-    num_steps: int | None
-    refresh: int | None
-    auto_step: bool
-    initial_mask: tuple[bool, bool] | None  # one for each batch, one for each head
+@dataclass(kw_only=True)
+class Case(DrawnCase):
     threshold: tuple[bool, int, bool]  # by slot, steps, by head
-    calls: list[Call]
-
-
-def _near_tile_edges(tile: int, tiles: st.SearchStrategy[int]) -> st.SearchStrategy[int]:
-    edge = st.sampled_from([0, 0, -1, 1, tile // 2])
-    return st.builds(lambda n, off: max(1, n * tile + off), tiles, edge)
+    calls: list[DrawnCall]
 
 
 @st.composite
@@ -65,11 +29,11 @@ def cases(draw: st.DrawFn) -> Case:
         tile_n = 4
     batch = 1 if many_tiles else draw(st.integers(1, 2))
     few = st.integers(1, 5)
-    seq_q = draw(_near_tile_edges(tile_m, st.integers(1, 2) if many_tiles else few))
-    seq_k = draw(_near_tile_edges(tile_n, st.integers(33, 66) if many_tiles else few))
+    seq_q = draw(near_tile_edges(tile_m, st.integers(1, 2) if many_tiles else few))
+    seq_k = draw(near_tile_edges(tile_n, st.integers(33, 66) if many_tiles else few))
     slots = draw(st.integers(1, 3))
     call = st.builds(
-        Call,
+        DrawnCall,
         before=st.sampled_from([""] * 8 + ["fresh", "fresh", "dense", "jump", "reset"]),
         slot=st.integers(0, slots - 1) if draw(st.booleans()) else st.just(0),
         batch=st.sampled_from([batch, batch, 1]),
@@ -101,47 +65,12 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def _make_state(case: Case, rng: torch.Generator) -> SkipState:
-    (batch, seq_q, seq_k), heads = case.capacity, case.kv_heads * case.group
-    q_tiles, k_tiles = ceil_div(seq_q, case.tile_m), ceil_div(seq_k, case.tile_n)
-    initial = None
-    if case.initial_mask is not None:
-        shape = (batch if case.initial_mask[0] else 1, heads if case.initial_mask[1] else 1, q_tiles, k_tiles)
-        initial = torch.rand(shape, generator=rng) < 0.3
-    state = SkipState(
-        batch=batch, heads=heads, seq_q=seq_q, seq_k=seq_k, tile_m=case.tile_m, tile_n=case.tile_n,
-        slots=case.slots, num_steps=case.num_steps, refresh=case.refresh, auto_step=case.auto_step,
-        initial_mask=initial,
-    )  # fmt: skip
+    state, heads = SkipState(**case.state_options(rng)), case.heads
     by_slot, steps, by_head = case.threshold
     values = torch.tensor([-torch.inf, -6.0, -3.0, -3.0, -1.5, -1.0, 0.0, 2.0])
     index = torch.randint(len(values), (case.slots if by_slot else 1, steps, heads if by_head else 1), generator=rng)
     state.threshold = values[index]  # the op also takes tables with sizes of 1
     return state
-
-
-def _draw_key_mask(kind: str, call: Call, tile_n: int, rng: torch.Generator) -> torch.Tensor | None:
-    if not kind:
-        return None
-    batch = 1 if kind == "one for all" else call.batch
-    if kind == "tokens":
-        return torch.rand(batch, call.seq_k, generator=rng) < 0.7
-    tiles = torch.rand(batch, ceil_div(call.seq_k, tile_n), generator=rng) < 0.6
-    mask = tiles.repeat_interleave(tile_n, 1)[:, : call.seq_k].clone()
-    mask[:, -1] = False  # an excluded token in a tile that otherwise takes part
-    if kind == "nothing":
-        mask[0] = False
-    return mask
-
-
-def _prepare(state: SkipState, call: Call, rng: torch.Generator) -> None:
-    state.slot = call.slot
-    state.set_flag(c.FLAG_DENSE, call.before == "dense")
-    if call.before == "fresh":
-        state.start_fresh(call.slot)
-    elif call.before == "jump":
-        state.set_step(int(torch.randint(6, (), generator=rng)), call.slot)
-    elif call.before == "reset":
-        state.reset(call.slot)
 
 
 @pytest.mark.slow
@@ -151,17 +80,7 @@ def test_equals_the_oracle(case: Case) -> None:
     rng = torch.Generator().manual_seed(case.seed)
     state = _make_state(case, rng)
     for number, call in enumerate(case.calls):
-        q, k, v = clustered_qkv(
-            case.seed, batch=call.batch, seq_q=call.seq_q, seq_k=call.seq_k, heads=case.kv_heads * case.group,
-            kv_heads=case.kv_heads, head_dim=case.head_dim, value_dim=case.value_dim, dtype=case.dtype, step=number,
-        )  # fmt: skip
-        must_do = None
-        if call.must_do:
-            must_do = pack_bits(torch.rand(ceil_div(call.seq_k, case.tile_n), generator=rng) < 0.3)
-        _prepare(state, call, rng)
-        key_mask = _draw_key_mask(call.key_mask, call, case.tile_n, rng)
-        options = {"scale": call.scale, "must_do": must_do, "key_mask": key_mask, "quantization": case.quantization}
-        assert_step(q, k, v, state, **options)
+        assert_step(*case.inputs(call, number), state, **case.prepared(call, state, rng))
     event(f"tiles skipped at the end: {10 * int(10 * live_sparsity(state))} %")
 
 
