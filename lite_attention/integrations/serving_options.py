@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from lite_attention.compile.settings import SkipSettings
+from lite_attention.integrations.numbers import numbers_in
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.presets import preset_of
+from lite_attention.token_slices import TokenSlice, check_slices, ranges_of
 
 __all__ = ["ServingOptions", "layer_index", "mapping_of"]
 
@@ -24,8 +26,6 @@ _OWN = {"preset", "dense_steps", "dense_layers", "sinks"}
 _BY_STEP = {"threshold": (-1, 1), "keep": (-1,)}  # shapes that tables of steps have
 
 _SLOTS = {"votes": 3, "residual": 2}  # as `enable` has them
-
-Range = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ServingOptions:
     settings: SkipSettings
     dense_steps: int = 0
     dense_layers: frozenset[int] = frozenset()
-    sinks: tuple[Range, ...] = ()
+    sinks: tuple[TokenSlice, ...] = ()
     preset: str | None = None
 
     @classmethod
@@ -75,13 +75,12 @@ class ServingOptions:
         if given.get("method") == "residual" and dense_steps:
             require("first_full" not in given, "dense_steps", "none beside first_full", dense_steps)
             given["first_full"], dense_steps = dense_steps, 0
-        layers, sinks = _layers(own.get("dense_layers")), _ranges(own.get("sinks", ()))
+        layers, sinks = _layers(own.get("dense_layers")), check_slices("sinks", own.get("sinks", ()))
         return cls(SkipSettings(**given), dense_steps, layers, sinks, preset if is_open else None)
 
     def must_do(self, seq_k: int) -> tuple[int, ...] | None:
         """Return the sinks as ranges [start, end, ...] of so many keys; None = there are none."""
-        ranges = [slice(*sink).indices(seq_k)[:2] for sink in self.sinks]
-        return tuple(end for sink in ranges if sink[0] < sink[1] for end in sink) or None
+        return tuple(end for sink in ranges_of(self.sinks, seq_k) for end in sink) or None
 
 
 def _with_preset(preset: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -103,25 +102,12 @@ def _steps(name: str, given: Any) -> Any:
 
 def _layers(given: object) -> frozenset[int]:
     """Return numbers of layers out of a number, a list, or text such as "0,1,38-39"."""
-    expected = "a number, a list of numbers, or text such as '0,1,38-39'"
-    if given is None:
-        return frozenset()
     if isinstance(given, str):
-        parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in given.split(",") if part.strip()]
-        require(all(parts), "dense_layers", expected, repr(given))
-        ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
-        return frozenset(layer for first, last in ends for layer in range(first, last + 1))
-    numbers = given if isinstance(given, Sequence) else [given]
+        return numbers_in("dense_layers", given)
+    numbers = [] if given is None else given if isinstance(given, Sequence) else [given]
+    expected = "a number, a list of numbers, or text such as '0,1,38-39'"
     require(all(type(n) is int and n >= 0 for n in numbers), "dense_layers", expected, repr(given))
     return frozenset(numbers)
-
-
-def _ranges(given: object) -> tuple[Range, ...]:
-    listed = given if isinstance(given, Sequence) and not isinstance(given, str) else [None]
-    pairs = [tuple(pair) if isinstance(pair, Sequence) else () for pair in listed]
-    right = all(len(pair) == 2 and all(end is None or type(end) is int for end in pair) for pair in pairs)
-    require(right, "sinks", "a list of pairs [start, end] of integers or null", repr(given))
-    return tuple((start, end) for start, end in pairs)
 
 
 def layer_index(name: str) -> int | None:

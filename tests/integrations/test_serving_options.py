@@ -71,7 +71,15 @@ def test_a_preset_is_open_until_the_number_of_steps_is_known(config: dict[str, A
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
-    [(None, set()), (3, {3}), ([1, 4], {1, 4}), ("0,1", {0, 1}), ("0, 5-7,", {0, 5, 6, 7}), ("", set())],
+    [
+        (None, set()),
+        (3, {3}),
+        ([1, 4], {1, 4}),
+        ("0,1", {0, 1}),
+        (" 0, 5 - 7,", {0, 5, 6, 7}),
+        ("6-6", {6}),
+        ("", set()),
+    ],
 )
 def test_dense_layers(layers: object, expected: set[int]) -> None:
     assert ServingOptions.of({"dense_layers": layers}).dense_layers == expected
@@ -82,8 +90,9 @@ def test_dense_layers(layers: object, expected: set[int]) -> None:
     [
         ([[0, 20]], (0, 20)),
         ([[None, 20], [-30, None]], (0, 20, 70, 100)),
-        ([[90, 200], [-500, 5]], (90, 100, 0, 5)),
-        ([[20, 20], [50, 40]], None),
+        ([[90, 200], [-500, 5]], (0, 5, 90, 100)),
+        ([[10, 30], [0, 20]], (0, 30)),
+        ([[50, -60]], None),  # in so few keys
     ],
 )
 def test_sinks_are_slices(sinks: list[list[int]], expected: tuple[int, ...] | None) -> None:
@@ -107,12 +116,18 @@ def test_sinks_are_slices(sinks: list[list[int]], expected: tuple[int, ...] | No
         ({"dense_steps": -1}, "dense_steps: expected an integer, at least 0|dense_steps: expected at least 0"),
         ({"dense_steps": 2.5}, "dense_steps: expected an integer"),
         ({"method": "residual", "dense_steps": 3, "first_full": 2}, "dense_steps: expected none beside first_full"),
-        ({"dense_layers": "1-"}, "dense_layers: expected a number"),
+        ({"dense_layers": "1-"}, "dense_layers: expected numbers and ranges, .*, got '1-'"),
+        ({"dense_layers": "0, 5-3"}, "dense_layers: expected a range whose end is not before its start, got '5-3'"),
+        ({"dense_layers": "0-99999999999"}, "dense_layers: expected numbers up to 9999"),
         ({"dense_layers": [-1]}, "dense_layers: expected a number"),
         ({"dense_layers": [True]}, "dense_layers: expected a number"),
         ({"sinks": [0, 226]}, "sinks: expected a list of pairs"),
         ({"sinks": "0-226"}, "sinks: expected a list of pairs"),
         ({"sinks": [[0, 1.5]]}, "sinks: expected a list of pairs"),
+        ({"sinks": [[0, 8], [50, 40]]}, r"sinks: expected a start before its end, got \[50, 40\]"),
+        ({"sinks": [[20, 20]]}, "sinks: expected a start before its end"),
+        ({"sinks": [[-5, -9]]}, "sinks: expected a start before its end"),
+        ({"sinks": [[None, 0]]}, "sinks: expected a start before its end"),
         ({"sinks": 5}, "sinks: expected a list of pairs"),
     ],
 )  # fmt: skip

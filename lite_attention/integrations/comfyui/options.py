@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lite_attention.compile.settings import SkipSettings
+from lite_attention.integrations.numbers import numbers_in
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.arguments import check_count, check_switch, require
 from lite_attention.ops.validate import check_threshold
 from lite_attention.presets import PRESETS, preset_of
+from lite_attention.token_slices import ranges_of, slice_in
 
-__all__ = ["CHOICES", "DEFAULTS", "NodeOptions", "block_numbers", "exact_ranges", "told_ranges"]
+__all__ = ["CHOICES", "DEFAULTS", "NodeOptions", "exact_ranges", "told_ranges"]
 
 _VOTES = "votes"  # the method that needs no residual
 CHOICES = [*PRESETS, _VOTES]
@@ -23,7 +24,6 @@ DEFAULTS: dict[str, Any] = {
     "exact_tokens": "auto", "min_tokens": 12288, "memory": "device", "verbose": False,
 }  # fmt: skip
 
-_BLOCKS = "numbers and ranges, such as '0, 1, 47-49'"
 _TOKENS = "'auto', or slices of the sequence, such as '0:256' or '-512:'; several with commas between"
 
 _Ranges = list[tuple[int, int]]
@@ -38,7 +38,7 @@ class NodeOptions:
         threshold: of "votes": log2 units, at most 0; more negative skips less.
         start_percent: of the sampling, 0 to 1: attention is dense before.
         end_percent: likewise, dense after.
-        dense_blocks: blocks that are always dense, see `block_numbers`.
+        dense_blocks: blocks that are always dense, such as "0, 1, 47-49".
         exact_tokens: tokens that all others always attend to, and that attend to all others, see `exact_ranges`.
         min_tokens: shorter sequences are dense.
         memory: where residuals live, "device" or "host".
@@ -63,10 +63,10 @@ class NodeOptions:
         check_threshold(self.threshold, allow_positive=False)
         for name in ("start_percent", "end_percent"):
             percent = getattr(self, name)
-            is_share = isinstance(percent, (int, float)) and 0 <= percent <= 1
+            is_share = type(percent) in (int, float) and 0 <= percent <= 1
             require(is_share, name, "a number from 0 to 1", repr(percent))
         require(self.start_percent < self.end_percent, "start_percent", "less than end_percent", self.start_percent)
-        block_numbers(self.dense_blocks)
+        numbers_in("dense_blocks", self.dense_blocks)
         exact_ranges(self.exact_tokens, {}, 0)
         check_count("min_tokens", self.min_tokens, least=0)
         require(self.memory in ("device", "host"), "memory", "'device' or 'host'", repr(self.memory))
@@ -81,23 +81,6 @@ class NodeOptions:
         return SkipSettings(method="residual", memory=self.memory, **preset, **common)
 
 
-def block_numbers(text: str) -> frozenset[int]:
-    """Return the blocks that a text such as "0, 1, 47-49" names; ends are included.
-
-    Raises:
-        ValueError: other text.
-    """
-    blocks: set[int] = set()
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-        if match is None:
-            raise ValueError(f"dense_blocks: expected {_BLOCKS}, got {part!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        require(first <= last, "dense_blocks", _BLOCKS, repr(part))
-        blocks.update(range(first, last + 1))
-    return frozenset(blocks)
-
-
 def exact_ranges(text: str, told: Mapping[str, Any], tokens: int) -> _Ranges:
     """Return the ranges of tokens, ends excluded, that a text names in a sequence of so many.
 
@@ -107,19 +90,11 @@ def exact_ranges(text: str, told: Mapping[str, Any], tokens: int) -> _Ranges:
         tokens: of the sequence; slices are cut off at its ends.
 
     Raises:
-        ValueError: other text.
+        ValueError: other text, or a slice that ends before it starts.
     """
-    ranges: _Ranges = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(-?\d+)?\s*:\s*(-?\d+)?", part)
-        if part == "auto":
-            ranges += told_ranges(told, tokens)
-        elif match is None:
-            raise ValueError(f"exact_tokens: expected {_TOKENS}, got {part!r}")
-        else:
-            start, end, _ = slice(*(int(end) if end else None for end in match.groups())).indices(tokens)
-            ranges.append((start, end))
-    return _merged(ranges)
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    slices = [slice_in("exact_tokens", part, _TOKENS) for part in parts if part != "auto"]
+    return ranges_of([*slices, *(told_ranges(told, tokens) if "auto" in parts else [])], tokens)
 
 
 def told_ranges(told: Mapping[str, Any], tokens: int) -> _Ranges:
@@ -135,14 +110,3 @@ def told_ranges(told: Mapping[str, Any], tokens: int) -> _Ranges:
         if 0 <= start <= end <= tokens:
             return [(0, start), (end, tokens)]
     return []
-
-
-def _merged(ranges: _Ranges) -> _Ranges:
-    """Return ranges sorted, without empty ones and without overlap, so that none is computed twice."""
-    merged: _Ranges = []
-    for start, end in sorted(ranges):
-        if start < end and merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        elif start < end:
-            merged.append((start, end))
-    return merged

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lite_attention.integrations.numbers import numbers_in
 from lite_attention.ops import ResidualState, attention
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 
-from .options import NodeOptions, block_numbers, exact_ranges
+from .options import NodeOptions, exact_ranges
 from .schedule import Schedule
 
 __all__ = ["FORWARD", "Forward", "Run", "attention_override"]
@@ -68,7 +69,7 @@ class Run:
 
     def __init__(self, options: NodeOptions) -> None:
         self.options = options
-        self.dense_blocks = block_numbers(options.dense_blocks)
+        self.dense_blocks = numbers_in("dense_blocks", options.dense_blocks)
         self.memories: dict[tuple[Call, Branch, Hashable], Memory | str] = {}  # a text is why there is none
         self.reasons: Counter[str] = Counter()  # why calls were dense
         self._sigmas: torch.Tensor | None = None
