@@ -34,6 +34,7 @@ class Moment(NamedTuple):
     timestep: float | None = None
     begins: bool = False  # a generation begins with it
     num_steps: int | None = None  # of the generation
+    time: float | None = None  # of the flow, in any unit; None = the timestep
 
 
 @dataclass(eq=False)
@@ -52,7 +53,7 @@ class _Here:
     """Where a thread is."""
 
     skips: bool = False  # in a forward that may skip
-    step: int | None = None
+    step: float | None = None  # or timestep
     ran: Counter[str | None] = field(default_factory=Counter)  # branches, in this step
 
 
@@ -84,7 +85,7 @@ class ServedAttention:
             self.store.forget_other_sizes()
             self._plan(moment.num_steps)
         # Nobody says where a forward ends. It need not be left, since the next one writes its own step.
-        here.skips = session.enter(place._replace(times=_times(moment.timestep)))
+        here.skips = session.enter(place._replace(times=_times(moment)))
         if not here.skips:
             slots = self.options.settings.slots
             self.store.say(f"a step has more than {slots} passes: the others are dense; configure slots={slots + 1}")
@@ -96,11 +97,12 @@ class ServedAttention:
 
     @staticmethod
     def _branch(here: _Here, moment: Moment) -> str | None:
-        """Return the name of a pass; in a step that is told, a name that ran before is another pass."""
-        if moment.step is None or moment.branch is None:
+        """Return the name of a pass; in a step, or timestep, that is told, a name that ran before is another pass."""
+        step = moment.timestep if moment.step is None else moment.step
+        if step is None or moment.branch is None:
             return moment.branch
-        if moment.begins or moment.step != here.step:
-            here.step, here.ran = moment.step, Counter()
+        if moment.begins or step != here.step:
+            here.step, here.ran = step, Counter()
         here.ran[moment.branch] += 1
         number = here.ran[moment.branch]
         return moment.branch if number == 1 else f"{moment.branch} {number}"
@@ -164,5 +166,6 @@ class ServedAttention:
         return reason
 
 
-def _times(timestep: float | None) -> dict[str, float]:
-    return {} if timestep is None or not math.isfinite(timestep) else {"timestep": timestep}
+def _times(moment: Moment) -> dict[str, float]:
+    time = moment.timestep if moment.time is None else moment.time
+    return {} if time is None or not math.isfinite(time) else {"timestep": time}

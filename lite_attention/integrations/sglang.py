@@ -7,8 +7,12 @@ sglang generate --model-path ... --attention-backend lite_attention \\
 
 SGLang finds `register` by its entry point, wherever both packages are installed. The options are those of
 `lite_attention.integrations.serving_options.ServingOptions.of`. Step, branch and request come from SGLang's forward
-context. Cross-attention, causal attention, and all that runs outside of a request's denoising stay with the backend
+context: a step is a number from 0 on there, or, as Helios has it, a timestep. The flow's time is the request's timestep
+of the step. Cross-attention, causal attention, and all that runs outside of a request's denoising stay with the backend
 that SGLang takes by itself.
+
+Some pipelines of SGLang 0.5.23 put no request into the context, so their attention is dense, and a warning says so
+once: LTX-2, Cosmos 3 and its simulation, the refiner of SANA-WM, and the painting of Hunyuan3D.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import json
 import weakref
 from dataclasses import dataclass
 from itertools import count, pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from pkgutil import resolve_name
 from typing import Any
 
@@ -151,7 +151,10 @@ class _Seen:
     """What a thread saw last: SGLang makes a context for each forward, and has a request for each generation."""
 
     context: weakref.ref[Any] | None = None
+    denoises: bool = False  # in that context
     request: weakref.ref[Any] | None = None
+    counts: bool = False  # the request's forwards are numbered from 0; otherwise what they tell is a timestep
+    timesteps: tuple[object, list[float]] | None = None  # of the request, as it has them, and as numbers
 
 
 class _Served(ServedAttention):
@@ -162,27 +165,61 @@ class _Served(ServedAttention):
         self._seen = PerThread(_Seen)
 
     def follow(self) -> bool:
-        """Note which forward this thread is in, and return whether it is one of a request."""
-        context = get_forward_context_or_none()
-        request = None if context is None else context.forward_batch
-        if context is None or request is None:
+        """Note which forward this thread is in, and return whether it is a denoising one of a request."""
+        context, seen = get_forward_context_or_none(), self._seen()
+        if context is None:
             return False
-        seen = self._seen()
         if seen.context is None or seen.context() is not context:
-            begins = seen.request is None or seen.request() is not request
-            seen.context, seen.request = weakref.ref(context), weakref.ref(request)
-            self.begin_forward(_moment(context, request, begins))
+            seen.context, seen.denoises = weakref.ref(context), self._begin(seen, context)
+        return seen.denoises
+
+    def _begin(self, seen: _Seen, context: Any) -> bool:
+        """Begin a forward, and return whether it is a denoising one of a request."""
+        request, told = context.forward_batch, _told(context.current_timestep)
+        if request is None or told is None:
+            self._say_nobody_asks(request, told)
+            return False
+        begins = seen.request is None or seen.request() is not request
+        if begins:
+            seen.request, seen.timesteps = weakref.ref(request), None
+            seen.counts = told == 0 and isinstance(told, int)
+        self.begin_forward(_moment(seen, request, told, begins))
         return True
 
+    def _say_nobody_asks(self, request: Any, told: float | None) -> None:
+        """Say that a loop runs without a request; encoders, which do so too, are always at their first step."""
+        if request is None and told is not None and told > 1:
+            self.store.say(
+                "this pipeline of SGLang runs its denoising without a request in the forward context, so generations "
+                "cannot be told apart, and its attention is dense"
+            )
 
-def _moment(context: Any, request: Any, begins: bool) -> Moment:
-    step = context.current_timestep
-    return Moment(
-        branch="uncond" if getattr(request, "is_cfg_negative", False) else "cond",
-        step=int(step) if isinstance(step, Integral) else None,
-        begins=begins,
-        num_steps=getattr(request, "num_inference_steps", None),
-    )
+
+def _told(step: Any) -> float | None:
+    """Return what a forward context says of its step: a number, or a timestep; None = it is no denoising step."""
+    if isinstance(step, torch.Tensor):
+        step = float(step.flatten()[0]) if step.numel() else None
+    if isinstance(step, bool) or not isinstance(step, Real) or not step >= 0:  # nor is NaN
+        return None
+    return int(step) if isinstance(step, Integral) else float(step)
+
+
+def _moment(seen: _Seen, request: Any, told: float, begins: bool) -> Moment:
+    branch = "uncond" if getattr(request, "is_cfg_negative", False) else "cond"
+    num_steps = getattr(request, "num_inference_steps", None)
+    if not (seen.counts and isinstance(told, int)):
+        return Moment(branch=branch, timestep=float(told), begins=begins, num_steps=num_steps)
+    return Moment(branch=branch, step=told, begins=begins, num_steps=num_steps, time=_time(seen, request, told))
+
+
+def _time(seen: _Seen, request: Any, step: int) -> float | None:
+    """Return the timestep of a step of a request; they are read from the device once."""
+    timesteps = getattr(request, "timesteps", None)
+    if not isinstance(timesteps, torch.Tensor) or timesteps.dim() != 1:
+        return None
+    if seen.timesteps is None or seen.timesteps[0] is not timesteps:
+        seen.timesteps = timesteps, timesteps.tolist()
+    return seen.timesteps[1][step] if step < len(seen.timesteps[1]) else None
 
 
 def _served() -> _Served:

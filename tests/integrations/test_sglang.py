@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import threading
+import warnings
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -282,14 +284,62 @@ def test_threads_have_memories_of_their_own(start: Start) -> None:
     assert by_hand.skipped > 0
 
 
-def test_steps_may_be_unknown(start: Start) -> None:
+@pytest.mark.parametrize("timesteps", [(999, 600, 200), (0.9, 0.5, 0.1), "tensors"], ids=["ints", "floats", "tensors"])
+@pytest.mark.parametrize("named", [True, False], ids=["branches named", "not named"])
+def test_a_context_may_tell_timesteps_in_place_of_steps(start: Start, timesteps: Any, named: bool) -> None:
     server, by_hand = start(threshold=THRESHOLD), ByHand(THRESHOLD)
     layer, request = server.layer(), Request()
-    for step, branch in product(range(3), BRANCHES):
-        with server.step(request, torch.tensor(0.5), branch):
-            qkv = inputs(0, branch, step)
-            torch.testing.assert_close(layer.forward(*qkv, None), by_hand(branch, qkv))
+    if timesteps == "tensors":
+        timesteps = torch.tensor([999.0, 600.0, 200.0]).unbind()
+    for chunk in range(2):  # a pipeline may run its loop several times for a request
+        for (step, timestep), branch in product(enumerate(timesteps), BRANCHES):
+            with server.step(request, timestep, branch if named else "cond"):
+                qkv = inputs(0, branch, step, request=chunk)
+                torch.testing.assert_close(layer.forward(*qkv, None), by_hand((chunk, branch), qkv))
     assert by_hand.skipped > 0
+
+
+@pytest.mark.parametrize("step", [None, -1, float("nan")])
+def test_a_context_without_a_step_is_no_denoising(start: Start, step: Any) -> None:
+    """An encoder, or a forward that fills a cache, between two steps."""
+    server, by_hand = start(threshold=THRESHOLD), ByHand(THRESHOLD)
+    layer, request = server.layer(), Request()
+    for number in range(3):
+        with server.step(request, number):
+            qkv = inputs(0, "cond", number)
+            torch.testing.assert_close(layer.forward(*qkv, None), by_hand(0, qkv))
+        with server.step(request, step):
+            other = inputs(1, "cond", number)
+            torch.testing.assert_close(layer.forward(*other, None), dense(*other))
+    assert by_hand.skipped > 0
+
+
+def test_a_pipeline_that_tells_no_request_is_dense_and_said_once(start: Start) -> None:
+    server = start(threshold=THRESHOLD)
+    layer, qkv = server.layer(), inputs(0, "cond", 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in (0, 0, None, 1):  # what encoders tell
+            with server.context(step, None):
+                torch.testing.assert_close(layer.forward(*qkv, None), dense(*qkv))
+        assert not caught
+        for step in range(5):
+            with server.context(step, None):
+                torch.testing.assert_close(layer.forward(*qkv, None), dense(*qkv))
+    assert [str(warning.message).count("without a request") for warning in caught] == [1]
+
+
+@pytest.mark.parametrize("told", ["timesteps", "timestep", "nothing"])
+def test_the_flows_time_is_the_timestep(start: Start, told: str) -> None:
+    server = start(method="residual", keep=0.5)
+    timesteps = torch.tensor([1000.0, 970.0, 900.0, 700.0])
+    layer, request = server.layer(), Request(timesteps=timesteps if told == "timesteps" else None)
+    for step, timestep in enumerate(timesteps):
+        with server.step(request, timestep if told == "timestep" else step):
+            layer.forward(*inputs(0, "cond", step), None)
+        (record,) = layer._served.store.records
+        time = float(record.last.times[0, 0])
+        assert math.isnan(time) if told == "nothing" else time == float(timestep)
 
 
 def test_a_preset_follows_the_steps_of_a_request(start: Start) -> None:
@@ -333,6 +383,15 @@ def test_the_selector_of_the_wheel_takes_it_for_self_attention_alone(monkeypatch
     assert select(HEAD_DIM, torch.float32, **chosen, is_cross_attention=True).__name__ == "SDPABackend"
     requirements = server.module("layers.attention.backends.attention_backend").AttentionRequirements(True)
     assert select(HEAD_DIM, torch.float32, **chosen, attention_requirements=requirements) is server.backend
+
+
+@of_wheel
+def test_pipelines_without_a_request_are_named() -> None:
+    root = hosts.folder(sglang_host.FOLDER)
+    assert root is not None
+    assert sglang_host.stages_without_request(root) == {*sglang_host.WITHOUT_REQUEST}
+    text = " ".join(str(importlib.import_module("lite_attention.integrations.sglang").__doc__).split())
+    assert all(name in text for name in sglang_host.WITHOUT_REQUEST.values())
 
 
 @of_wheel

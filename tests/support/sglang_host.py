@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from pathlib import Path
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 from tests.support import hosts
 
-__all__ = ["CLASSES", "FOLDER", "Request", "install", "server_args"]
+__all__ = ["CLASSES", "FOLDER", "WITHOUT_REQUEST", "Request", "install", "server_args", "stages_without_request"]
 
 FOLDER = "LITE_ATTENTION_SGLANG"
 _RUNTIME = "sglang.multimodal_gen.runtime"
@@ -31,6 +33,7 @@ class Request:
 
     is_cfg_negative: bool = False
     num_inference_steps: int | None = None
+    timesteps: torch.Tensor | None = None
 
 
 def install(patch: pytest.MonkeyPatch, kind: str, config: dict[str, Any] | None = None) -> None:
@@ -155,6 +158,34 @@ CLASSES: dict[str, tuple[str, Any]] = {
     "SDPAImpl.__init__": (f"{_LAYERS}/sdpa.py", SDPAImpl.__init__),
     "CpuPlatform.get_attn_backend_cls_str": ("platforms/cpu.py", CpuPlatform.get_attn_backend_cls_str),
 }  # fmt: skip
+
+
+# Stages that denoise without a request in the forward context, by the names that the adapter has for them. MiniMax-H3's
+# loop does so only where nobody gives it a `model_forward`; its pipelines do.
+WITHOUT_REQUEST = {
+    "ltx_2/denoising.py": "LTX-2",
+    "cosmos3.py": "Cosmos 3",
+    "cosmos3_simulation/dreams.py": "its simulation",
+    "cosmos3_simulation/sim_auto.py": "its simulation",
+    "sana_wm/refiner.py": "refiner of SANA-WM",
+    "hunyuan3d/paint.py": "painting of Hunyuan3D",
+    "minimax_h3/denoise_loop.py": "",
+}
+
+
+def stages_without_request(root: Path) -> set[str]:
+    """Return the stages of a wheel that tell a step that varies, but no request."""
+    stages = root.joinpath(*_RUNTIME.split("."), "pipelines_core/stages")
+    found = set()
+    for path in stages.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "set_forward_context":
+                given = {keyword.arg: keyword.value for keyword in call.keywords}
+                if "forward_batch" not in given and not isinstance(
+                    given.get("current_timestep"), (ast.Constant, NoneType)
+                ):
+                    found.add(str(path.relative_to(stages)).removeprefix("model_specific_stages/"))
+    return found
 
 
 def _recorded() -> list[hosts.Module]:
