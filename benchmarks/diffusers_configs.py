@@ -1,7 +1,7 @@
 """Are the transformers of diffusers what they were when nothing is skipped? Eager and compiled, at threshold -inf.
 
     python -m benchmarks.diffusers_configs [--only WanTransformer3DModel ...] [--inner eager]
-    python -m benchmarks.diffusers_configs --page     # writes docs/models.md: some seconds
+    python -m benchmarks.diffusers_configs --page     # writes docs/reference/models.md: some seconds
 
 Each class is built tiny and random, in float32, and runs once: some minutes on a CPU. Prints a line a class, with the
 sites that are skip-aware of those that were seen, and the largest difference to dense. Exits with 1 if one is off.
@@ -54,7 +54,7 @@ def compare(name: str, inner: str | None) -> tuple[str, float]:
 
 # ---- the page of models ----------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[1] / "docs/models.md"
+PAGE = Path(__file__).parents[1] / "docs/reference/models.md"
 _TEXT = """# Models of diffusers
 
 What `lite_attention.enable` finds in each transformer of diffusers {version}, and why it leaves the rest to PyTorch.
@@ -85,7 +85,7 @@ Not run by this command, as nobody has written their inputs down: {others}.
 
 
 def page() -> str:
-    """Return the text of `docs/models.md`."""
+    """Return the text of `docs/reference/models.md`."""
     tested = _tested()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONFIGS, metavar="CLASS", help="some classes instead of all")
     parser.add_argument("--inner", default="eager", help="what compiles, such as inductor")
-    parser.add_argument("--page", action="store_true", help="write docs/models.md instead")
+    parser.add_argument("--page", action="store_true", help="write docs/reference/models.md instead")
     args = parser.parse_args(arguments)
     if args.page:
         PAGE.write_text(page())

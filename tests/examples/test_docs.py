@@ -12,7 +12,7 @@ CHECKOUT = Path(__file__).parents[2]
 PAGES = [
     CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/moving_shapes/README.md")
 ]
-PAGES += sorted((CHECKOUT / "docs").glob("*.md"))
+PAGES += sorted((CHECKOUT / "docs").rglob("*.md"))
 ROOMS = ["lite_attention", "ops", "compile", "cute_kernels", "tests", "benchmarks", "examples", "docs"]
 FILES = [file.as_posix() for room in ROOMS for file in (CHECKOUT / room).rglob("*") if file.is_file()]
 

@@ -1,0 +1,84 @@
+"""The short examples run as they stand, on pipelines of tiny parts that are loaded from a folder."""
+
+from __future__ import annotations
+
+import functools
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lite_attention
+from lite_attention import LiteAttentionBackend, ThresholdTable
+from tests.support import pipelines
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = {"tile_shape": (16, 16)}
+WAN = ["--size", "5", "32", "16", "--steps", "4"]
+LTX = ["--size", "17", "64", "32", "--steps", "4"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run an example with arguments, in a folder of its own, on small tiles and without a C++ compiler."""
+    monkeypatch.chdir(tmp_path)
+    for name, small in (("enable", {"compile": False, **SMALL}), ("calibrate", SMALL), ("make_skip_aware", SMALL)):
+        monkeypatch.setattr(lite_attention, name, functools.partial(getattr(lite_attention, name), **small))
+    monkeypatch.setattr(lite_attention, "liteattn_backend", LiteAttentionBackend(inner="eager"))
+    monkeypatch.setattr("diffusers.utils.export_to_video", lambda video, path, fps: Path(path).write_bytes(b"video"))
+
+    def of(name: str, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return of
+
+
+def saved(build: Callable[[], Any], folder: Path) -> list[str]:
+    build().save_pretrained(folder)
+    return ["--model", str(folder)]
+
+
+def test_wan(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("diffusers_wan.py", *saved(pipelines.wan, tmp_path / "wan"), *WAN)
+    assert names["video"].shape == (5, 32, 16, 3)
+    assert (tmp_path / "wan.mp4").read_bytes() == b"video"
+    assert "3 of 6 sites skip-aware" in capsys.readouterr().out
+
+
+def test_ltx(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("ltx.py", *saved(pipelines.ltx, tmp_path / "ltx"), *LTX)
+    assert len(names["video"]) == 17
+    assert (tmp_path / "ltx.mp4").exists()
+    assert "sites skip-aware" in capsys.readouterr().out
+
+
+def test_calibrate(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("calibrate.py", *saved(pipelines.wan, tmp_path / "wan"), *WAN)
+    table = ThresholdTable.load(tmp_path / "thresholds.toml")
+    assert table.thresholds.keys() == names["found"].table.thresholds.keys()
+    assert "held-out" in capsys.readouterr().out
+
+
+def test_compile_any_model(run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("compile_any_model.py")
+    assert names["noise"].shape == names["latent"].shape
+    assert names["noise"].isfinite().all()
+    assert capsys.readouterr().out.count(": skips") == 4
+
+
+def test_export(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("export_aoti.py")
+    assert (tmp_path / "denoiser.pt2").exists()
+    assert names["latent"].isfinite().all()
+    assert ": skips" in capsys.readouterr().out
+
+
+def test_none_is_left_out() -> None:
+    tested = {"diffusers_wan", "ltx", "calibrate", "compile_any_model", "export_aoti"}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
