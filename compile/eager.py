@@ -285,8 +285,10 @@ class _EagerSwap(TorchFunctionMode):
         if not swapped and self.settings.dense != "kernel":
             return "sdpa", record.site.reason
         now = self._site(self._run.running[-1], record.site.ordinal, tensors)
-        if now.dtype != record.site.dtype:  # the model has been cast
-            record.site = replace(record.site, dtype=now.dtype)
+        if now.dtype != record.site.dtype or now.q_shape[2] != record.site.q_shape[2]:  # cast, or shared by processes
+            record.site = replace(
+                record.site, dtype=now.dtype, q_shape=now.q_shape, k_shape=now.k_shape, v_shape=now.v_shape
+            )
         reason = unsupported_call(now, tensors, mask, **call)
         if reason is not None:
             return "sdpa", reason

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lite_attention.ops.shard import Shard
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import WRAPPED
@@ -17,7 +18,8 @@ from lite_attention.ops.torch_internals import WRAPPED
 __all__ = ["Forward", "SiteRecord", "Sizes", "StateKey", "paths_of"]
 
 Sizes = tuple[int, int, int]  # batch, seq_q, seq_k
-StateKey = tuple[Sizes, torch.device, tuple[int, int], int]  # with tile_m and tile_n, and the id of the session
+# With tile_m and tile_n, the id of the session, and which part of the model's attention it is of.
+StateKey = tuple[Sizes, torch.device, tuple[int, int], int, Shard]
 
 
 @dataclass

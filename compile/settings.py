@@ -17,6 +17,7 @@ from lite_attention.ops.options import RESIDUAL_DTYPES
 from lite_attention.ops.quantization import QuantizationName, quantization_of
 from lite_attention.ops.residual_settings import UNKNOWN_STEPS, ResidualSettings, residual_of
 from lite_attention.ops.residual_state import ResidualState
+from lite_attention.ops.shard import WHOLE, Shard
 from lite_attention.ops.site import Site, SiteKeep, SiteThreshold, Threshold
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.state import SkipState
@@ -218,46 +219,53 @@ class SkipSettings:
         )  # fmt: skip
 
     def new_state(
-        self, site: Site, sizes: tuple[int, int, int], value: SiteThreshold | SiteKeep | None = None
+        self,
+        site: Site,
+        sizes: tuple[int, int, int],
+        value: SiteThreshold | SiteKeep | None = None,
+        shard: Shard = WHOLE,
     ) -> SiteState:
         """Return a fresh state for a site at (batch, seq_q, seq_k).
 
         Args:
             site: as far as known.
             sizes: of the calls.
-            value: the threshold, or the share to keep, in place of the settings'.
+            value: the threshold, or the share to keep, in place of the settings'; as the settings' it is of the whole
+                model.
+            shard: which part of the model's attention the calls are.
 
         Raises:
             ValueError: the threshold, the share or the initial mask does not fit the site.
             RuntimeError: there is not enough memory for it.
         """
         site = self.sized(site, sizes, self.tile_shape_for(site))
-        common = self._state_options(site)
+        whole, heads = shard.whole(site), site.q_shape[2]
+        common = self._state_options(site, shard)
         if self.residual is not None:
             options = self.residual.options(self.table_steps, site.device)
             keeping = ResidualState(**common, **options, value_dim=site.value_dim)
             self.residual.write_plan(keeping)
             keep = self.keep if value is None else value
             if keep is not None:
-                keeping.set_keep(keep(site) if callable(keep) else keep)
+                keeping.set_keep(keep(whole) if callable(keep) else keep)
             return self._begun(keeping)
         state = SkipState(**common, allow_positive=self.allow_positive)
         threshold = self.threshold if value is None else value
         assert threshold is not None
-        state.set_threshold(threshold(site) if callable(threshold) else threshold)
+        threshold = threshold(whole) if callable(threshold) else threshold
+        state.set_threshold(shard.own_heads("threshold", threshold, heads))
         return self._begun(state)
 
-    def _state_options(self, site: Site) -> dict[str, Any]:
+    def _state_options(self, site: Site, shard: Shard) -> dict[str, Any]:
         """Return what the states of all methods are made with."""
         (batch, seq_q, heads, _), seq_k, (tile_m, tile_n) = site.q_shape, site.k_shape[1], site.tile_shape or (0, 0)
-        mask = None
-        if self.initial_mask is not None:
-            # One shape for all, since it is part of compiled code.
-            mask = self.initial_mask(site)
-            if mask is None:
-                mask = torch.zeros(1, 1, ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n), dtype=torch.bool)
-            if mask.dim() == 4:
-                mask = mask.expand(batch, heads, *mask.shape[2:])
+        mask = None if self.initial_mask is None else self.initial_mask(shard.whole(site))
+        if self.initial_mask is not None and mask is None:  # one shape for all, since it is part of compiled code
+            mask = torch.zeros(batch, heads, ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n), dtype=torch.bool)
+        elif mask is not None and mask.dim() == 4:
+            mask = shard.own_heads("initial_mask", mask, heads, dim=1)
+            mask = shard.own_queries(mask, seq_q, seq_k, tile_m)
+            mask = mask.expand(batch, heads, *mask.shape[2:])
         return {
             "batch": batch, "heads": heads, "seq_q": seq_q, "seq_k": seq_k, "tile_m": tile_m, "tile_n": tile_n,
             "slots": self.slots, "num_steps": self.table_steps, "refresh": self.refresh, "initial_mask": mask,

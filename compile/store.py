@@ -24,6 +24,7 @@ from lite_attention.ops import ResidualState, Session
 from lite_attention.ops.buffers import nbytes_of
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.residual_settings import check_keep, require_residual, require_votes
+from lite_attention.ops.shard import Shard
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.threads import PerThread
@@ -47,6 +48,7 @@ class StateStore:
         model: whose paths name the sites that `settings.threshold` and `settings.initial_mask` are asked about; None =
             sites are named as in the compiled graph, relative to what was compiled.
         prefix: of these names, such as "transformer." in a pipeline.
+        shard: tells which part of the model's attention is here; asked whenever a state may be born.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class StateStore:
         session: Session | Callable[[], Session],
         model: nn.Module | None = None,
         prefix: str = "",
+        shard: Callable[[], Shard] = Shard,
     ) -> None:
         self.settings = settings
         self.prefix = prefix
+        self._shard = shard
         self.forwards = 0  # of the model so far, where it is enabled and tells
         self.is_dense = False  # states to come begin with skipping off
         self._session = session
@@ -77,6 +81,11 @@ class StateStore:
     def session(self) -> Session:
         """What the states of this thread follow."""
         return self._session if isinstance(self._session, Session) else self._session()
+
+    @property
+    def shard(self) -> Shard:
+        """Which part of the model's attention is here now."""
+        return self._shard()
 
     @property
     def records(self) -> list[SiteRecord]:
@@ -191,9 +200,9 @@ class StateStore:
         Raises:
             RuntimeError: it would have to be allocated while a CUDA graph is being captured.
         """
-        session = self.session
+        session, shard = self.session, self.shard
         site = replace(record.site, device=device)
-        key = (sizes, device, self.settings.tile_shape_for(site), id(session))
+        key = (sizes, device, self.settings.tile_shape_for(site), id(session), shard)
         state = record.states.get(key)
         if state is None:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -203,7 +212,7 @@ class StateStore:
                 )
             value, site.name = self._remembered(record)
             self._announce(record, site, sizes)
-            state = self._planned().new_state(site, sizes, value)
+            state = self._planned().new_state(site, sizes, value, shard)
             state.set_flag(FLAG_DENSE, self.is_dense)
             session.follow(state)
             record.states[key] = state
@@ -302,9 +311,12 @@ class StateStore:
         found, paths = [], paths_of(model)
         for record in self.records_in(model):
             site = replace(record.site, name=prefix + record.name_among(paths))
-            for (sizes, device, tiles, _), state in [*record.states.items()]:  # threads add to them
-                sized = self.settings.sized(replace(site, device=device), sizes, tiles)
-                found.append((state, table_of(state, value(sized) if callable(value) else value)))
+            for (sizes, device, tiles, _, shard), state in [*record.states.items()]:  # threads add to them
+                sized = shard.whole(self.settings.sized(replace(site, device=device), sizes, tiles))
+                of_site = value(sized) if callable(value) else value
+                if name == "threshold":  # shares to keep are of all heads together
+                    of_site = shard.own_heads(name, of_site, state.capacity[1])
+                found.append((state, table_of(state, of_site)))
         return found
 
     def _check_value(self, name: str, value: SiteValue) -> None:

@@ -29,6 +29,7 @@ from lite_attention.presets import Preset, preset_of
 from lite_attention.threshold_table import ThresholdTable, check_method, loaded, of_sites
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from lite_attention.compile.runner import Check
@@ -58,6 +59,7 @@ def enable(
     threshold: SiteThreshold | ThresholdTable | str | Path | None = None,
     keep: SiteKeep | ThresholdTable | str | Path | None = None,
     preset: Literal["quality", "balanced", "fast"] | None = None,
+    process_group: ProcessGroup | None = None,
     **settings: Unpack[OtherOptions],
 ) -> _Target:
     """Make a model, or the transformers of a diffusers pipeline, skip attention that does not matter.
@@ -86,6 +88,9 @@ def enable(
             path of its file. None = 0.3.
         preset: method "residual" with the options of `lite_attention.presets`, which says what each computes; options
             given beside it go before its own.
+        process_group: over which attention heads are exchanged, where the model does not tell: `enable_parallelism` of
+            diffusers and cache-dit tell it, whether they come before or after. Thresholds, shares, masks and files are
+            of the whole model; each process takes what is its own.
         settings: see `lite_attention.compile.SkipSettings`: `method`, `num_steps` and so on. Here `slots` is 3
             unless given, and 2 with method "residual".
 
@@ -121,7 +126,9 @@ def enable(
     for model in models_of(model_or_pipe).values():
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
-    how = _How(known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order)
+    how = _How(
+        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, process_group
+    )
     is_open = all(given is None for given in (keep, settings.get("num_steps"), settings.get("full_every")))
     open_preset = preset if is_open else None
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
@@ -169,6 +176,7 @@ class _How:
     compile_arguments: dict[str, Any]
     inner: str | Callable[..., Any]
     token_order: str | Sequence[int] | None
+    process_group: ProcessGroup | None
 
 
 def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
@@ -202,12 +210,18 @@ def _check_of_grid(model: nn.Module, pattern: Pattern) -> Check:
     return check
 
 
+def _store(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> StateStore:
+    from lite_attention.compile.store import StateStore
+    from lite_attention.parallel.shard import shard_of
+
+    return StateStore(how.settings, wiring.session, model, prefix, shard_of(model, how.process_group))
+
+
 def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
     from lite_attention.compile.backend import LiteAttentionBackend
-    from lite_attention.compile.store import StateStore
     from lite_attention.ops.torch_internals import forget_compiled
 
-    store = StateStore(how.settings, wiring.session, model, prefix)
+    store = _store(model, wiring, how, prefix)
     backend = LiteAttentionBackend.of(store, how.inner)
     while _freed:
         forget_compiled(*_freed.pop())
@@ -226,9 +240,8 @@ def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple
 
 def _eager(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
     from lite_attention.compile.eager import attach
-    from lite_attention.compile.store import StateStore
 
-    store = StateStore(how.settings, wiring.session, model, prefix)
+    store = _store(model, wiring, how, prefix)
     run, detach = attach(model, store)
     wiring.undo.append(lambda _: detach())
     return run, store

@@ -8,7 +8,7 @@ The contract: `docs/design.md`, and `oracle` as a program.
 * A state: `state` of votes, `residual_state` of residuals, on `site_state` and `memory`; its words in `control`, its
   bits in `bitmask`, its steps in `plan`. `session` moves many, `clock` and `threads` say where to.
 * A call: `functional` and `ranges`, checked by `check_calls`, `validate` and `arguments`; `signature` is what they see.
-* Geometry and formats: `tiles`, `targets`, `quantization`, `site`. `namespace`: what names begin with.
+* Geometry and formats: `tiles`, `targets`, `quantization`, `site`, `shard`. `namespace`: what names begin with.
 * `torch_internals` names what is private of torch, for all floors.
 """
 

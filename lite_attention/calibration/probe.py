@@ -183,7 +183,7 @@ class AttentionProbe:
         inner: Any = plain_call(model)
         if own is not None:
             never = replace(own.settings, threshold=-torch.inf) if self.method == "votes" else own.settings
-            store = StateStore(never, session_of(model), model, own.prefix)
+            store = StateStore(never, session_of(model), model, own.prefix, lambda: own.shard)
             undo.callback(store.clear)
             run, detach = attach(model, store)
             undo.callback(detach)

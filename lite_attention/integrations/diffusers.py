@@ -43,6 +43,7 @@ from lite_attention.enabled import Wiring, wirings
 from lite_attention.ops.arguments import require
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from lite_attention.ops.site import SiteKeep, SiteThreshold
@@ -65,8 +66,10 @@ class Options(OtherOptions, total=False):
     threshold: SiteThreshold | ThresholdTable | str | Path | None
     keep: SiteKeep | ThresholdTable | str | Path | None
     preset: Literal["quality", "balanced", "fast"] | None
+    process_group: ProcessGroup | None
 
 
+_HOW = ("compile", "mode", "options", "dynamic", "inner", "process_group")
 _options: Options = {}
 _set: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()  # by name, and what that did
 _within: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()  # by the context, likewise
@@ -86,7 +89,7 @@ def configure(**options: Unpack[Options]) -> None:
     """
     global _options
     given: dict[str, Any] = {"threshold": None, "keep": None, "preset": None, "token_order": None, **options}
-    how = {name: given.pop(name, None) for name in ("compile", "mode", "options", "dynamic", "inner")}
+    how = {name: given.pop(name, None) for name in _HOW}
     require(how["compile"] in (None, True, False, "blocks"), "compile", "True, False or 'blocks'", repr(how["compile"]))
     threshold, keep, preset, order = (given.pop(name) for name in ("threshold", "keep", "preset", "token_order"))
     SkipSettings(**api.chosen_options(threshold, keep, preset, order, given))
