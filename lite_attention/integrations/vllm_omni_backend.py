@@ -31,6 +31,7 @@ class LiteAttentionBackend(AttentionBackend):  # type: ignore[misc]
     """The backend, as vLLM-Omni asks for it."""
 
     supported_platforms = ("cuda",)
+    supports_piecewise_spans = True  # in as far as the dense backend does
 
     @staticmethod
     def get_name() -> str:
@@ -104,22 +105,41 @@ class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
             "num_heads": num_heads, "head_size": head_size, "softmax_scale": softmax_scale, "causal": causal,
             "num_kv_heads": num_kv_heads, "prefix": prefix, "role": role, **options,
         }  # fmt: skip
-        self._dense = _dense_backend(head_size).get_impl_cls()(**layer)
-        self._masked = SDPABackend.get_impl_cls()(**layer)
+        dense = _dense_backend(head_size)
+        self._has_spans = dense.supports_piecewise_spans
+        self._dense, self._masked = dense.get_impl_cls()(**layer), SDPABackend.get_impl_cls()(**layer)
 
     @uncompiled
     def forward_cuda(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: Any = None
     ) -> torch.Tensor:
-        """Attend: (batch, tokens, heads, head_dim)."""
-        mask = None if attn_metadata is None else attn_metadata.attn_mask
-        key_mask = mask.bool() if mask is not None and mask.shape == key.shape[:2] else None
-        if self._may_skip and (mask is None) == (key_mask is None) and self._served.follow(self._layer):
+        """Attend: (batch, tokens, heads, head_dim).
+
+        Raises:
+            ValueError: attention that is causal outside of spans, without a mask, where the dense backend has none.
+        """
+        mask, spans = (getattr(attn_metadata, name, None) for name in ("attn_mask", "full_attn_spans"))
+        if spans is not None and mask is None and not self._has_spans:
+            raise ValueError(
+                f"full_attn_spans: expected none, or a 4D attn_mask beside them, as the backend beneath {BACKEND} has "
+                f"no such attention, got {spans}"
+            )
+        key_mask = None if mask is None else _key_mask(mask, key)
+        may_skip = self._may_skip and spans is None and (mask is None) == (key_mask is None)
+        if may_skip and self._served.follow(self._layer):
             out = self._served.attend(self._layer, query, key, value, key_mask=key_mask)
             if out is not None:
                 return out  # type: ignore[no-any-return]
         dense = self._dense if mask is None else self._masked
         return dense.forward(query, key, value, attn_metadata)  # type: ignore[no-any-return]
+
+
+def _key_mask(mask: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Return a mask as one of keys, (batch or 1, seq_k), None where it is none; floats of four dimensions are added."""
+    if mask.dim() == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    is_of_keys = mask.dim() == 2 and mask.shape[0] in (1, key.shape[0]) and mask.shape[1] == key.shape[1]
+    return mask.bool() if is_of_keys else None
 
 
 def _dense_backend(head_size: int) -> Any:

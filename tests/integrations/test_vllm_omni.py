@@ -242,11 +242,58 @@ def test_masks_of_keys_are_taken_and_others_are_the_hosts(start: Start) -> None:
     with worker.context.set_forward_context():
         for step in range(3):
             qkv = inputs(0, "cond", step)
-            out = layer.forward(*qkv, worker.metadata(attn_mask=keys.int() if step else keys))
+            mask = (keys, keys.int(), keys[:, None, None])[step]
+            out = layer.forward(*qkv, worker.metadata(attn_mask=mask))
             torch.testing.assert_close(out, by_hand(0, qkv, key_mask=keys))
             out = layer.forward(*qkv, worker.metadata(attn_mask=pairs))
             torch.testing.assert_close(out, dense(*qkv, attn_mask=pairs))
     assert by_hand.skipped > 0.05
+
+
+def test_a_mask_that_is_added_is_the_hosts(start: Start) -> None:
+    """Its zeros are what takes part."""
+    worker, added = start(threshold=THRESHOLD), torch.zeros(1, 1, 1, TOKENS)
+    added[..., 300:] = float("-inf")
+    with worker.context.set_forward_context():
+        for step in range(3):
+            qkv = inputs(0, "cond", step)
+            out = worker.layer().forward(*qkv, worker.metadata(attn_mask=added))
+            torch.testing.assert_close(out, dense(*qkv, attn_mask=added))
+
+
+SPANS = [[(64, TOKENS)]]  # causal before
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_attention_that_is_causal_outside_of_spans_is_the_hosts(
+    start: Start, monkeypatch: pytest.MonkeyPatch, has_mask: bool
+) -> None:
+    worker = start(threshold=THRESHOLD)
+    sdpa = worker.module("attention.backends.sdpa")
+    pairs = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    pairs[..., 64:, :] = True
+    if not has_mask:  # a dense backend that reads the spans
+
+        def forward(self: Any, query: Any, key: Any, value: Any, metadata: Any) -> torch.Tensor:
+            return dense(query, key, value, attn_mask=pairs) if metadata.full_attn_spans else query
+
+        monkeypatch.setattr(sdpa.SDPABackend, "supports_piecewise_spans", True, raising=False)
+        monkeypatch.setattr(sdpa.SDPABackend.get_impl_cls(), "forward", forward)
+    layer = worker.layer()
+    assert worker.enum["LITE_ATTENTION"].get_class().supports_piecewise_spans
+    with worker.context.set_forward_context():
+        for step in range(3):
+            qkv = inputs(0, "cond", step)
+            metadata = worker.metadata(attn_mask=pairs if has_mask else None, full_attn_spans=SPANS)
+            torch.testing.assert_close(layer.forward(*qkv, metadata), dense(*qkv, attn_mask=pairs))
+    assert not layer._served.store.records
+
+
+def test_spans_that_nobody_can_compute_are_refused(start: Start) -> None:
+    worker = start(threshold=THRESHOLD)
+    layer, qkv = worker.layer(), inputs(0, "cond", 0)
+    with worker.context.set_forward_context(), pytest.raises(ValueError, match="full_attn_spans: expected none, or"):
+        layer.forward(*qkv, worker.metadata(full_attn_spans=SPANS))
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"role": "cross"}, {"role": "video.cross"}])

@@ -83,6 +83,7 @@ def _stubs() -> list[hosts.Module]:
 class AttentionBackend(ABC):
     accept_output_buffer = False
     supported_platforms: tuple[str, ...] | None = None
+    supports_piecewise_spans: bool = False
 
     @classmethod
     def supports_attention_mask(cls, attention_spec: object | None = None) -> bool:
@@ -159,6 +160,7 @@ class SDPABackend(AttentionBackend):
 @dataclass
 class AttentionMetadata:
     attn_mask: torch.Tensor | None = None
+    full_attn_spans: list[list[tuple[int, int]]] | None = None
 
 
 @dataclass
