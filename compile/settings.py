@@ -294,7 +294,11 @@ class SkipSettings:
         """Return why no implementation can compute a site, None if one can."""
         reason = None
         if self.implementation != "reference":
-            reason = _no_kernel_reason(site, self.method, self.implementation)
+            reason = _no_kernel_reason(
+                site, self.implementation, quantization=self.quantization,
+                residual="" if self.residual is None else self.residual.dtype_on(site.device),
+                initial_mask=self.initial_mask is not None,
+            )  # fmt: skip
         if reason is None:
             try:
                 self._tile_shape_of_table(site)
@@ -304,14 +308,14 @@ class SkipSettings:
 
     def fits_dense_kernel(self, site: Site) -> bool:
         """Return whether `lite_attention::attention` is to run a supported call, should it not skip."""
-        if self.dense != "kernel" or _no_kernel_reason(site) is not None:
+        if self.dense != "kernel" or _no_kernel_reason(site, skip=False) is not None:
             return False
         # The op refuses what is empty, scaled_dot_product_attention does not. Sizes that only the call tells may be 0.
         return all(holds_unless_unknown(size >= 1) for size in (*site.q_shape[:2], site.k_shape[1]))
 
 
-def _no_kernel_reason(site: Site, method: str = "", implementation: str | None = None) -> str | None:
-    """Return why no kernel of the site's device runs it, None if one does."""
+def _no_kernel_reason(site: Site, implementation: str | None = None, **variant: Any) -> str | None:
+    """Return why no kernel of the site's device runs a variant of its attention, None if one does."""
     if site.device.type == "cpu":
         return None
     if site.device.type != "cuda":
@@ -319,4 +323,4 @@ def _no_kernel_reason(site: Site, method: str = "", implementation: str | None =
     from lite_attention import cute_kernels  # on first use: it may import cutlass
 
     head_dim, value_dim = site.q_shape[3], site.v_shape[3]
-    return cute_kernels.unsupported_reason(head_dim, value_dim, site.dtype, site.device, method, implementation)
+    return cute_kernels.unsupported_reason(head_dim, value_dim, site.dtype, site.device, implementation, **variant)

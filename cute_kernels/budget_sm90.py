@@ -107,7 +107,7 @@ class Budget:
     @property
     def _job_bytes(self) -> int:
         """Votes of three jobs; with a residual their second tiles, and references of masses, instead."""
-        return 3 * 4 * MAX_WORDS + 8 * self.consumers if self.config.residual else 3 * MAX_TILES
+        return 3 * 4 * MAX_WORDS + 16 * self.consumers if self.config.residual else 3 * MAX_TILES
 
     def _shared_bytes(self, stages: int) -> int:
         config = self.config

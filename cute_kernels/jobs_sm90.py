@@ -36,7 +36,7 @@ class Jobs(NamedTuple):
     visited: Any  # [RING, words], bits of tiles; with the residual [2 * RING, words], those of the second part after
     kept: Any  # [RING, tiles], bytes: 1 = some row keeps the tile
     partial: Any  # [words], bits of tiles of the job that the producer is at: some key is excluded
-    references: Any  # [2 * consumers], with the residual: what the shifts of a thread's rows are held against in masses
+    references: Any  # [4 * consumers], with the residual: how the rows of a thread count in masses, see masses.py
 
 
 class Shared(NamedTuple):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 
 from lite_attention.cute_kernels.cache import Kernel, has_compiler, library
-from lite_attention.cute_kernels.config import KernelConfig
+from lite_attention.cute_kernels.config import RESIDUAL_DTYPES, KernelConfig
+from lite_attention.ops.quantization import check_quantization
 from lite_attention.ops.targets import DTYPE_NAMES, TARGETS, Target, target_of
 
 __all__ = [
@@ -26,7 +28,7 @@ __all__ = [
 _log = logging.getLogger("lite_attention")
 
 _MOST_ROW_STRIDE = 2**30  # of [B, S, ...], 2 bytes each: the portable kernel counts bytes in 32 bits
-_MOST_BLOCKS = 65535  # that CUDA launches in y, where the quantizers have their batch elements
+_MOST_BLOCKS = 65535  # that CUDA launches in y, where some kernels have their batch elements
 
 
 @functools.cache
@@ -35,8 +37,11 @@ def unsupported_reason(
     value_dim: int,
     dtype: torch.dtype,
     device: torch.device,
-    method: str = "",
     implementation: str | None = None,
+    *,
+    quantization: str = "none",
+    residual: str = "",
+    **variant: bool,
 ) -> str | None:
     """Return why no kernel runs such a call, or None if one does.
 
@@ -45,24 +50,31 @@ def unsupported_reason(
         value_dim: of values.
         dtype: of all three.
         device: a CUDA device; its capability is read.
-        method: "residual", or what has no residual.
         implementation: None = the device's own, "portable" = the portable one.
+        quantization: as for the op.
+        residual: what residuals are stored in; "" = the method has none.
+        variant: the other fields of `KernelConfig` that are on.
     """
     if torch.version.hip is not None:  # which calls its devices cuda, and has capabilities of its own
         return f"there are kernels for GPUs of NVIDIA, got ROCm {torch.version.hip}"
     target = target_of(device, implementation)
-    reason = target.unsupported_reason(head_dim, value_dim, dtype)
-    if reason is not None:
-        return reason
-    if method == "residual" and target.portable:
-        return f"the {target.title} kernel has no residual; method 'votes' runs there"
     capability = torch.cuda.get_device_capability(device)
     if capability not in target.capabilities:
         served = ", ".join(sorted({f"{x[0]}.{x[1]}" for t in TARGETS.values() for x in t.capabilities}, key=float))
         return f"there are kernels for compute capability {served}, got {capability[0]}.{capability[1]}"
-    residual = "fp8" if method == "residual" else ""
-    tiles = target.tile_shape(head_dim)
-    return _not_to_be_had(KernelConfig(DTYPE_NAMES[dtype], head_dim, *tiles, residual=residual, target=target))
+    reason = target.unsupported_reason(head_dim, value_dim, dtype)
+    if reason is not None:
+        return reason
+    if residual and target.portable:
+        return f"the {target.title} kernel has no residual; method 'votes' runs there"
+    if residual and residual not in RESIDUAL_DTYPES:
+        return f"the {target.title} kernel stores residuals in {' or '.join(RESIDUAL_DTYPES)}, got {residual}"
+    try:
+        tiles = target.tile_shape(head_dim, quantization)
+    except ValueError as error:  # no such head dim for the quantization
+        return str(error)
+    options: dict[str, Any] = {"quantization": check_quantization(quantization), "residual": residual, **variant}
+    return _not_to_be_had(KernelConfig(DTYPE_NAMES[dtype], head_dim, *tiles, target=target, **options))
 
 
 def _not_to_be_had(config: KernelConfig) -> str | None:
@@ -82,14 +94,14 @@ def check_supported(
     dtype: torch.dtype,
     device: torch.device,
     implementation: str | None = None,
+    **variant: Any,
 ) -> None:
-    """Check that a kernel runs such a call of an op.
+    """Check that a kernel runs such a call of an op; arguments are those of `unsupported_reason`.
 
     Raises:
         RuntimeError: none does, with what was found and what is needed.
     """
-    method = "residual" if op == "residual_attention" else ""
-    reason = unsupported_reason(head_dim, value_dim, dtype, device, method, implementation)
+    reason = unsupported_reason(head_dim, value_dim, dtype, device, implementation, **variant)
     if reason is not None:
         raise RuntimeError(f"lite_attention::{op}: {reason}")
 

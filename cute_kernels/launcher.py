@@ -18,7 +18,7 @@ from lite_attention.cute_kernels.config import (
     Scales,
     State,
 )
-from lite_attention.cute_kernels.launch import check_supported, processors, readable, reads, run, say_once
+from lite_attention.cute_kernels.launch import check_supported, parts, processors, readable, reads, run, say_once
 from lite_attention.cute_kernels.quantize_launcher import mean_of, quantized_key, quantized_query, quantized_value
 from lite_attention.cute_kernels.streams import turn_of
 from lite_attention.ops.allocate import empty_output
@@ -43,6 +43,7 @@ from lite_attention.ops.validate import check_dense_call
 __all__ = ["attention_forward", "residual_attention_forward", "skip_attention_forward"]
 
 _MAX_JOBS = 2**31 - 2**16  # numbered in 32 bits, with room to count past the end
+_MAX_TILES = 2**31 - 1  # whose masses are told apart by 32 bits
 
 
 def _masks(key_mask: torch.Tensor | None, batch: int, tile_n: int) -> Masks:
@@ -80,7 +81,7 @@ def _plan(
     **variant: Any,
 ) -> _Plan:
     batch, seq_q, heads, head_dim = q.shape
-    check_supported(op, head_dim, v.shape[3], q.dtype, q.device, implementation)
+    check_supported(op, head_dim, v.shape[3], q.dtype, q.device, implementation, quantization=quantization, **variant)
     target, kind = target_of(q.device, implementation), check_quantization(quantization)
     say_once(target)
     tile_m, tile_n = target.tile_shape(head_dim, quantization)
@@ -140,6 +141,9 @@ def _residual_plan(call: CallSignature, quantization: str) -> _Plan:
         raise ValueError(
             f"dtype of residual: expected {' or '.join(map(repr, RESIDUAL_DTYPES))} on {q.device}, got {residual.dtype}"
         )
+    tiles = q.shape[0] * q.shape[2] * ceil_div(q.shape[1], tile_m) * ceil_div(k.shape[1], tile_n)
+    if tiles > _MAX_TILES:
+        raise ValueError(f"q, k: expected at most {_MAX_TILES} tiles of {tile_m} by {tile_n} in all, got {tiles}")
     has: dict[str, Any] = {name: t[name] is not None for name in ("initial_mask", "must_do", "key_mask")}
     return _plan("residual_attention", q, k, v, scale, quantization, residual=stored[0], **has)
 
@@ -161,6 +165,7 @@ def _launch(
     state: State,
     key_mask: torch.Tensor | None,
     residual: Residual = Residual(),  # noqa: B008
+    counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks = _masks(key_mask, q.shape[0], plan.tile_n)
     out = empty_output(q, v)
@@ -175,17 +180,20 @@ def _launch(
     else:
         with turn_of(state.control):
             run(plan.kernel, out.device, *arguments)
-            if plan.choice is not None:
-                _choose(plan.choice, state, residual, (q.shape[1], k.shape[1], plan.tile_m, plan.tile_n))
+            if plan.choice is not None and counts is not None:
+                _choose(plan.choice, state, residual, counts, (q.shape[1], k.shape[1], plan.tile_m, plan.tile_n))
     return out, lse
 
 
-def _choose(kernels: tuple[Kernel, Kernel], state: State, residual: Residual, sizes: tuple[int, ...]) -> None:
+def _choose(
+    kernels: tuple[Kernel, Kernel], state: State, residual: Residual, counts: torch.Tensor, sizes: tuple[int, ...]
+) -> None:
     """Launch what chooses the tiles that stay, and does nothing if the call did not decide."""
-    mass, decision, device = residual.mass, residual.decision, state.skip_mask.device
-    counts = mass.new_zeros(mass.shape[0], BINS)
-    run(kernels[0], device, mass, counts, decision, state.must_do, sizes)
-    run(kernels[1], device, mass, counts, decision, residual.keep, state.skip_mask)
+    decision, device = residual.decision, state.skip_mask.device
+    for part in parts(len(counts)):
+        mass, of_bins, mask = residual.mass[part], counts[part], state.skip_mask[:, :, part]
+        run(kernels[0], device, mass, of_bins, decision, state.must_do, sizes)
+        run(kernels[1], device, mass, of_bins, decision, residual.keep, mask)
 
 
 def _quantized(
@@ -265,14 +273,19 @@ def residual_attention_forward(
     written = (skip_mask, control, plan, keep, times, residual, residual_scale, row_lse)
     tensors = (q, k, v, *written, initial_mask, must_do, key_mask)
     launch = _residual_plan(call_signature(tensors, scale, tile_m, tile_n), quantization)
-    batch, heads = q.shape[0], q.shape[2]
-    tiles = ceil_div(q.shape[1], tile_m) * ceil_div(k.shape[1], tile_n)
-    scratch = q.new_zeros(4 + batch * heads * tiles, dtype=torch.int32)
-    mass = scratch[4:].view(batch, heads, ceil_div(q.shape[1], tile_m), -1)
+    decision, counts, mass = _scratch(q, *(ceil_div(x.shape[1], tile) for x, tile in ((q, tile_m), (k, tile_n))))
     values = residual.view(torch.uint8) if residual_scale is not None else residual  # DLPack of old has no FP8
     state = State(skip_mask, control, None, initial_mask, must_do)
-    kept = Residual(plan, keep, times, values, residual_scale, row_lse, mass, scratch[:4])
-    return _launch(launch, q, k, v, state, key_mask, kept)
+    kept = Residual(plan, keep, times, values, residual_scale, row_lse, mass, decision)
+    return _launch(launch, q, k, v, state, key_mask, kept, counts)
+
+
+def _scratch(q: torch.Tensor, q_tiles: int, k_tiles: int) -> tuple[torch.Tensor, ...]:
+    """Return zeros for what a call decides, tiles by bins of their mass, and masses of tiles."""
+    batch, heads = q.shape[0], q.shape[2]
+    sizes = [4, batch * BINS, batch * heads * q_tiles * k_tiles]
+    decision, counts, mass = q.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)
+    return decision, counts.view(batch, BINS), mass.view(batch, heads, q_tiles, k_tiles)
 
 
 def attention_forward(

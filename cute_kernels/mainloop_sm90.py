@@ -176,6 +176,7 @@ class Mainloop:
             self.softmax.convert(scores, words, rows, slope)
             if const_expr(self.config.residual):
                 self.softmax.rescale_output(out, rows, moved)  # there may have been tiles before
+                self.weigh_masses(rows, job, moved)
                 last_tile = j
             # The others, each with the values of the one before.
             for n in cutlass.range(1, job.count, unroll=1):
@@ -199,6 +200,8 @@ class Mainloop:
                 j, partial = entry & TILE_BITS, entry > TILE_BITS
                 unit = self.softmax.prepare(scores, unit, partial, j * tile_n, keys)
                 moved, keep, slope = self.softmax.step(scores, rows, unit, bound, partial, votes)
+                if const_expr(self.config.residual):
+                    self.weigh_masses(rows, job, moved)
                 # The product with V is done: its operand and its sums are free to change.
                 warpgroup.wait_group(0)
                 pipes.v.consumer_release(before)
@@ -236,6 +239,13 @@ class Mainloop:
                 self.add_mass(rows, job, last_tile)
             state.advance()
         return state
+
+    @cute.jit
+    def weigh_masses(self, rows: Rows, job: Job, moved: Boolean):
+        """Let masses heed that shifts have moved."""
+        if moved:
+            if job.decides[0] != 0:
+                self.masses.weigh(rows, job.q_tile)
 
     @cute.jit
     def add_mass(self, rows: Rows, job: Job, tile: Int32):

@@ -23,7 +23,7 @@ class QTile(NamedTuple):
     """Where masses go: little of it is in registers, since few steps decide."""
 
     masses: Any  # of all tiles
-    references: Any  # in shared memory
+    references: Any  # in shared memory: of each thread's rows what shifts are held against, then what sums are worth
     start: Any  # a word in shared memory: where the masses of this q-tile begin
 
 
@@ -49,6 +49,7 @@ class Masses:
                         lse -= scales.lse_shift[batch, head, row]
                     reference = lse * LOG2_E
             self.put(references, half, reference)
+            self.put(references, half + 2, Float32(0.0))
 
     @cute.jit
     def take_sample(self, references, rows: Rows, first_row: Int32, seq_q: Int32):
@@ -59,12 +60,21 @@ class Masses:
             if (row_sum == 0.0) | (first_row + 8 * half >= seq_q):
                 reference = Float32(_NO_WEIGHT)
             self.put(references, half, reference)
+            self.put(references, half + 2, Float32(0.0))
 
     @cute.jit
-    def put(self, references, half: cutlass.Constexpr, reference: Float32):
+    def put(self, references, at: cutlass.Constexpr, value: Float32):
         """Nobody else reads it."""
         thread, _, _ = cute.arch.thread_idx()
-        references[half * self.consumers + thread - 128] = reference
+        references[at * self.consumers + thread - 128] = value
+
+    @cute.jit
+    def weigh(self, rows: Rows, q_tile: QTile):
+        """Find out what sums are worth since shifts have moved: an exponential for each tile would cost 5 %."""
+        thread, _, _ = cute.arch.thread_idx()
+        for half in cutlass.range_constexpr(2):
+            above = rows.row_shift[half] - q_tile.references[half * self.consumers + thread - 128]
+            self.put(q_tile.references, half + 2, cute.math.exp2(above, fastmath=True))
 
     @cute.jit
     def add(self, rows: Rows, q_tile: QTile, tile: Int32):
@@ -72,8 +82,7 @@ class Masses:
         thread, _, _ = cute.arch.thread_idx()
         mass = Float32(0.0)
         for half in cutlass.range_constexpr(2):
-            above = rows.row_shift[half] - q_tile.references[half * self.consumers + thread - 128]
-            mass += rows.tile_sum[half] * cute.math.exp2(above, fastmath=True)
+            mass += rows.tile_sum[half] * q_tile.references[(half + 2) * self.consumers + thread - 128]
         total = cute.arch.warp_redux_sync(to_clamped_uint(mass * _ONE, _MOST), kind="add")
         if thread == 128:
             total += 1  # tells a tile of no mass from one that is not visited

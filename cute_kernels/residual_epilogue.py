@@ -18,6 +18,7 @@ from lite_attention.ops.quantize import LARGEST_FP8
 
 _LN2 = math.log(2)
 _LARGEST = float(LARGEST_FP8)
+_LEAST = 2.0**-110  # of a row's largest magnitude: what it is divided by would overflow, and none of it matters
 
 
 class Left(NamedTuple):
@@ -200,7 +201,7 @@ class ResidualEpilogue:
         factor = Float32(1.0)
         if const_expr(self.scaled):
             largest = quad_max(largest)
-            factor = _LARGEST / largest if largest > 0.0 else Float32(0.0)
+            factor = _LARGEST / largest if largest > _LEAST else Float32(0.0)
         if is_row:
             stored = cute.make_rmem_tensor(self.words, Int32)
             for w in cutlass.range_constexpr(self.words):

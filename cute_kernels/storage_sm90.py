@@ -31,7 +31,7 @@ def _sizes(config: KernelConfig):
         kept=1 if config.residual else MAX_TILES,
         partial=MAX_WORDS if config.key_mask else 1,
         rows=2 * RING if config.residual else RING,
-        references=2 * config.budget.consumers if config.residual else 1,
+        references=4 * config.budget.consumers if config.residual else 1,
         sums=max(1, config.budget.promoted_sums),
     )
 

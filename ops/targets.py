@@ -23,6 +23,7 @@ __all__ = [
     "DTYPE_NAMES",
     "SM80",
     "SM86",
+    "SM87",
     "SM89",
     "SM90",
     "SM90A",
@@ -175,10 +176,12 @@ _FALLBACK = (
     "quarters of the tiles are skipped, PyTorch's own attention is faster"
 )
 
-# Machine code runs on GPUs of its major capability, from its minor one on. Before 8.9 there are no products in e4m3,
-# and on 9.0 and from 10.0 to 11.0 mma.sync makes them of fp16 ones. Blackwell leaves fewer registers for sums.
+# Machine code runs on GPUs of its major capability, from its minor one on; Jetson runs none of cards. Before 8.9 there
+# are no products in e4m3, and on 9.0 and from 10.0 to 11.0 mma.sync makes them of fp16 ones. Blackwell leaves fewer
+# registers for sums.
 SM80 = _portable("sm_80", "Ampere", (8, 0), shared_kilobytes=163, full_rate=True)
-SM86 = _portable("sm_86", "Ampere", (8, 6), (8, 7), shared_kilobytes=99)
+SM86 = _portable("sm_86", "Ampere", (8, 6), shared_kilobytes=99)
+SM87 = _portable("sm_87", "Ampere", (8, 7), shared_kilobytes=163)
 SM89 = _portable("sm_89", "Ada", (8, 9), shared_kilobytes=99, fp8=True)
 SM90 = _portable("sm_90", "Hopper", (9, 0), shared_kilobytes=227, full_rate=True, fp8=True)
 SM100 = _portable("sm_100", "Blackwell", (10, 0), (10, 3), shared_kilobytes=227, sum_registers=216, notice=_FALLBACK)
@@ -186,7 +189,7 @@ SM110 = _portable("sm_110", "Blackwell", (11, 0), shared_kilobytes=227, sum_regi
 SM120 = _portable("sm_120", "Blackwell", (12, 0), (12, 1), shared_kilobytes=99, sum_registers=216, fp8=True)
 
 # That kernels are compiled for. Of those that serve a GPU, the first is its own.
-TARGETS = {target.name: target for target in (SM90A, SM80, SM86, SM89, SM90, SM100, SM110, SM120)}
+TARGETS = {target.name: target for target in (SM90A, SM80, SM86, SM87, SM89, SM90, SM100, SM110, SM120)}
 
 
 def target_of(device: torch.device | str, implementation: str | None = None) -> Target:

@@ -13,7 +13,9 @@ import torch
 
 from lite_attention._version import __version__
 from lite_attention.cli.arguments import add_device
-from lite_attention.ops import SkipState, skip_attention
+from lite_attention.ops import ResidualState, SkipState
+from lite_attention.ops.methods import METHODS
+from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.targets import target_of
 
 __all__ = ["add_parser", "main"]
@@ -29,8 +31,8 @@ def add_parser(commands: Any) -> None:
         "check",
         help="say which kernel runs here, and try it",
         description="Prints versions, the device, and the kernel that bf16 attention runs on; compiles it, and "
-        "compares three steps of it with the CPU kernel. Without a GPU it says what is missing, unless --device says "
-        "cpu. Its output belongs in a bug report.",
+        "compares five steps of each method with the CPU kernel. Without a GPU it says what is missing, unless "
+        "--device says cpu. Its output belongs in a bug report.",
     )
     add_device(parser)
     parser.set_defaults(command=main, device=None)
@@ -41,7 +43,8 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for name, value in _about(device).items():
         print(f"{name:20}{value}")
-    problems = [problem for head_dim in _HEAD_DIMS if (problem := _problem(head_dim, device))]
+    tries = [(head_dim, method) for head_dim in _HEAD_DIMS for method in METHODS]
+    problems = [problem for what in tries if (problem := _problem(*what, device))]
     if device.type == "cpu" and args.device is None:
         problems.append(f"no GPU: {_missing()}")
     print("\n".join(problems) or "works")
@@ -92,30 +95,39 @@ def _driver() -> str:
         return _UNKNOWN
 
 
-def _problem(head_dim: int, device: torch.device) -> str | None:
-    """Return why attention with a head dim does not run, or what is wrong with it; None if it works."""
+def _problem(head_dim: int, method: str, device: torch.device) -> str | None:
+    """Return why a method does not run with a head dim, or what is wrong with it; None if it works."""
+    what = f"head dim {head_dim}, method {method!r},"
     if device.type == "cuda":
         from lite_attention import cute_kernels  # on first use: it may import cutlass
 
-        reason = cute_kernels.unsupported_reason(head_dim, head_dim, torch.bfloat16, device)
+        residual = "fp8" if method == "residual" else ""
+        reason = cute_kernels.unsupported_reason(head_dim, head_dim, torch.bfloat16, device, residual=residual)
         if reason is not None:
-            return f"head dim {head_dim} does not run: {reason}"
+            return f"{what} does not run: {reason}"
     try:
-        off = _try(head_dim, device)
+        off = _try(head_dim, method, device)
     except Exception as error:  # whatever the compiler or the driver has to say
-        return f"head dim {head_dim} fails: {type(error).__name__}: {error}"
-    return None if off <= _TOLERANCE else f"head dim {head_dim} is off by {off:.3g}, at most {_TOLERANCE} was expected"
+        return f"{what} fails: {type(error).__name__}: {error}"
+    return None if off <= _TOLERANCE else f"{what} is off by {off:.3g}, at most {_TOLERANCE} was expected"
 
 
-def _try(head_dim: int, device: torch.device) -> float:
-    """Return how far three steps are from the CPU kernel's in float32, at most; infinity where a NaN came out."""
+def _try(head_dim: int, method: str, device: torch.device) -> float:
+    """Return how far five steps are from the CPU kernel's in float32, at most; infinity where a NaN came out."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, seq, 2, head_dim).to(device, torch.bfloat16) for seq in (300, 700, 700))
-    state, other = (SkipState.for_inputs(q, k, threshold=-2.0) for _ in range(2))
+    state, other = (_state(method, q, k, v) for _ in range(2))
+    attend: Any = METHODS[method].attend
     off = 0.0
-    for _ in range(3):
-        out = skip_attention(q, k, v, state)
-        want = skip_attention(q.float(), k.float(), v.float(), other, implementation="reference")
+    for _ in range(5):
+        out = attend(q, k, v, state)
+        want = attend(q.float(), k.float(), v.float(), other, implementation="reference")
         off = max(off, (out - want).abs().nan_to_num(math.inf).max().item())
-        other.load_state_dict(state.state_dict())  # votes at the very threshold may differ
+        other.load_state_dict(state.state_dict())  # votes at the very threshold, and masses of a bin, may differ
     return off
+
+
+def _state(method: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> SiteState:
+    if method == "residual":
+        return ResidualState.for_inputs(q, k, v, plan=[2, 1, 0, 2, 0], keep=0.5)  # each kind of step
+    return SkipState.for_inputs(q, k, threshold=-2.0)

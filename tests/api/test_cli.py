@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import lite_attention
 from lite_attention import ThresholdTable
 from lite_attention.cli import check, main
-from lite_attention.ops import skip_attention
+from lite_attention.ops.methods import METHODS
 from lite_attention.ops.targets import TARGETS
 
 NEVER = -math.inf
@@ -94,8 +95,8 @@ def test_check_says_why_there_is_no_gpu(
 
 
 def wrong_by(error: float) -> Callable[..., torch.Tensor]:
-    def attend(q: torch.Tensor, *args: Any, implementation: str | None = None, **options: Any) -> torch.Tensor:
-        out = skip_attention(q, *args, implementation=implementation, **options)
+    def attend(right: Callable[..., torch.Tensor], *args: Any, implementation: str | None = None) -> torch.Tensor:
+        out = right(*args, implementation=implementation)
         return out if implementation == "reference" else out + error
 
     return attend
@@ -104,24 +105,29 @@ def wrong_by(error: float) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize(
     ("attend", "said"),
     [
-        (wrong_by(0.1), "head dim 64 is off by 0.1"),
-        (wrong_by(math.nan), "head dim 64 is off by inf, at most 0.02 was expected"),
-        (lambda *_, **__: 1 / 0, "head dim 64 fails: ZeroDivisionError: division by zero"),
+        (wrong_by(0.1), "is off by 0.1"),
+        (wrong_by(math.nan), "is off by inf, at most 0.02 was expected"),
+        (lambda *_, **__: 1 / 0, "fails: ZeroDivisionError: division by zero"),
     ],
 )
 def test_check_says_what_is_wrong(
     attend: Callable[..., torch.Tensor], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "skip_attention", attend)
-    assert main(["check", "--device", "cpu"]) == 1
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[-2].startswith(said)
-    assert "works" not in printed
+    for method in METHODS:
+        attends = METHODS[method]._replace(attend=functools.partial(attend, METHODS[method].attend))
+        monkeypatch.setattr(check, "METHODS", METHODS | {method: attends})
+        assert main(["check", "--device", "cpu"]) == 1
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[-2].startswith(f"head dim 64, method {method!r}, {said}")
+        assert "works" not in printed
 
 
 def test_check_says_why_a_gpu_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lite_attention.cute_kernels.unsupported_reason", lambda *_: "the CuTe DSL is not installed")
-    assert check._problem(64, torch.device("cuda")) == "head dim 64 does not run: the CuTe DSL is not installed"
+    reason = "the CuTe DSL is not installed"
+    monkeypatch.setattr("lite_attention.cute_kernels.unsupported_reason", lambda *_, **of: f"{reason} {of}")
+    of_votes, of_residual = (check._problem(64, method, torch.device("cuda")) for method in METHODS)
+    assert of_votes == f"head dim 64, method 'votes', does not run: {reason} {{'residual': ''}}"
+    assert of_residual == f"head dim 64, method 'residual', does not run: {reason} {{'residual': 'fp8'}}"
 
 
 def test_compile_kernels_takes_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def _site(head_dim: int, dtype: torch.dtype = torch.bfloat16, device: str = "cud
 def test_other_head_dims_stay_dense_on_hopper(
     head_dim: int, options: dict[str, Any], quantization: str, switches: Switches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cute_kernels, "unsupported_reason", lambda *_: None)  # a kernel for each, but for these
+    monkeypatch.setattr(cute_kernels, "unsupported_reason", lambda *_, **__: None)  # a kernel for each, but for these
     settings = SkipSettings(**switches, **options)
     reason = settings.unsupported_reason(_site(head_dim))
     if head_dim in SM90A.head_dims(quantization):
@@ -180,7 +180,8 @@ def test_other_head_dims_stay_dense_on_hopper(
     assert SkipSettings(**options).unsupported_reason(_site(head_dim)) is None
 
 
-def test_float32_stays_dense_on_hopper(switches: Switches) -> None:
+def test_float32_stays_dense_on_hopper(switches: Switches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     reason = SkipSettings(**switches).unsupported_reason(_site(128, torch.float32))
     assert reason is not None
     assert "bfloat16 and float16, got torch.float32" in reason

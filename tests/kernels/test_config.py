@@ -131,11 +131,11 @@ def test_the_portable_kernel_has_no_residual(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launch, "library", lambda: None)
     launch.unsupported_reason.cache_clear()
     about = (128, 128, torch.bfloat16, torch.device("cuda", 0))
-    assert launch.unsupported_reason(*about, "votes") is None
+    assert launch.unsupported_reason(*about) is None
     reason = "the Ada kernel has no residual; method 'votes' runs there"
-    assert launch.unsupported_reason(*about, "residual") == reason
+    assert launch.unsupported_reason(*about, residual="fp8") == reason
     with pytest.raises(RuntimeError, match=f"lite_attention::residual_attention: {reason}"):
-        launch.check_supported("residual_attention", *about)
+        launch.check_supported("residual_attention", *about, residual="fp8")
     launch.unsupported_reason.cache_clear()
 
 

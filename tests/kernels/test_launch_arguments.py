@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("cutlass", reason="the CuTe DSL is not installed")
 
 from cutlass import Numeric
 
 from lite_attention.cute_kernels import build, launch, launcher, quantize_launcher
-from lite_attention.cute_kernels.config import Config, KernelConfig
-from lite_attention.ops import SkipState
+from lite_attention.cute_kernels.config import ChoiceConfig, Config, KernelConfig, Residual
+from lite_attention.ops import ResidualState, SkipState
 from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.targets import SM90A, SM120, Target
 
@@ -33,8 +35,13 @@ def flat(arguments: Iterable[Any]) -> Iterator[Any]:
 
 def check_arguments(config: Config, *arguments: Any) -> None:
     """What TVM-FFI checks before a launch."""
-    is_attention = isinstance(config, KernelConfig)
-    expected = build._attention_arguments(config) if is_attention else build._quantize_arguments(config)
+    expected: list[Any]
+    if isinstance(config, KernelConfig):
+        expected = build._attention_arguments(config)
+    elif isinstance(config, ChoiceConfig):
+        expected = build._choice_arguments(config)
+    else:
+        expected = build._quantize_arguments(config)
     sizes: dict[int, int] = {}  # of symbols
     assert [type(x) for x in arguments if isinstance(x, tuple)] == [type(x) for x in expected if isinstance(x, tuple)]
     for want, got in zip(flat(expected), flat(arguments), strict=True):
@@ -69,15 +76,17 @@ def launches(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[t
 
     for module in (launcher, quantize_launcher):
         monkeypatch.setattr(module, "get_kernel", lambda config: config)
-        monkeypatch.setattr(module, "check_supported", lambda *_: None)
+        monkeypatch.setattr(module, "check_supported", lambda *_, **__: None)
         monkeypatch.setattr(module, "target_of", lambda *_: target)
     for module in (launcher, launch):
         monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(launcher, "processors", lambda _: 132)
     monkeypatch.setattr(launcher, "turn_of", lambda control: contextlib.nullcontext())
-    launcher._skip_plan.cache_clear()
+    for plan in (launcher._skip_plan, launcher._residual_plan):
+        plan.cache_clear()
     yield ran
-    launcher._skip_plan.cache_clear()
+    for plan in (launcher._skip_plan, launcher._residual_plan):
+        plan.cache_clear()
 
 
 @pytest.mark.parametrize("unaligned", [False, True])
@@ -147,3 +156,61 @@ def test_more_batch_elements_than_one_launch_has(mask_rows: int | None, target: 
             if isinstance(a, torch.Tensor) and not len(a) == len(b) == 1:  # one row of a mask is for all
                 assert (len(a), len(b)) == (65535, 4465)
                 assert b.data_ptr() == a.data_ptr() + 65535 * a.stride(0) * a.element_size()
+
+
+def residual_call(x: torch.Tensor, heads: int, must_do: torch.Tensor | None, **options: Any) -> ResidualState:
+    """Call the residual's launcher on x [B, S, 1, D] as queries, keys and values, and return the state."""
+    tile_m, tile_n = SM90A.tile_shape(x.shape[3])
+    q = x.expand(-1, -1, heads, -1)
+    sizes: dict[str, Any] = {"batch": len(x), "heads": heads, "seq_q": x.shape[1], "seq_k": x.shape[1]}
+    state = ResidualState(**sizes, value_dim=x.shape[3], tile_m=tile_m, tile_n=tile_n, plan=[2], **options)
+    out, lse = launcher.residual_attention_forward(
+        q, x, x, *(state._buffers[name] for name in ResidualState.BUFFERS), must_do, None, scale=None, tile_m=tile_m,
+        tile_n=tile_n,
+    )  # fmt: skip
+    assert (out.shape, lse.shape) == (q.shape, (len(x), heads, x.shape[1]))
+    return state
+
+
+@pytest.mark.parametrize("target", [SM90A], indirect=True)
+@pytest.mark.parametrize("must_do", [None, torch.ones(1, dtype=torch.int32)])
+@pytest.mark.parametrize("stored", ["fp8", "bf16"])
+def test_what_a_residual_call_gives_its_three_kernels(
+    stored: str, must_do: torch.Tensor | None, launches: list[Any]
+) -> None:
+    state = residual_call(torch.zeros(2, 500, 1, 128, dtype=torch.bfloat16), 3, must_do, residual_dtype=stored)
+    configs, arguments = zip(*launches, strict=True)
+    assert [getattr(config, "op", "attention") for config in configs] == ["attention", "count_masses", "choose_tiles"]
+    assert configs[0].residual == stored
+    mass, counts, decision, _, sizes = arguments[1]
+    assert (mass.shape, sizes) == ((2, 3, 3, 7), (500, 500, 192, 80))
+    residual = next(x for x in arguments[0] if isinstance(x, Residual))
+    assert (residual.mass.data_ptr(), residual.decision.data_ptr()) == (mass.data_ptr(), decision.data_ptr())
+    assert not any(x.any() for x in (mass, counts, decision))
+    spans = sorted((x.data_ptr(), x.data_ptr() + 4 * x.numel()) for x in (mass, counts, decision))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert [x.data_ptr() for x in arguments[2][:3]] == [x.data_ptr() for x in (mass, counts, decision)]
+    assert arguments[2][4].data_ptr() == state.skip_mask.data_ptr()
+
+
+@pytest.mark.parametrize("target", [SM90A], indirect=True)
+def test_the_choice_for_more_batch_elements_than_one_launch_has(launches: list[Any]) -> None:
+    """It comes behind attention, which has moved the state by then."""
+    state = residual_call(torch.zeros(70_000, 1, 1, 64, dtype=torch.bfloat16), 1, None)
+    ops = ["count_masses", "choose_tiles"]
+    assert [config.op for config, _ in launches[1:]] == 2 * ops
+    for (_, first), (_, second) in zip(launches[1:3], launches[3:], strict=True):
+        for a, b in zip(first[:2], second[:2], strict=True):
+            assert (len(a), len(b)) == (65535, 4465)
+            assert b.data_ptr() == a.data_ptr() + 65535 * a.stride(0) * a.element_size()
+    masks = [launches[at][1][4] for at in (2, 4)]
+    assert [mask.shape[2] for mask in masks] == [65535, 4465]
+    assert masks[1].data_ptr() == state.skip_mask[:, :, 65535:].data_ptr()
+
+
+@pytest.mark.parametrize("target", [SM90A], indirect=True)
+def test_more_tiles_than_masses_can_be_told_apart_are_refused(launches: list[Any]) -> None:
+    """524,288 tokens of 64 heads, 8 times; the state is not made either."""
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"q, k: expected at most 2147483647 tiles of 192 by 80"):
+        residual_call(torch.zeros(8, 524_288, 1, 128, dtype=torch.bfloat16), 64, None)
+    assert not launches

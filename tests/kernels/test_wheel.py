@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from typing import Any
 
 import pytest
 import torch
@@ -125,20 +126,28 @@ def test_the_command_writes_it(
 
 
 @pytest.mark.parametrize(
-    ("has", "compiler", "reason"),
+    ("variant", "name"),
     [
-        ("lite_attention_sm90a_skip_bf16_d128_192x80", False, None),
-        ("another", True, None),
-        ("another", False, "and the library of kernels has no lite_attention_sm90a_skip_bf16_d128_192x80: pip install"),
+        ({}, "skip_bf16_d128_192x80"),
+        ({"skip": False}, "dense_bf16_d128_192x80"),
+        ({"residual": "fp8"}, "residual_fp8_bf16_d128_192x80"),
+        ({"residual": "bf16", "quantization": "int8"}, "residual_bf16_bf16_d128_192x80_int8"),
+        ({"quantization": "int8_fp8"}, "skip_bf16_d128_128x192_int8_fp8"),
+        ({"initial_mask": True, "must_do": True}, "skip_bf16_d128_192x80_id"),
     ],
+    ids=str,
 )
+@pytest.mark.parametrize(("there", "compiler"), [(True, False), (False, True), (False, False)])
 def test_what_a_library_lacks_is_known_before_a_call(
-    has: str, compiler: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any], name: str, there: bool, compiler: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name = f"lite_attention_sm90a_{name}"
+    has = name if there else "another"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(launch, "has_compiler", lambda: compiler)
     monkeypatch.setattr(launch, "library", lambda: types.SimpleNamespace(implements_function=has.__eq__))
     launch.unsupported_reason.cache_clear()
-    got = launch.unsupported_reason(128, 128, torch.bfloat16, torch.device("cuda", 0))
+    got = launch.unsupported_reason(128, 128, torch.bfloat16, torch.device("cuda", 0), **variant)
     launch.unsupported_reason.cache_clear()
-    assert got is reason if reason is None else reason in str(got)
+    lacking = f"and the library of kernels has no {name}: pip install"
+    assert got is None if there or compiler else lacking in str(got)

@@ -55,7 +55,7 @@ def test_target_of(device: str, target: Target, portable: Target, gpus: list[tup
 @pytest.mark.parametrize(
     ("capability", "name"),
     [
-        ((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"),
+        ((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_87"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"),
         ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_110"), ((12, 0), "sm_120"), ((12, 1), "sm_120"),
     ],
 )  # fmt: skip
