@@ -6,7 +6,7 @@ import torch
 
 from lite_attention.ops.tiles import ceil_div
 
-__all__ = ["WORD_BITS", "pack_bits", "unpack_bits"]
+__all__ = ["WORD_BITS", "count_bits", "pack_bits", "unpack_bits"]
 
 WORD_BITS = 32
 
@@ -25,3 +25,12 @@ def unpack_bits(words: torch.Tensor, n: int) -> torch.Tensor:
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
     bits = (words.unsqueeze(-1) >> shifts).bitwise_and_(1).bool()
     return bits.flatten(-2)[..., :n]
+
+
+def count_bits(words: torch.Tensor) -> torch.Tensor:
+    """Return how many bits of each int32 word are 1, in sums of pairs, then of 4, 8, 16 and 32."""
+    counts = words - ((words >> 1) & 0x55555555)
+    counts = (counts & 0x33333333) + ((counts >> 2) & 0x33333333)
+    counts = (counts + (counts >> 4)) & 0x0F0F0F0F
+    counts = counts + (counts >> 8)
+    return (counts + (counts >> 16)) & 0x3F

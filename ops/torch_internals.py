@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "AUTO_FUNCTIONALIZED", "FLASH_ON_CPU", "WRAPPED", "FakeModes", "FakeTensor", "FakeTensorMode", "add_to_each",
+    "all_gather", "all_to_all", "arrived",
     "backend_named", "below_autograd", "call_of", "compile_with_inductor", "constant_when_compiled", "copy_of_graph",
     "example_of", "excluding_key", "fake_mode_of", "forget_compiled", "holds_for_all_sizes", "holds_unless_unknown",
     "in_forward_mode", "input_path", "is_fake", "is_held_by_module", "is_op", "is_wrapper", "mark_static_input",
@@ -387,3 +388,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 WRAPPED = "_orig_mod"  # the attribute, and the part of the names of parameters
+
+
+# ---- collectives that a compiler traces: `torch.distributed` wraps these -------------------------------------------
+
+
+def all_to_all(x: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> torch.Tensor:
+    """Begin to send so many rows of a contiguous tensor to each rank of a group; what comes is read after `arrived`."""
+    begun: torch.Tensor = torch.ops._c10d_functional.all_to_all_single(x, [*received], [*sent], group)
+    return begun
+
+
+def all_gather(x: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """Begin to gather the rows of all ranks; what comes is read after `arrived`."""
+    begun: torch.Tensor = torch.ops._c10d_functional.all_gather_into_tensor(x, ranks, group)
+    return begun
+
+
+def arrived(x: torch.Tensor) -> torch.Tensor:
+    """Return what a collective was begun for; the current stream waits for it."""
+    done: torch.Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return done

@@ -1,0 +1,113 @@
+"""Heads for tokens, and back: what Ulysses sends around attention.
+
+Before, a rank has some tokens of all heads, (B, tokens here, H, D); between the two exchanges all tokens of some
+heads, (B, S, H / ranks, D). Queries, keys and values travel together: of each token, the heads of all three that go to
+one rank are a row. They are packed by one copy, and attention reads what arrives as it lies. Its output has its dims in
+the same order, so it is sent as it lies, too, and unpacked by the last copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lite_attention.ops.arguments import require
+from lite_attention.ops.torch_internals import all_to_all, arrived
+from lite_attention.ops.validate import check_inputs
+from lite_attention.parallel.group import Group
+
+__all__ = ["Tokens", "begin_gather", "begin_scatter", "end_gather", "end_scatter", "gather_lse", "tokens_of"]
+
+
+class Tokens(NamedTuple):
+    """Which tokens of a sequence each rank has."""
+
+    group: Group
+    lengths: tuple[int, ...]  # by rank
+
+    @property
+    def here(self) -> int:
+        """Tokens of this rank."""
+        return self.lengths[self.group.rank]
+
+    @property
+    def of_each(self) -> list[int]:
+        """What goes to the ranks, or comes from them, where it is of the tokens here."""
+        return [self.here] * self.group.ranks
+
+
+def tokens_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: Group, seq_len: int | None, parts: int = 1
+) -> Tokens:
+    """Check the tokens of this rank, and return where those of all ranks are.
+
+    Args:
+        q: (batch, tokens here, heads, head_dim).
+        k: (batch, tokens here, kv_heads, head_dim).
+        v: (batch, tokens here, kv_heads, value_dim).
+        group: the ranks.
+        seq_len: tokens of all ranks; None = as many on each as here.
+        parts: the heads of a rank are computed in so many.
+
+    Raises:
+        ValueError: heads that do not divide among ranks and parts, tokens that are not those of this rank, or one of
+            what `skip_attention` refuses.
+    """
+    here, kv_heads = q.shape[1], k.shape[2]
+    if not torch.compiler.is_compiling():  # which would trace the messages, too
+        check_inputs(q, k, v)
+        require(k.shape[1] == here, "seq_len of k", f"that of q, {here}, for heads to be exchanged", k.shape[1])
+        dealt = f"{group.ranks} ranks" if parts == 1 else f"{group.ranks} ranks x {parts} parts"
+        require(kv_heads % (group.ranks * parts) == 0, "heads of k", f"a multiple of {dealt}", kv_heads)
+    if seq_len is None:
+        return Tokens(group, (here,) * group.ranks)
+    lengths = group.lengths(seq_len)
+    if here != lengths[group.rank]:
+        raise ValueError(
+            f"seq_len of q: expected {lengths[group.rank]}, which rank {group.rank} of {group.ranks} has of {seq_len} "
+            f"tokens, got {here}"
+        )
+    return Tokens(group, lengths)
+
+
+def begin_scatter(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens, parts: int = 1, part: int = 0
+) -> torch.Tensor:
+    """Begin to send each rank its heads, or one of so many parts of them, of the tokens here."""
+    rows = [_heads_by_rank(x, tokens.group.ranks, parts, part).flatten(3) for x in (q, k, v)]
+    packed = torch.cat(rows, -1).flatten(0, 1)  # ranks * tokens, B, what a token has for a rank
+    return all_to_all(packed, tokens.of_each, tokens.lengths, tokens.group.name)
+
+
+def _heads_by_rank(x: torch.Tensor, ranks: int, parts: int, part: int) -> torch.Tensor:
+    """Return a view (ranks, tokens, B, heads of a part, D) of (B, tokens, H, D)."""
+    by_rank: torch.Tensor = x.unflatten(2, (ranks, parts, -1))[:, :, :, part]
+    return by_rank.permute(2, 1, 0, 3, 4)
+
+
+def end_scatter(begun: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Return q, k and v of all tokens, views (B, S, heads, D) of what arrived; shapes are heads and D of each."""
+    rows = arrived(begun).transpose(0, 1)
+    widths = [heads * dim for heads, dim in shapes]
+    return [x.unflatten(2, shape) for x, shape in zip(rows.split(widths, 2), shapes, strict=True)]
+
+
+def begin_gather(out: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Begin to send each rank its tokens of (B, S, heads, ...)."""
+    return all_to_all(out.transpose(0, 1).contiguous(), tokens.lengths, tokens.of_each, tokens.group.name)
+
+
+def end_gather(begun: Sequence[torch.Tensor], tokens: Tokens) -> torch.Tensor:
+    """Return (B, tokens here, H, ...) of all heads, from all parts of the heads of each rank."""
+    by_rank = [arrived(x).unflatten(0, (tokens.group.ranks, -1)).transpose(0, 2) for x in begun]
+    joined: torch.Tensor = by_rank[0] if len(by_rank) == 1 else torch.cat(by_rank, 3)
+    return joined.flatten(2, 3)
+
+
+def gather_lse(lse: Sequence[torch.Tensor], tokens: Tokens) -> torch.Tensor:
+    """Return (B, H, tokens here), from (B, heads of a part, S)."""
+    begun = [begin_gather(x.transpose(1, 2), tokens) for x in lse]
+    gathered = end_gather(begun, tokens).transpose(1, 2)
+    return gathered.contiguous()

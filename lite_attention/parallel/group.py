@@ -1,0 +1,45 @@
+"""`Group`: the processes that share a sequence, and what they must agree upon."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lite_attention.ops.arguments import require
+from lite_attention.ops.torch_internals import all_gather, arrived
+
+__all__ = ["Group"]
+
+
+class Group(NamedTuple):
+    """A process group by its name, which can be copied, pickled and traced as the group itself cannot."""
+
+    name: str
+    rank: int  # of this process
+    ranks: int
+
+    @classmethod
+    def of(cls, group: Any) -> Group:
+        """Return it of a `torch.distributed.ProcessGroup`.
+
+        Raises:
+            ValueError: no group, or one without this process.
+        """
+        if isinstance(group, cls):
+            return group
+        is_group = dist.is_available() and isinstance(group, dist.ProcessGroup)
+        require(is_group, "process_group", "a torch.distributed.ProcessGroup", type(group).__name__)
+        require(group.rank() >= 0, "process_group", "one with this process", "one without it")
+        return cls(group.group_name, group.rank(), group.size())
+
+    def lengths(self, whole: int) -> tuple[int, ...]:
+        """Return the tokens of each rank: runs as even as can be, the longer ones first, as `torch.tensor_split`."""
+        return tuple(whole // self.ranks + (rank < whole % self.ranks) for rank in range(self.ranks))
+
+    def numbers(self, own: list[int], device: torch.device) -> list[list[int]]:
+        """Return the numbers of each rank, as many from all. A collective, which waits for the device."""
+        gathered = arrived(all_gather(torch.tensor([own], device=device), self.ranks, self.name))
+        rows: list[list[int]] = gathered.tolist()
+        return rows

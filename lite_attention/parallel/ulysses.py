@@ -1,0 +1,108 @@
+"""Ulysses: heads are exchanged for tokens, so that a rank attends over all tokens for some of the heads.
+
+What it learns is that of one process, bit for bit, for its heads: no rank has to agree with another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lite_attention.ops.arguments import require
+from lite_attention.ops.methods import METHODS
+from lite_attention.ops.site_state import SiteState
+from lite_attention.parallel.exchange import (
+    Tokens,
+    begin_gather,
+    begin_scatter,
+    end_gather,
+    end_scatter,
+    gather_lse,
+    tokens_of,
+)
+from lite_attention.parallel.group import Group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Attend", "exchanged_attention", "ulysses_attention"]
+
+Attend = Callable[..., Any]  # q, k, v of some heads and return_lse= -> out, or out and lse
+
+
+def ulysses_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: SiteState | Sequence[SiteState],
+    group: ProcessGroup | Group,
+    *,
+    seq_len: int | None = None,
+    order: torch.Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Attend with the tokens of this rank to those of all; a collective.
+
+    Rank r has the r-th part of the tokens, as `torch.tensor_split` cuts them, and between the exchanges the r-th part
+    of the heads.
+
+    Args:
+        q: (batch, tokens here, heads, head_dim); as the others, any strides, the last one 1.
+        k: (batch, tokens here, kv_heads, head_dim); kv_heads is a multiple of the ranks.
+        v: (batch, tokens here, kv_heads, value_dim).
+        state: of (batch, all tokens, heads of this rank): a `SkipState` or a `ResidualState`. Several: the heads of a
+            rank are computed in as many parts, and the exchange of one part runs beside attention of another.
+        group: the ranks that share the tokens.
+        seq_len: tokens of all ranks; None = as many on each as here.
+        order: int64 (heads,) on the device: heads of rank 0, of rank 1, ...; those that share keys stay side by side.
+            None = as they come. It may change only where the states start fresh.
+        return_lse: also return the log-sum-exp of the scores.
+        options: of `skip_attention`, of all tokens: masks, ranges and lengths are of the whole sequence.
+
+    Returns:
+        out (batch, tokens here, heads, value_dim); with `return_lse` also lse float32 (batch, heads, tokens here).
+
+    Raises:
+        ValueError: an argument does not fit.
+        RuntimeError: a gradient is required, or a rank did not answer within the timeout of its group.
+    """
+    states = [state] if isinstance(state, SiteState) else [*state]
+    methods = [m for m in METHODS.values() for s in states[:1] if isinstance(s, m.state)]
+    require(len(methods) == 1, "state", "a SkipState, a ResidualState or some of these", type(state).__name__)
+    tokens = tokens_of(q, k, v, Group.of(group), seq_len, len(states))
+    attends = [partial(methods[0].attend, state=s, **options) for s in states]
+    return exchanged_attention(attends, q, k, v, tokens, order, return_lse)
+
+
+def exchanged_attention(
+    attends: Sequence[Attend],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tokens: Tokens,
+    order: torch.Tensor | None,
+    return_lse: bool,
+) -> Any:
+    """Exchange, attend, exchange; each of `attends` gets its part of the heads of this rank."""
+    shared = q.shape[2] // k.shape[2]
+    shapes = [(x.shape[2] // (tokens.group.ranks * len(attends)), x.shape[3]) for x in (q, k, v)]
+    if order is not None:
+        kv_order = order[::shared] // shared
+        q, k, v = q.index_select(2, order), k.index_select(2, kv_order), v.index_select(2, kv_order)
+    coming = [begin_scatter(q, k, v, tokens, len(attends), part) for part in range(len(attends))]
+    going, lse = [], []
+    for attend, begun in zip(attends, coming, strict=True):
+        out, of_part = attend(*end_scatter(begun, shapes), return_lse=True)
+        going.append(begin_gather(out, tokens))
+        lse.append(of_part)
+    results = [end_gather(going, tokens)]
+    if return_lse:
+        results.append(gather_lse(lse, tokens))
+    if order is not None:
+        back = order.argsort()
+        results = [x.index_select(dim, back) for x, dim in zip(results, (2, 1), strict=False)]
+    return tuple(results) if return_lse else results[0]

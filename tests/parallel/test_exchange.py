@@ -1,0 +1,94 @@
+"""The library's own exchange: ranks of a gloo group compute what one process computes, bit for bit in their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import exchange_cases as cases
+from tests.support.exchange_cases import Case
+from tests.support.ranks import Ranks, ranks_of
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with ranks_of(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with ranks_of(4) as ranks:
+        yield ranks
+
+
+CASES = {
+    "votes": Case(),
+    "residual": Case("residual"),
+    "uneven": Case(count=131),
+    "residual, uneven": Case("residual", 131),
+    "grouped queries": Case(kv_heads=2),
+    "wider values": Case(value_dim=24),
+    "heads first in memory": Case(by_head_first=True),
+    "two parts": Case(parts=2),
+    "dealt": Case(order=(2, 1, 0, 3)),
+    "dealt, uneven, two parts": Case(count=131, order=(3, 1, 0, 2), parts=2),
+    "dealt, grouped queries": Case(kv_heads=2, order=(2, 3, 0, 1)),
+    "int8": Case(options=(("quantization", "int8"),)),
+    "int8 and fp8": Case(options=(("quantization", "int8_fp8"),)),
+    "ranges": Case(options=(("must_do", (16, 48)), ("must_skip", (100, 117)))),
+    "key lengths, scale": Case(options=(("key_lengths", (128, 90)), ("scale", 0.3))),
+}
+
+
+def check(found: list[cases.Found]) -> None:
+    for of_rank in found:
+        assert of_rank.error < 1e-6
+        assert of_rank.lse_error < 1e-5
+        assert of_rank.same_masks
+    assert max(of_rank.skipped for of_rank in found) > 0.1
+    assert max(of_rank.moved for of_rank in found) > 1e-4  # so that skipping shows
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=[*CASES])
+def test_two_ranks_compute_what_one_process_does(two: Ranks, case: Case) -> None:
+    check(two.run(cases.generation, case))
+
+
+@pytest.mark.parametrize("name", ["votes", "residual, uneven", "dealt, uneven, two parts", "int8"])
+def test_traced_whole_it_is_the_same(two: Ranks, name: str) -> None:
+    check(two.run(cases.generation, CASES[name]._replace(backend="aot_eager")))
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same(two: Ranks) -> None:
+    check(two.run(cases.generation, CASES["dealt, grouped queries"]._replace(backend="inductor")))
+
+
+@pytest.mark.parametrize("name", ["votes", "residual", "uneven", "dealt"])
+def test_four_ranks_compute_what_one_process_does(four: Ranks, name: str) -> None:
+    check(four.run(cases.generation, CASES[name]))
+
+
+REFUSED = {
+    "grouped queries": (Case(kv_heads=1), "heads of k: expected a multiple of 2 ranks, got 1"),
+    "parts": (Case(), "heads of k: expected a multiple of 2 ranks x 8 parts, got 4"),
+    "queries alone": (Case(), "seq_len of k: expected that of q, 64, for heads to be exchanged, got 63"),
+    "tokens of another rank": (Case(), "seq_len of q: expected 66, which rank {rank} of 2 has of 132 tokens, got 64"),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_every_rank_refuses_before_it_sends(two: Ranks, change: str) -> None:
+    case, message = REFUSED[change]
+    told = two.run(cases.refused, case, change)
+    assert told == [message.format(rank=rank) for rank in (0, 1)]
+
+
+def test_where_a_rank_died_the_others_are_told() -> None:
+    with ranks_of(2, timeout=5) as ranks:
+        told, dead = ranks.run(cases.without_one)
+    assert isinstance(dead, EOFError)
+    assert "nothing was told" not in told
+    assert isinstance(told, str)

@@ -1,0 +1,94 @@
+"""Processes of one gloo group on this machine, kept for all tests of a module: importing torch takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Ranks", "ranks_of"]
+
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "lite_attention.parallel"])
+
+
+class Ranks:
+    """So many processes, each a rank of the default group."""
+
+    def __init__(self, count: int, timeout: float) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        store = f"file://{self._folder.name}/store"
+        pipes = [_CONTEXT.Pipe() for _ in range(count)]
+        self._pipes = [ours for ours, _ in pipes]
+        self.processes = [
+            _CONTEXT.Process(target=_serve, args=(theirs, rank, count, store, timeout), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, theirs in pipes:
+            theirs.close()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a function of a module on all ranks; return what each returned, or the exception that it raised.
+
+        An exception in all of them is raised here.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = [_received(pipe) for pipe in self._pipes]
+        if all(isinstance(result, BaseException) for result in results):
+            raise results[0]
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _received(pipe: Any) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return EOFError("the process is dead")
+
+
+def _serve(pipe: Any, rank: int, count: int, store: str, timeout: float) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=timeout)
+    )
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            function, args = pipe.recv()
+            pipe.send(_result_of(function, args))
+
+
+def _result_of(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    torch.manual_seed(0)
+    try:
+        return function(*args)
+    except Exception as error:
+        error.__notes__ = [traceback.format_exc()]  # what add_note does, from Python 3.11 on
+        return error
+
+
+@contextlib.contextmanager
+def ranks_of(count: int, timeout: float = 60) -> Iterator[Ranks]:
+    """Have so many processes; a collective in which one is missing fails after `timeout` seconds."""
+    ranks = Ranks(count, timeout)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
