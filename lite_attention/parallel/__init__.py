@@ -1,7 +1,7 @@
 """Attention that several processes share.
 
-`shard` says which part of it is here; `context_parallel` makes diffusers' ring gather keys. The library's own exchange,
-for attention by hand: `ulysses_attention`, and `LiteAttention(process_group=)`, whose part it is `head_exchange.py`.
+`shard` says which part of it is here; `context_parallel` makes diffusers' ring gather keys. The library's own exchange
+is for attention by hand: `ulysses` calls the op between two of `exchange`, among the ranks of a `group`.
 """
 
 from __future__ import annotations
