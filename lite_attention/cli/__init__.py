@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lite_attention._version import __version__
-from lite_attention.cli import check, compile_kernels, inspect_thresholds
+from lite_attention.cli import bench, check, compile_kernels, inspect_thresholds
 
 __all__ = ["main"]
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lite-attention", description="Skip-aware attention for diffusion models.")
     parser.add_argument("--version", action="version", version=f"lite-attention {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
+    bench.add_parser(commands)
     check.add_parser(commands)
     compile_kernels.add_parser(commands)
     inspect_thresholds.add_parser(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 import lite_attention
-from lite_attention import ThresholdTable
-from lite_attention.cli import check, main
+from lite_attention import LiteAttention, ThresholdTable
+from lite_attention.cli import bench, check, main, timing
 from lite_attention.ops.methods import METHODS
+from lite_attention.ops.plan import SPARSE
 from lite_attention.ops.targets import TARGETS
 
 NEVER = -math.inf
@@ -146,3 +148,67 @@ def test_compile_kernels_takes_architectures(monkeypatch: pytest.MonkeyPatch, tm
         assert {name.removeprefix("lite_attention_").split("_")[0] for name in compiled} == expected
     with pytest.raises(SystemExit):
         main(["compile-kernels", *options, "--arch", "sm_75"])
+
+
+# ---- bench ---------------------------------------------------------------------------------------------------------
+
+
+def test_bench_prints_saves_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    command = ["bench", "--device", "cpu", "--shape", "1,2,300,32", "--seconds", "0.01"]
+    assert main([*command, "--json", str(saved), "--plot", str(picture)]) == 0
+    found = json.loads(saved.read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert [*rows] == ["PyTorch, dense", "dense", "votes", "preset balanced"]
+    assert found["shape"] == [1, 2, 300, 32]
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert (rows["PyTorch, dense"]["ratio"], rows["dense"]["computed"]) == (1, 1)
+    assert 0 < rows["votes"]["computed"] < 1
+    assert rows["preset balanced"]["computed"] == pytest.approx(0.58)
+    assert "58%" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_goes_on_without_what_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no such kernel\nbelow: a trace")
+
+    monkeypatch.setattr(bench, "_votes", refuse)
+    assert main(["bench", "--device", "cpu", "--shape", "1,1,130,16", "--seconds", "0.01"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: votes: no such kernel\n" in printed
+    assert "preset balanced" in printed
+
+
+def test_bench_times_a_generation_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset's call is a generation, in which the tiles are computed that the table says; then it starts anew."""
+    kinds: list[int] = []
+
+    class Recording(LiteAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            step = 0 if self.state is None else self.state.step()
+            out = super().forward(*args, **kwargs)
+            kinds.append(int(self.state.plan[step]))  # type: ignore[union-attr, index]
+            return out
+
+    monkeypatch.setattr(bench, "LiteAttention", Recording)
+    contender = bench._preset("preset", *torch.randn(3, 1, 300, 2, 32), "none")
+    contender.call()
+    assert len(kinds) == contender.steps == 20
+    assert sum(0.3 if kind == SPARSE else 1.0 for kind in kinds) / 20 == pytest.approx(contender.computed)
+    contender.call()
+    assert kinds[20:] == kinds[:20]
+
+
+def test_bench_refuses_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--shape", "1,2,3"])
+    assert "expected four sizes B,H,S,D, got '1,2,3'" in capsys.readouterr().err
+
+
+def test_a_block_is_the_median_of_its_second_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 9.0, 8.0, 3.0, 1.0, 2.0])
+    monkeypatch.setattr(timing, "_once", lambda call: next(times))
+    assert timing.block(lambda: None, 0.0, torch.device("cpu"), least=5) == 2.0
