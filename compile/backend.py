@@ -94,7 +94,7 @@ class LiteAttentionBackend:
         """Compile a graph of dynamo; called by torch.compile."""
         gm = take_apart(gm)
         names = Names(self.store.model)
-        found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter, names)
+        found = find_sites(gm.graph, self.settings, _is_weight, _is_parameter, names, self.store.shard)
         nested = sites_in_subgraphs(gm, names) + sites_of_ops(gm.graph, names)
         runtime = runtime_sites(gm, found, nested, _is_parameter)
         sites = [site.site for site in runtime]

@@ -267,7 +267,9 @@ class _EagerSwap(TorchFunctionMode):
         if site.reason is None and origins is not None:
             site.fits_dense_kernel = self.settings.fits_dense_kernel(site)
             site.is_self_attention = origins.are_same(*tensors[:2])
-            site.reason = self.settings.unsupported_reason(site) or choice_reason(site, self.settings)
+            site.reason = self.settings.unsupported_reason(site) or choice_reason(
+                site, self.settings, shard=self.store.shard
+            )
         log_sites([site], "eager")
         return site
 

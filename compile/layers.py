@@ -156,7 +156,7 @@ class LayerStates:
         if self._store.settings.select is None or model is None:
             return None
         site = replace(record.site, name=record.name(model), reason=None)
-        reason = choice_reason(site, self._store.settings, may_guard=False)
+        reason = choice_reason(site, self._store.settings, may_guard=False, shard=self._store.shard)
         if reason is not None:
             record.site = replace(record.site, reason=reason)
         return reason

@@ -248,13 +248,13 @@ class SkipSettings:
             keep = self.keep if value is None else value
             if keep is not None:
                 keeping.set_keep(keep(whole) if callable(keep) else keep)
-            return self._begun(keeping)
+            return self._begun(keeping, shard)
         state = SkipState(**common, allow_positive=self.allow_positive)
         threshold = self.threshold if value is None else value
         assert threshold is not None
         threshold = threshold(whole) if callable(threshold) else threshold
         state.set_threshold(shard.own_heads("threshold", threshold, heads))
-        return self._begun(state)
+        return self._begun(state, shard)
 
     def _state_options(self, site: Site, shard: Shard) -> dict[str, Any]:
         """Return what the states of all methods are made with."""
@@ -285,9 +285,10 @@ class SkipSettings:
         forecast = self.residual.forecast
         return residual_buffers(sizes, **common, value_dim=site.value_dim, forecast=forecast, dtype=dtype)
 
-    def _begun(self, state: SiteState) -> SiteState:
-        """Let the tables have room for more steps than a generation may have."""
+    def _begun(self, state: SiteState, shard: Shard) -> SiteState:
+        """Let the tables have room for more steps than a generation may have, and queries stand where they are."""
         state.set_num_steps(self.num_steps or self.max_steps)
+        state.query_start = shard.query_start(*state.capacity[2:])
         return state
 
     def unsupported_reason(self, site: Site) -> str | None:

@@ -15,6 +15,7 @@ from lite_attention.compile.attention_calls import AttentionCall, find_attention
 from lite_attention.compile.outer_masks import outer_mask_of
 from lite_attention.compile.provenance import Provenance, value_of
 from lite_attention.compile.settings import SkipSettings
+from lite_attention.ops.shard import WHOLE, Shard
 from lite_attention.ops.site import Site
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import (
@@ -177,7 +178,12 @@ def is_key_mask(mask: torch.Tensor, site: Site) -> bool:
 
 
 def choice_reason(
-    site: Site, settings: SkipSettings, *, may_guard: bool = True, layers: Sequence[str] = ()
+    site: Site,
+    settings: SkipSettings,
+    *,
+    may_guard: bool = True,
+    layers: Sequence[str] = (),
+    shard: Shard = WHOLE,
 ) -> str | None:
     """Return why a site that could be swapped should not be, None if it should.
 
@@ -186,8 +192,9 @@ def choice_reason(
         settings: what the user wants.
         layers: names of all layers that it stands for; their reasons may differ, and None is that of one.
         may_guard: whether lengths that are symbols may be told apart by what they are now, as dynamo can.
+        shard: which part of the model's attention it is.
     """
-    chosen = None
+    site, chosen = shard.whole(site), None
     if settings.select is not None:
         answers = {settings.select(replace(site, name=name)) for name in layers or [site.name]}
         chosen = True if True in answers else None if None in answers else False
@@ -223,6 +230,7 @@ def find_sites(
     is_weight: Callable[[fx.Node], bool],
     is_parameter: Callable[[fx.Node], bool] | None = None,
     names: Names | None = None,
+    shard: Shard = WHOLE,
 ) -> list[GraphSite]:
     """Return all attention of a graph, decided.
 
@@ -233,6 +241,7 @@ def find_sites(
         is_parameter: tells those that hold parameters, where a state is found by its owners: a site without any is
             left alone, if no module is running either. None: every site has a key of its own.
         names: of the model's modules, where it is known.
+        shard: which part of the model's attention is here.
     """
     calls, names = [_with_factors(call) for call in find_attention_calls(graph)], names or Names()
     outputs = {call.node for call in calls}
@@ -264,8 +273,9 @@ def find_sites(
         if reason is None:
             site.fits_dense_kernel = settings.fits_dense_kernel(site)
             site.is_self_attention = provenance.is_self_attention(call.q, call.k, call.node)
+            layers = names.alike(call.node, site.name)
             reason = settings.unsupported_reason(site) or choice_reason(
-                site, settings, may_guard=is_parameter is not None, layers=names.alike(call.node, site.name)
+                site, settings, may_guard=is_parameter is not None, layers=layers, shard=shard
             )
         if reason is None and is_parameter is not None and not owners and running_module() is None:
             reason = "owner unknown: no parameter in this graph, and no module runs it"

@@ -117,7 +117,7 @@ def _choice_arguments(config: ChoiceConfig) -> list[Any]:
     counts, decision = _table(Int32, cute.sym_int(), cute.sym_int()), _table(Int32, 4)
     if config.op == "count_masses":
         must_do = _table(Int32, cute.sym_int()) if config.must_do else None
-        return [masses, counts, decision, must_do, tuple(Int32(1) for _ in range(4))]
+        return [masses, counts, decision, _table(Int32, cute.sym_int()), must_do, tuple(Int32(1) for _ in range(4))]
     return [
         masses,
         counts,

@@ -14,6 +14,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, const_expr
 from lite_attention.cute_kernels.config import ChoiceConfig
 from lite_attention.cute_kernels.ptx import has_bit, to_int, to_int_below
 from lite_attention.cute_kernels.tile_iterator import diagonal_tile
+from lite_attention.ops import control as c
 from lite_attention.ops.choice import BINS, BINS_PER_OCTAVE, HASH, LOWEST_OCTAVE
 
 _WARPS = 8
@@ -30,16 +31,19 @@ class CountMasses:
 
     @cute.jit
     def __call__(
-        self, mass: cute.Tensor, counts: cute.Tensor, decision: cute.Tensor, must_do, sizes, stream: cuda.CUstream
+        self, mass: cute.Tensor, counts: cute.Tensor, decision: cute.Tensor, control: cute.Tensor, must_do, sizes,
+        stream: cuda.CUstream,
     ):  # fmt: skip
         """mass [B, Hq, q_tiles, k_tiles], counts [B, BINS], decision [4]; sizes: Sq, Sk, tile_m, tile_n."""
-        self.kernel(mass, counts, decision, must_do, sizes).launch(
+        self.kernel(mass, counts, decision, control, must_do, sizes).launch(
             grid=[cutlass.min(_BLOCKS, mass.shape[1] * mass.shape[2]), mass.shape[0], 1], block=[_THREADS, 1, 1],
             stream=stream,
         )  # fmt: skip
 
     @cute.kernel
-    def kernel(self, mass: cute.Tensor, counts: cute.Tensor, decision: cute.Tensor, must_do, sizes):
+    def kernel(
+        self, mass: cute.Tensor, counts: cute.Tensor, decision: cute.Tensor, control: cute.Tensor, must_do, sizes
+    ):  # fmt: skip
         """A warp has a row of tiles."""
         if decision[0] != 0:
             thread, _, _ = cute.arch.thread_idx()
@@ -54,7 +58,7 @@ class CountMasses:
             for row in cutlass.range(block * _WARPS + thread // 32, heads * q_tiles, blocks * _WARPS, unroll=1):
                 q_tile = row % q_tiles
                 masses = mass[batch, row // q_tiles, q_tile, None]
-                diagonal = diagonal_tile(q_tile, *sizes, k_tiles)
+                diagonal = diagonal_tile(q_tile, *sizes, k_tiles, control[c.QUERY_START])
                 total = Float32(0.0)
                 for j in cutlass.range(lane, k_tiles, 32, unroll=4):
                     total += Float32(Uint32(masses[j]))

@@ -157,7 +157,7 @@ class PortableAttentionForward:
             shared.call[Q_TILE] = place.q_tile
             shared.call[HEAD] = place.head
             shared.call[BATCH] = place.batch
-            shared.call[DIAGONAL] = self.walk.diagonal(place.q_tile, seq_q, seq_k, k_tiles)
+            shared.call[DIAGONAL] = self.walk.diagonal(place.q_tile, seq_q, seq_k, k_tiles, state.control)
             if const_expr(self.config.skip):
                 shared.score_threshold[0] = self.scheduler.score_threshold(
                     state.threshold, state.control, slot, place.head, scale

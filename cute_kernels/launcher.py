@@ -192,7 +192,7 @@ def _choose(
     decision, device = residual.decision, state.skip_mask.device
     for part in parts(len(counts)):
         mass, of_bins, mask = residual.mass[part], counts[part], state.skip_mask[:, :, part]
-        run(kernels[0], device, mass, of_bins, decision, state.must_do, sizes)
+        run(kernels[0], device, mass, of_bins, decision, state.control, state.must_do, sizes)
         run(kernels[1], device, mass, of_bins, decision, residual.keep, mask)
 
 

@@ -76,7 +76,7 @@ class Producer:
             k_dst, k_src = self.partition(loads.k.atom, shared.k, k_tiled)
             v_dst, v_src = self.partition(loads.v.atom, shared.v, v_tiled)
             bits = jobs.visited[ring, None]
-            diagonal = self.tiles.diagonal(q_tile, seq_q, seq_k, k_tiles)
+            diagonal = self.tiles.diagonal(q_tile, seq_q, seq_k, k_tiles, state.control)
             left, after = count, job
             if left <= CLAIM_AHEAD:
                 after = self.scheduler.next_job(state.control, job, ctas, lane)
@@ -147,7 +147,7 @@ class Producer:
                 row, initial_row, state.must_do, flags, bits, others, jobs.partial, lane, k_tiles, masked
             )
             if jobs.call[residual_call.SAMPLES] != 0:
-                diagonal = self.tiles.diagonal(q_tile, *sizes, k_tiles)
+                diagonal = self.tiles.diagonal(q_tile, *sizes, k_tiles, state.control)
                 rest, count = count, self.tiles.take_sample(bits, others, lane, k_tiles, diagonal)
             if jobs.call[residual_call.FULL] == 0:
                 rest = Int32(0)

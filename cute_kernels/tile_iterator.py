@@ -8,6 +8,7 @@ from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig, State
 from lite_attention.cute_kernels.ptx import has_bit
+from lite_attention.ops import control as c
 from lite_attention.ops.tiles import SAMPLE_EVERY
 
 PARTIAL = 1 << 15  # of an entry: some key of the tile is excluded
@@ -30,11 +31,16 @@ def mask_rows(state: State, slot: Int32, batch: Int32, head: Int32, q_tile: Int3
 
 
 @cute.jit
-def diagonal_tile(q_tile: Int32, seq_q: Int32, seq_k: Int32, tile_m, tile_n, k_tiles: Int32) -> Int32:
-    """The k-tile at the relative position of a q-tile, as `ops/tiles.py` has it."""
-    numerator = Int64(2 * q_tile + 1) * Int64(tile_m) * Int64(seq_k)
-    tile = numerator // (Int64(2) * Int64(seq_q) * Int64(tile_n))
-    return Int32(cutlass.min(Int64(k_tiles - 1), tile))
+def diagonal_tile(
+    q_tile: Int32, seq_q: Int32, seq_k: Int32, tile_m, tile_n, k_tiles: Int32, query_start: Int32
+) -> Int32:
+    """The k-tile at the place of a q-tile, as `ops/tiles.py` has it; `query_start` is the word of `control`."""
+    middle = Int64(2 * q_tile + 1) * Int64(tile_m)
+    if query_start > 0:
+        middle += Int64(2) * Int64(query_start - 1)
+    else:
+        middle = middle * Int64(seq_k) // Int64(seq_q)
+    return Int32(cutlass.min(Int64(k_tiles - 1), middle // (Int64(2) * Int64(tile_n))))
 
 
 class TileIterator:
@@ -130,9 +136,12 @@ class TileIterator:
         return cute.arch.warp_redux_sync(count, kind="add")
 
     @cute.jit
-    def diagonal(self, q_tile: Int32, seq_q: Int32, seq_k: Int32, k_tiles: Int32) -> Int32:
-        """The k-tile at the relative position of a q-tile."""
-        return diagonal_tile(q_tile, seq_q, seq_k, self.config.tile_m, self.config.tile_n, k_tiles)
+    def diagonal(self, q_tile: Int32, seq_q: Int32, seq_k: Int32, k_tiles: Int32, control) -> Int32:
+        """The k-tile at the place of a q-tile; without a state, queries spread over all keys."""
+        query_start = Int32(0)
+        if const_expr(self.config.skip):
+            query_start = control[c.QUERY_START]
+        return diagonal_tile(q_tile, seq_q, seq_k, self.config.tile_m, self.config.tile_n, k_tiles, query_start)
 
     def turns(self, words: Int32) -> Int32:
         """Number of turns of a walk: the special tiles, and each word once, the diagonal's in two parts."""

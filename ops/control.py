@@ -18,6 +18,7 @@ __all__ = [
     "FRESH",
     "JOBS",
     "NUM_STEPS",
+    "QUERY_START",
     "REFRESH",
     "RESIDUALS",
     "SEQ_K",
@@ -44,7 +45,7 @@ REFRESH = 2  # every so many steps starts fresh; 0 = only step 0
 FLAGS = 3
 TICKETS = 4  # scratch of a kernel whose last CTA moves the step; 0 between calls
 JOBS = 5  # scratch of a kernel whose CTAs take work as they become free; 0 between calls
-# Word 6 is for QUERY_START, where the queries of a shard stand among the keys.
+QUERY_START = 6  # 1 + the key at which the first query stands, where queries are a part; 0 = they are of all keys
 SIGNATURE = 7  # tells a control tensor from memory that nobody wrote
 _HEADER_WORDS = 8
 _SIGNED = 0x4C697465
@@ -111,6 +112,7 @@ class Call(NamedTuple):
     fresh: bool
     dense: bool
     next_step: int
+    query_start: int | None
 
 
 def read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int]) -> Call:
@@ -132,7 +134,8 @@ def read_control(control: torch.Tensor, slots: int, sizes: tuple[int, int, int])
     next_step = step
     if flags & FLAG_AUTO_STEP:
         next_step = 0 if num_steps > 0 and step + 1 >= num_steps else step + 1
-    return Call(slot, step, fresh, bool(flags & FLAG_DENSE), next_step)
+    query_start = words[QUERY_START] - 1 if words[QUERY_START] > 0 else None
+    return Call(slot, step, fresh, bool(flags & FLAG_DENSE), next_step, query_start)
 
 
 def write_control(control: torch.Tensor, call: Call, sizes: tuple[int, int, int], counts: tuple[int, ...] = ()) -> None:

@@ -48,7 +48,7 @@ def skip_attention_reference(
     call = read_control(control, skip_mask.shape[0], sizes)
     bits = skip_mask[call.slot, :batch, :, : ceil_div(seq_q, tile_m)]
     skipped = skipped_tiles(call, bits, initial_mask, ceil_div(k.shape[1], tile_n))
-    visits = visits_of(skipped, must_do, key_mask, sizes, tile_m, tile_n)
+    visits = visits_of(skipped, must_do, key_mask, sizes, tile_m, tile_n, call.query_start)
     limits = _limits(call, threshold, heads)
 
     out, lse = empty_output(q, v), torch.empty(batch, heads, seq_q, dtype=torch.float32, device=q.device)

@@ -68,7 +68,7 @@ def skip_attention_oracle(
                         set_bit(mask, j, start)
                 seen = torch.zeros(seq_k, dtype=torch.bool)
                 running: torch.Tensor | None = None
-                for j in order(i, seq_q, seq_k, tile_m, tile_n):
+                for j in order(i, seq_q, seq_k, tile_m, tile_n, told.query_start):
                     tile = slice(j * tile_n, min((j + 1) * tile_n, seq_k))
                     must = must_do is not None and bit(must_do, j)
                     if not allowed[b, tile].any() or (bit(mask, j) and not must and not dense):

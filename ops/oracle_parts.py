@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,17 @@ def set_bit(words: torch.Tensor, tile: int, on: bool) -> None:
     words[tile // 32] = word - (1 << 32) if word >= 1 << 31 else word
 
 
-def order(i: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> list[int]:
-    """Return the k-tiles in the order in which q-tile i visits them, that on the diagonal first."""
+def order(i: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int, start: int | None = None) -> list[int]:
+    """Return the k-tiles in the order in which q-tile i visits them, that on the diagonal first.
+
+    Args:
+        i: the q-tile, as are the others of the call.
+        start: the key at which the first query stands; None = queries stand at equal distances among all keys.
+    """
     last = math.ceil(seq_k / tile_n) - 1
-    diagonal = min(last, ((2 * i + 1) * tile_m * seq_k) // (2 * seq_q * tile_n))
+    middle = Fraction((2 * i + 1) * tile_m, 2)  # of the q-tile
+    at = middle * seq_k / seq_q if start is None else start + middle
+    diagonal = min(last, math.floor(at / tile_n))
     visits = [diagonal]
     visits += [j for j in (0, last) if j not in visits]
     visits += [j for j in range(diagonal - 1, -1, -1) if j not in visits]
@@ -64,6 +72,7 @@ class Told(NamedTuple):
     step: int
     dense: bool
     fresh: bool
+    query_start: int | None
     words: list[int]  # of the slot's block, after the call
 
     @classmethod
@@ -79,11 +88,12 @@ class Told(NamedTuple):
             or (words[c.REFRESH] > 0 and step % words[c.REFRESH] == 0)
             or (block[c.BATCH], block[c.SEQ_Q], block[c.SEQ_K]) != sizes
         )
+        start = words[c.QUERY_START] - 1 if words[c.QUERY_START] else None
         next_step = step
         if words[c.FLAGS] & c.FLAG_AUTO_STEP:
             next_step = 0 if 0 < words[c.NUM_STEPS] <= step + 1 else step + 1
         block[c.STEP], block[c.FRESH], block[c.BATCH : c.SEQ_K + 1] = next_step, 0, sizes
-        return cls(slot, step, bool(words[c.FLAGS] & c.FLAG_DENSE), fresh, block)
+        return cls(slot, step, bool(words[c.FLAGS] & c.FLAG_DENSE), fresh, start, block)
 
     def write(self, control: torch.Tensor) -> None:
         """Note that the call has been done."""

@@ -54,15 +54,16 @@ def residual_attention_reference(
     check_residual_call(call_signature((q, k, v, *state, must_do, key_mask), scale, tile_m, tile_n))
     check_quantization(quantization)
     (batch, seq_q, heads, _), seq_k = q.shape, k.shape[1]
-    sizes, geometry = (batch, seq_q, seq_k), (seq_q, seq_k, tile_m, tile_n)
+    sizes = (batch, seq_q, seq_k)
     call = c.read_control(control, skip_mask.shape[0], sizes)
+    geometry = (seq_q, seq_k, tile_m, tile_n, call.query_start)
     step = _Step.of(call, control, plan, keep)
     planes = residual.shape[1]
     q_tiles, k_tiles = ceil_div(seq_q, tile_m), ceil_div(seq_k, tile_n)
     bits = skip_mask[call.slot, :, :batch, :, :q_tiles, : ceil_div(k_tiles, WORD_BITS)]
 
     barred = _barred(initial_mask, (batch, heads, q_tiles, k_tiles), q.device)
-    visits = visits_of(barred, must_do, key_mask, sizes, tile_m, tile_n)
+    visits = visits_of(barred, must_do, key_mask, sizes, tile_m, tile_n, call.query_start)
     kept = _kept(visits, bits[step.mask % 2]) if step.mask else visits.visited
     operands = Operands.of(q, k, v, key_mask, scale=scale, tile_n=tile_n, quantization=quantization)
     masses = None

@@ -81,6 +81,7 @@ def residual_attention_oracle(
     shift = torch.zeros(batch, heads, seq_q, dtype=torch.float64) if lse_shift is None else lse_shift.double()
 
     told = Told.of(control, (batch, seq_q, seq_k))
+    geometry = (seq_q, seq_k, tile_m, tile_n, told.query_start)
     slot, step, dense, fresh = told.slot, told.step, told.dense, told.fresh
     # A fresh start forgets masks and residuals.
     residuals, decided, mask = (0, 0, 0) if fresh or dense else told.words[c.RESIDUALS :]
@@ -120,7 +121,7 @@ def residual_attention_oracle(
                     if (barred and not must) or not allowed[b, tile].any():
                         continue
                     visitable[b, h, i, j] = able[tile] = True
-                    first[b, h, i, j] = must or j == order(i, seq_q, seq_k, tile_m, tile_n)[0]
+                    first[b, h, i, j] = must or j == order(i, *geometry)[0]
                     if mask == 0 or must or not bit(skip_mask[slot, mask % 2, b, h, i], j):
                         kept[tile] = True
                     visited[b, h, i, j] = full or kept[tile].any()
@@ -149,7 +150,7 @@ def residual_attention_oracle(
                     norm = row_lse[slot, 0, b, h, rows] - shift[b, h, rows]
                     if fresh:  # the LSE of a sample
                         sample = torch.zeros(seq_k, dtype=torch.bool)
-                        diagonal = order(i, seq_q, seq_k, tile_m, tile_n)[0]
+                        diagonal = order(i, *geometry)[0]
                         for j in range(k_tiles):
                             if j in (0, k_tiles - 1) or (j - diagonal) % 16 == 0:
                                 sample[j * tile_n : (j + 1) * tile_n] = visitable[b, h, i, j]

@@ -44,6 +44,7 @@ def visits_of(
     sizes: tuple[int, int, int],
     tile_m: int,
     tile_n: int,
+    query_start: int | None,
 ) -> Visits:
     """Return what a call at (batch, seq_q, seq_k) visits; the tensors are those of the op."""
     (batch, seq_q, seq_k), (q_tiles, k_tiles), device = sizes, skipped.shape[2:], skipped.device
@@ -52,7 +53,7 @@ def visits_of(
     always = skipped.new_zeros(k_tiles) if must_do is None else unpack_bits(must_do, k_tiles)
     visited = (~skipped | always) & allowed.any(-1)[:, None, None]
     masked = (visited & ~allowed.all(-1)[:, None, None]).any(-1)
-    orders = [visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in range(q_tiles)]
+    orders = [visit_order(i, seq_q, seq_k, tile_m, tile_n, query_start) for i in range(q_tiles)]
     order = torch.tensor(orders, device=device).expand_as(visited)
     return Visits(order, visited.gather(-1, order), always, ~allowed, masked)
 

@@ -119,6 +119,21 @@ class SiteState(Memory):
     def _check_slot(self, slot: int) -> int:
         return check_count("slot", slot, least=0, most=self.slots - 1)
 
+    @property
+    def query_start(self) -> int | None:
+        """The key at which the first query stands, where calls have a part of the queries and all keys.
+
+        None: they have the queries of all keys, or others altogether, which spread over the keys. It decides which
+        tiles are visited first. Reading it waits for the device.
+        """
+        start = c.control_list(self.control)[c.QUERY_START]
+        return start - 1 if start > 0 else None
+
+    @query_start.setter
+    def query_start(self, start: int | None) -> None:
+        word = 0 if start is None else 1 + check_count("query_start", start, least=0, most=(1 << 30) - 1)
+        self.control[c.QUERY_START : c.QUERY_START + 1].fill_(word)
+
     def step(self, slot: int | None = None) -> int:
         """Return the step that the next call of a slot (None = the current one) belongs to. Waits for the device."""
         words = c.control_list(self.control)

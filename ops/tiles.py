@@ -51,31 +51,40 @@ def tile_shape(
     return target_of(device, implementation).tile_shape(head_dim, quantization)
 
 
-def diagonal_tile(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> int:
-    """Return the k-tile on the diagonal of a q-tile: the one visited first."""
-    k_tiles = ceil_div(seq_k, tile_n)
-    return min(k_tiles - 1, (2 * q_tile + 1) * tile_m * seq_k // (2 * seq_q * tile_n))
+def diagonal_tile(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int, query_start: int | None = None) -> int:
+    """Return the k-tile on the diagonal of a q-tile: the one visited first.
+
+    The queries stand one to a key from `query_start` on; None = they spread over all keys.
+    """
+    middle = (2 * q_tile + 1) * tile_m  # twice its place among the queries
+    middle = middle * seq_k // seq_q if query_start is None else middle + 2 * query_start  # among the keys
+    return min(ceil_div(seq_k, tile_n) - 1, middle // (2 * tile_n))
 
 
 SAMPLE_EVERY = 16
 
 
-def sampled_tiles(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> list[int]:
+def sampled_tiles(
+    q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int, query_start: int | None = None
+) -> list[int]:
     """Return the k-tiles that tell the LSE of a q-tile's rows about, where no step before has told it.
 
     The tile on the diagonal, every 16th counted from it, the first and the last one.
     """
-    diagonal, last = diagonal_tile(q_tile, seq_q, seq_k, tile_m, tile_n), ceil_div(seq_k, tile_n) - 1
+    diagonal = diagonal_tile(q_tile, seq_q, seq_k, tile_m, tile_n, query_start)
+    last = ceil_div(seq_k, tile_n) - 1
     return sorted({0, last, *range(diagonal % SAMPLE_EVERY, last + 1, SAMPLE_EVERY)})
 
 
-def visit_order(q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int) -> list[int]:
+def visit_order(
+    q_tile: int, seq_q: int, seq_k: int, tile_m: int, tile_n: int, query_start: int | None = None
+) -> list[int]:
     """Return all k-tiles in the order in which a q-tile visits them.
 
     The diagonal tile, then the first and the last one (sinks and text tokens live at the ends), then downwards
     from the diagonal, then from the last tile down to the diagonal. So the running maximum, against which later
     tiles are judged, is found at once.
     """
-    first = diagonal_tile(q_tile, seq_q, seq_k, tile_m, tile_n)
+    first = diagonal_tile(q_tile, seq_q, seq_k, tile_m, tile_n, query_start)
     last = ceil_div(seq_k, tile_n) - 1
     return list(dict.fromkeys([first, 0, last, *range(first - 1, 0, -1), *range(last - 1, first, -1)]))

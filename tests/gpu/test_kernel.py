@@ -147,6 +147,16 @@ def test_a_state_larger_than_the_call(quantization: str) -> None:
     assert not (case.state.skip_mask[..., 0] >> math.ceil(900 / case.state.tile_n)).any()
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("start", [0, 333, 1100, 5000])
+def test_a_part_of_the_queries(start: int, quantization: str) -> None:
+    case = make_case(seq_q=700, seq_k=1800, peak=1.0, quantization=quantization)
+    case.state.query_start = start
+    for _ in range(3):
+        check_step(case)
+    assert case.state.query_start == start
+
+
 def test_a_row_of_many_tiles() -> None:
     tile_m, tile_n = target().tile_shape(128)
     config = KernelConfig("bf16", 128, tile_m, tile_n, target=target())

@@ -71,6 +71,15 @@ def test_any_call_matches_the_reference(data: st.DataObject) -> None:
         case.drift()
 
 
+@pytest.mark.parametrize("start", [0, 333, 1100, 5000])
+def test_a_part_of_the_queries(start: int) -> None:
+    case = ResidualCase.make(seq_q=700, seq_k=1800, plan=[2, 1, 0, 2, 0], keep=0.1, residual_dtype="bf16", peak=0.3)
+    case.state.query_start = start
+    for _ in range(5):
+        check_residual_step(case)
+        case.drift()
+
+
 def test_unchanged_inputs_give_the_same() -> None:
     case = ResidualCase.make(seq_q=1500, seq_k=1500, plan=[2, 1, 0, 1, 0], keep=0.2, residual_dtype="bf16")
     outs = [case.call(KERNEL, case.state) for _ in range(5)]

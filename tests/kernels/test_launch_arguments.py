@@ -182,7 +182,7 @@ def test_what_a_residual_call_gives_its_three_kernels(
     configs, arguments = zip(*launches, strict=True)
     assert [getattr(config, "op", "attention") for config in configs] == ["attention", "count_masses", "choose_tiles"]
     assert configs[0].residual == stored
-    mass, counts, decision, _, sizes = arguments[1]
+    mass, counts, decision, control, _, sizes = arguments[1]
     assert (mass.shape, sizes) == ((2, 3, 3, 7), (500, 500, 192, 80))
     residual = next(x for x in arguments[0] if isinstance(x, Residual))
     assert (residual.mass.data_ptr(), residual.decision.data_ptr()) == (mass.data_ptr(), decision.data_ptr())
@@ -191,6 +191,7 @@ def test_what_a_residual_call_gives_its_three_kernels(
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert [x.data_ptr() for x in arguments[2][:3]] == [x.data_ptr() for x in (mass, counts, decision)]
     assert arguments[2][4].data_ptr() == state.skip_mask.data_ptr()
+    assert control.data_ptr() == state.control.data_ptr()
 
 
 @pytest.mark.parametrize("target", [SM90A], indirect=True)

@@ -52,6 +52,7 @@ def cases(draw: st.DrawFn) -> Case:
         must_do=st.sampled_from([False, False, True]),
         key_mask=st.sampled_from([""] * 5 + ["tokens", "tiles", "one for all", "nothing"]),
         scale=st.sampled_from([None, None, 0.7]),
+        query_start=st.one_of(st.none(), st.none(), st.integers(0, seq_k)),
     )
     return Case(
         seed=draw(st.integers(0, 2**16)),

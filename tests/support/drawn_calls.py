@@ -27,6 +27,7 @@ class DrawnCall:
     must_do: bool
     key_mask: str
     scale: float | None
+    query_start: int | None
 
 
 @dataclass(kw_only=True)
@@ -79,7 +80,7 @@ class DrawnCase:
         must_do = None
         if call.must_do:
             must_do = pack_bits(torch.rand(ceil_div(call.seq_k, self.tile_n), generator=rng) < 0.3)
-        state.slot = call.slot
+        state.slot, state.query_start = call.slot, call.query_start
         state.set_flag(c.FLAG_DENSE, call.before == "dense")
         if call.before == "fresh":
             state.start_fresh(call.slot)

@@ -200,7 +200,8 @@ def masses_of(
     visitable |= always
     pad = k_tiles * tile_n - seq_k
     visitable &= torch.nn.functional.pad(allowed, (0, pad)).view(batch, 1, 1, k_tiles, tile_n).any(-1)
-    diagonal = torch.tensor([diagonal_tile(i, seq_q, seq_k, tile_m, tile_n) for i in range(q_tiles)], device=x.q.device)
+    geometry = (seq_q, seq_k, tile_m, tile_n, state.query_start)
+    diagonal = torch.tensor([diagonal_tile(i, *geometry) for i in range(q_tiles)], device=x.q.device)
     j = torch.arange(k_tiles, device=x.q.device)
     always |= j == diagonal[:, None]
     row_tile = torch.arange(seq_q, device=x.q.device) // tile_m
