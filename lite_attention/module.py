@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from lite_attention.module_options import ModuleOptions
 from lite_attention.ops import DEFAULT_SLOTS, ResidualState, default_session, tile_shape
-from lite_attention.ops.arguments import check_choice, check_count, check_switch
+from lite_attention.ops.arguments import check_choice, check_count, check_switch, require
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.quantization import quantization_of
@@ -21,13 +20,23 @@ from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor
 from lite_attention.ops.validate import check_inputs, is_bshd
+from lite_attention.site_module import SiteModule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 __all__ = ["LiteAttention"]
 
 _log = logging.getLogger("lite_attention")
 
+_NOT_ALLOCATED = (
+    "LiteAttention is being traced without a skip state that fits: call .allocate(batch, seq_len, heads, head_dim, "
+    "dtype=..., device=...) on it beforehand"
+)
 
-class LiteAttention(nn.Module):
+
+class LiteAttention(SiteModule):
     """Attention that remembers from one denoising step to the next which tiles do not matter, and skips them.
 
     Make one per attention layer. Its memory, `state`, is allocated by the first eager call, or beforehand by
@@ -63,12 +72,14 @@ class LiteAttention(nn.Module):
         forecast: extend what skipped tiles gave along the flow's time, see `lite_attention.branch`; None = True.
         residual_dtype: "fp8", "bf16" or "fp32"; None = "fp8" on CUDA, else "bf16".
         memory: where residuals live, "device" or "host"; None = "device".
+        process_group: ranks that share the tokens of a sequence, and exchange them for heads around each call, which is
+            a collective then, see `lite_attention.parallel`. Options are of all heads. `state` is of those of a rank.
+        balance: with a process group and method "votes", deal heads to ranks by what they cost. What is saved with
+            `persistent_state` keeps them as they come.
 
     Raises:
         ValueError: an option out of range, or one of the other method.
     """
-
-    state: SiteState | None
 
     def __init__(
         self,
@@ -94,6 +105,8 @@ class LiteAttention(nn.Module):
         forecast: bool | None = None,
         residual_dtype: Literal["fp8", "bf16", "fp32"] | None = None,
         memory: Literal["device", "host"] | None = None,
+        process_group: ProcessGroup | None = None,
+        balance: bool = True,
     ) -> None:
         super().__init__()
         self._options = ModuleOptions.of(
@@ -109,12 +122,17 @@ class LiteAttention(nn.Module):
             },
         )  # fmt: skip
         check_switch("enable_skipping", enable_skipping)
+        check_switch("balance", balance)
         check_choice("implementation", implementation, METHODS[method].implementations)
         self.skipping_enabled = enable_skipping
         self.quantization = quantization_of(use_int8, use_fp8, quantization)
         self.implementation = implementation
         self._is_told = False  # somebody says where generations begin
-        self.register_module("state", None)
+        if process_group is not None:
+            from lite_attention.parallel.head_exchange import HeadExchange  # most run in one process
+
+            # Residuals cost as much on each rank.
+            self.exchange = HeadExchange(process_group, balance and method == "votes" and not persistent_state)
 
     def allocate(
         self,
@@ -125,10 +143,13 @@ class LiteAttention(nn.Module):
         *,
         kv_seq_len: int | None = None,
         value_dim: int | None = None,
+        kv_heads: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> LiteAttention:
         """Allocate a fresh state for calls of up to this size, and return self.
+
+        With a process group, tokens and heads are those of all ranks.
 
         Args:
             batch: batch size, at most.
@@ -137,12 +158,15 @@ class LiteAttention(nn.Module):
             head_dim: width of a head; with dtype, device and quantization it decides the tile sizes.
             kv_seq_len: key tokens, at most; None = as many as queries.
             value_dim: width of a value vector; None = that of a head. Only residuals need it.
+            kv_heads: heads of the key; None = as many as of the query. Only a process group needs them.
             dtype: dtype of the query.
             device: device of the query.
 
         Raises:
             ValueError: a size or an option out of range, or a head dim that the device cannot quantize.
         """
+        if self.exchange is not None:
+            heads = self.exchange.prepare(heads, heads if kv_heads is None else kv_heads, device)
         tile_m, tile_n = tile_shape(
             check_count("head_dim", head_dim), dtype, device, self.quantization, self.implementation
         )
@@ -150,13 +174,11 @@ class LiteAttention(nn.Module):
             "batch": batch, "heads": heads, "seq_q": seq_len, "seq_k": seq_len if kv_seq_len is None else kv_seq_len,
             "tile_m": tile_m, "tile_n": tile_n,
         }  # fmt: skip
-        self._adopt(self._options.new_state(sizes, head_dim if value_dim is None else value_dim, device))
+        options = self._options if self.exchange is None else self.exchange.own_options(self._options)
+        self._adopt(options.new_state(sizes, head_dim if value_dim is None else value_dim, device))
+        if self.exchange is not None:
+            self.exchange.hold(self._options, self.state)
         return self
-
-    def _adopt(self, state: SiteState) -> None:
-        state.set_flag(FLAG_DENSE, not self.skipping_enabled)
-        default_session.follow(state)  # which may refuse
-        self.state = state
 
     def forward(
         self,
@@ -169,8 +191,12 @@ class LiteAttention(nn.Module):
         must_skip_list: Sequence[int] | None = None,
         key_lengths: torch.Tensor | None = None,
         key_mask: torch.Tensor | None = None,
+        seq_len: int | None = None,
     ) -> Any:
         """Attend.
+
+        With a process group, query, key and value are the part of this rank, as `torch.tensor_split` cuts the tokens,
+        and so is what is returned. Masks, ranges and lengths are of the whole sequence.
 
         Args:
             query: (batch, seq_len, heads, head_dim).
@@ -182,6 +208,7 @@ class LiteAttention(nn.Module):
             must_skip_list: token ranges that take no part, exact to the token.
             key_lengths: int (batch,), valid keys of each sample.
             key_mask: bool (batch or 1, kv_seq_len), True = the key takes part.
+            seq_len: with a process group: tokens of all ranks; None = as many on each as here.
 
         Returns:
             out (batch, seq_len, heads, value_dim), and with `return_softmax_lse` lse float32 (batch, heads, seq_len).
@@ -191,19 +218,29 @@ class LiteAttention(nn.Module):
             RuntimeError: no memory for its state, traced without a state that fits (call `allocate` first), a gradient
                 is required, or another thread is inside a call.
         """
+        options: dict[str, Any] = {
+            "scale": scale, "must_do": must_do_list, "must_skip": must_skip_list, "key_lengths": key_lengths,
+            "key_mask": key_mask,
+        }  # fmt: skip
+        if self.exchange is None:
+            require(seq_len is None, "seq_len", "None without a process group", seq_len)
+            return self._attend(query, key, value, return_lse=return_softmax_lse, **options)
+        if self.state is None and torch.compiler.is_compiling():
+            raise RuntimeError(_NOT_ALLOCATED)
+        attend = partial(self._attend, **options)
+        result = self.exchange.attend(attend, query, key, value, self.state, seq_len, return_softmax_lse)
+        self.exchange.learn_from(self.state)
+        return result
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
         state = self.state
         if state is None or not self._fits(state, query, key, value):
             if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    "LiteAttention is being traced without a skip state that fits: call "
-                    ".allocate(batch, seq_len, heads, head_dim, dtype=..., device=...) on it beforehand"
-                )
+                raise RuntimeError(_NOT_ALLOCATED)
             state = self._allocate_for(query, key, value)
         return METHODS[self._options.method].attend(
-            query, key, value, state, scale=scale, return_lse=return_softmax_lse, must_do=must_do_list,
-            must_skip=must_skip_list, key_lengths=key_lengths, key_mask=key_mask, quantization=self.quantization,
-            implementation=self.implementation,
-        )  # fmt: skip
+            query, key, value, state, quantization=self.quantization, implementation=self.implementation, **options
+        )
 
     def _fits(self, state: SiteState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         if not (is_bshd(query) and is_bshd(key)):
@@ -234,9 +271,10 @@ class LiteAttention(nn.Module):
         elif self.num_steps is None and self._options.of_state["auto_step"] and not self._is_told:
             default_session.say_unknown()
         batch, seq_len, heads, head_dim = query.shape
+        ranks = 1 if self.exchange is None else self.exchange.group.ranks  # which have as many heads each
         self.allocate(
-            batch, seq_len, heads, head_dim, kv_seq_len=key.shape[1], value_dim=value.shape[3], dtype=query.dtype,
-            device=query.device,
+            batch, seq_len, heads * ranks, head_dim, kv_seq_len=key.shape[1], value_dim=value.shape[3],
+            kv_heads=key.shape[2] * ranks, dtype=query.dtype, device=query.device,
         )  # fmt: skip
         assert self.state is not None
         return self.state
@@ -266,12 +304,20 @@ class LiteAttention(nn.Module):
 
     def check_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
         """Raise what `set_threshold` or `set_keep` would raise, and change nothing."""
-        self._options.check_value(name, value, self.state)
+        self._options.check_value(name, self._own(name, value), self.state)
 
     def set_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
         """Set the threshold, or the share to keep."""
         self.check_value(name, value)
-        self._options.set_value(value, self.state)
+        self._options.remember(value)
+        self._options.write(self._own(name, value), self.state)
+        if self.exchange is not None:
+            self.exchange.hold(self._options, self.state)
+
+    def _own(self, name: str, value: float | torch.Tensor) -> Any:
+        """Return the part of a threshold that is of the heads of the state."""
+        exchange = None if self.state is None or name != "threshold" else self.exchange
+        return value if exchange is None else exchange.own(name, value)
 
     def enable_skip_optimization(self, enable: bool = True) -> None:
         """Turn skipping on or off, on the device; while off, everything is computed and the state stays as it is."""
@@ -283,6 +329,7 @@ class LiteAttention(nn.Module):
     def site(self, name: str) -> Site:
         """Return what is known of it as a site of that name; sizes are those of the state, 0 before there is one."""
         batch, heads, seq_q, seq_k = (0, 0, 0, 0) if self.state is None else self.state.capacity
+        heads *= 1 if self.exchange is None else self.exchange.group.ranks
         tiles = None if self.state is None else (self.state.tile_m, self.state.tile_n)
         device = torch.device("cpu") if self.state is None else self.state.control.device
         q_shape, k_shape = (batch, seq_q, heads, 0), (batch, seq_k, 0, 0)
@@ -302,44 +349,6 @@ class LiteAttention(nn.Module):
     def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
         """Return the share of tiles that the next call skips, see `SiteState.sparsity`; 0 before the first call."""
         return torch.zeros(()) if self.state is None else self.state.sparsity(per)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        names = [key for key in state_dict if key.startswith(prefix + "state.")]
-        if names and self._options.of_state["persistent"]:
-            # Taken out, so that the state is not loaded once more, over the flags and the slot that hold here.
-            saved = {key.removeprefix(prefix + "state."): state_dict.pop(key) for key in names}
-            device = None if self.state is None else self.state.control.device
-            self._adopt(self._options.loaded_state(saved, device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LiteAttention:
-        """Move; what goes to the meta device, where nothing is kept, comes back without a state."""
-        device = None if self.state is None else self.state.device_after(fn)
-        if device is None or device.type == "meta":
-            self.state = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def __copy__(self) -> LiteAttention:
-        """Return a module with a state of its own, which has learned the same."""
-        twin = self.__new__(type(self))
-        modules = {**self._modules, "state": copy.copy(self.state)}
-        twin.__setstate__({**self.__dict__, "_modules": modules, "_options": self._options.copy()})
-        return twin
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise RuntimeError(
-            "LiteAttention: nn.DataParallel makes replicas anew for each call, so what they learn is lost: run one "
-            "process for each GPU"
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Let the state of a copy follow the branches as the original's does."""
-        if isinstance(state["_options"], dict):  # pickled by version 0.1, which had votes alone
-            state = {**state, "_options": ModuleOptions("votes", None, state["_options"])}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.state is not None:
-            default_session.follow(self.state)
 
     def extra_repr(self) -> str:
         """Return the options that matter most."""

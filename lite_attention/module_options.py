@@ -116,12 +116,16 @@ class ModuleOptions:
             if isinstance(state, ResidualState):
                 state.keep_table(value)
 
-    def set_value(self, value: Any, state: SiteState | None) -> None:
-        """Set the threshold, or the share to keep, here and in a state."""
+    def remember(self, value: Any) -> None:
+        """Set the threshold, or the share to keep, of states to come."""
         if self.residual is not None:
             self.residual = replace(self.residual, keep=_own(value))
         else:
             self.of_state["threshold"] = _own(value)
+
+    @staticmethod
+    def write(value: Any, state: SiteState | None) -> None:
+        """Set the threshold, or the share to keep, of a state."""
         if isinstance(state, SkipState):
             state.set_threshold(value)
         elif isinstance(state, ResidualState):

@@ -130,10 +130,15 @@ class SkipState(SiteState):
         """
         self.threshold.copy_(self.threshold_table(threshold))
 
-    def threshold_table(self, threshold: float | torch.Tensor) -> torch.Tensor:
-        """Return what `set_threshold` would write, float32 (slots, steps, heads), and raise what it would raise."""
+    def threshold_table(self, threshold: float | torch.Tensor, heads: int | None = None) -> torch.Tensor:
+        """Return what `set_threshold` would write, float32 (slots, steps, heads), and raise what it would raise.
+
+        Args:
+            threshold: a number or a tensor.
+            heads: those of all ranks that share them; None = those of this state.
+        """
         check_threshold(threshold, allow_positive=self.allow_positive)
-        shape = self.threshold.shape
+        shape = torch.Size((*self.threshold.shape[:2], heads or self.threshold.shape[2]))
         table = threshold_values("threshold", threshold)
         try:
             for dim in (-2, -3):  # past its end the last step, and the last slot, hold

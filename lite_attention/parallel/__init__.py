@@ -1,11 +1,24 @@
 """Attention that several processes share.
 
 `shard` says which part of it is here; `context_parallel` makes diffusers' ring gather keys. The library's own exchange
-is for attention by hand: `ulysses` calls the op between two of `exchange`, among the ranks of a `group`.
+is for attention by hand: `ulysses` calls the op between two of `exchange`, among the ranks of a `group`. What a
+`LiteAttention` with a process group has of it is `head_exchange`, and `balance` deals the heads.
 """
 
 from __future__ import annotations
 
-from lite_attention.parallel.ulysses import ulysses_attention
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lite_attention.parallel.ulysses import ulysses_attention
 
 __all__ = ["ulysses_attention"]
+
+_LAZY = {"ulysses_attention": "lite_attention.parallel.ulysses"}  # most run in one process
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

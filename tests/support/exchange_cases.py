@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from lite_attention.ops import ResidualState, SkipState, residual_attention, skip_attention, step_plan
+import lite_attention
+from lite_attention import LiteAttention
+from lite_attention.ops import (
+    ResidualState,
+    SkipState,
+    default_session,
+    residual_attention,
+    skip_attention,
+    step_plan,
+)
 from lite_attention.ops.site_state import SiteState
 from lite_attention.parallel import ulysses_attention
 
@@ -138,3 +148,52 @@ def without_one() -> str:
     except RuntimeError as error:
         return str(error)
     return "nothing was told"
+
+
+# ---- LiteAttention(process_group=) ----------------------------------------------------------------------------------
+
+
+class Learned(NamedTuple):
+    """What a rank's module has learned over some generations, beside that of one process."""
+
+    error: float
+    same_masks: bool
+    heads: list[list[int]]  # of this rank, by generation
+    kept: list[float]  # tiles of this rank in each generation, of all of its heads
+    skipped: float
+
+
+def generations(
+    count: int = 3, tokens_of_all: int = 512, backend: str = "", branches: tuple[str, ...] = ("",),
+    reset: bool = False, options: dict[str, Any] | None = None, kv_heads: int = HEADS,
+) -> Learned:  # fmt: skip
+    """Run some generations of `LiteAttention` on ranks and in one process."""
+    case = Case(count=tokens_of_all, kv_heads=kv_heads)
+    num_steps = None if reset else STEPS
+    options = {"threshold": THRESHOLDS.view(1, 1, HEADS), "num_steps": num_steps, **(options or {})}
+    single, ours = LiteAttention(**options), LiteAttention(**options, process_group=dist.group.WORLD)
+    default_session.clear()
+    ours.allocate(BATCH, case.count, HEADS, DIM, kv_heads=kv_heads)
+    run: Any = ours
+    if backend:
+        torch._dynamo.reset()
+        run = torch.compile(ours, fullgraph=True, backend=backend)
+    errors, heads, kept, same = [0.0], [], [], True
+    for _ in range(count):
+        if reset:
+            lite_attention.reset()
+        for step in range(STEPS):
+            for b, branch in enumerate(branches):
+                x = tokens(case, 10 * b + step)
+                with lite_attention.branch(branch) if branch else contextlib.nullcontext():
+                    expected = single(*x)
+                    got = run(*map(part, x), seq_len=case.count)
+                errors.append(float((got - part(expected)).abs().max()))
+        assert isinstance(single.state, SkipState)
+        assert isinstance(ours.state, SkipState)
+        assert ours.exchange is not None
+        own = ours.exchange.own_heads
+        same = same and torch.equal(ours.state.skip_mask, single.state.skip_mask[:, :, own])
+        heads.append(own.tolist())
+        kept.append(float((1 - ours.state.sparsity("head")).sum()))
+    return Learned(max(errors), same, heads, kept, float(single.sparsity()))

@@ -1,0 +1,91 @@
+"""Which rank computes which heads: dealt by what they cost, since the exchange waits for the rank with the most tiles.
+
+Nothing of it waits for the device. What heads cost is read off a state now and then, and a deal is proposed. A site
+adopts it where its state starts fresh, for a state belongs to its heads: all ranks do so at the same call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lite_attention.ops.bitmask import count_bits
+from lite_attention.ops.namespace import NAMESPACE
+from lite_attention.ops.torch_internals import all_gather, arrived
+
+__all__ = ["deal", "expanded", "propose_deal"]
+
+_FIRST, _EVERY = 4, 64  # calls before a proposal; in between, twice as many each time
+
+
+def deal(cost: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Return which heads go to which rank, as many to each, so that the sums of what they cost are nearly alike.
+
+    The dearest first, in rounds of one head a rank: the dearer, the less the rank has so far.
+
+    Args:
+        cost: (heads,), a multiple of the ranks, on any device.
+        ranks: how many there are.
+
+    Returns:
+        int64 (heads,): the heads of rank 0 in growing order, of rank 1, ...
+    """
+    sums, hands = cost.new_zeros(ranks), []
+    for heads in cost.argsort(descending=True, stable=True).view(-1, ranks):
+        taken = torch.empty_like(heads)
+        taken[sums.argsort(stable=True)] = heads
+        sums = sums + cost[taken]
+        hands.append(taken)
+    return torch.stack(hands, 1).sort(1).values.flatten()
+
+
+def expanded(order: torch.Tensor, shared: int) -> torch.Tensor:
+    """Return the order of query heads, int64 (heads * shared,), of which so many share a head of the keys."""
+    return (order.unsqueeze(1) * shared + torch.arange(shared, device=order.device)).flatten()
+
+
+def _is_due(calls: int) -> bool:
+    return calls >= _FIRST and (calls % _EVERY == 0 or calls & (calls - 1) == 0)
+
+
+def _propose(
+    proposed: torch.Tensor, calls: torch.Tensor, skip_mask: torch.Tensor, order: torch.Tensor, kv_heads: int,
+    ranks: int, group: str,
+) -> None:  # fmt: skip
+    if proposed.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a replay would not count
+    calls += 1
+    if not _is_due(int(calls)):
+        return
+    skipped = arrived(all_gather(count_bits(skip_mask).sum((0, 1, 3, 4)), ranks, group))
+    by_head = torch.empty_like(skipped)
+    by_head[order] = skipped
+    cost = -by_head.view(kv_heads, -1).sum(1)  # less what all cost if nothing is skipped
+    proposed.copy_(expanded(deal(cost, ranks), len(order) // kv_heads))
+
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define(
+    "propose_deal(Tensor(a!) proposed, Tensor(b!) calls, Tensor skip_mask, Tensor order, int kv_heads, int ranks,"
+    " str group) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("propose_deal", _propose, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{NAMESPACE}::propose_deal", lambda *_: None, lib=_library)
+
+
+def propose_deal(
+    proposed: torch.Tensor, calls: torch.Tensor, skip_mask: torch.Tensor, order: torch.Tensor, kv_heads: int,
+    ranks: int, group: str,
+) -> None:  # fmt: skip
+    """Count a call, and at some calls write a new deal into `proposed`; an op, so that compiled code does so, too.
+
+    Args:
+        proposed: int64 (heads,), as `deal` returns it, of query heads.
+        calls: int64 (1,) on the CPU, the calls so far: the same on all ranks.
+        skip_mask: int32 (slots, B, heads of this rank, q_tiles, k_words), of the heads that `order` names.
+        order: int64 (heads,), the deal in use.
+        kv_heads: heads of the keys, which are dealt whole.
+        ranks: how many there are.
+        group: name of their process group.
+    """
+    getattr(torch.ops, NAMESPACE).propose_deal(proposed, calls, skip_mask, order, kv_heads, ranks, group)

@@ -1,0 +1,204 @@
+"""`HeadExchange`: what a `LiteAttention` with a process group knows of the other ranks, and of the heads it has."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+
+from lite_attention.module_options import ModuleOptions
+from lite_attention.ops import SkipState
+from lite_attention.ops import control as c
+from lite_attention.ops.arguments import require
+from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.memory import Memory
+from lite_attention.ops.site_state import SiteState
+from lite_attention.ops.torch_internals import FakeTensor
+from lite_attention.parallel.balance import propose_deal
+from lite_attention.parallel.exchange import Tokens, tokens_of
+from lite_attention.parallel.group import Group
+from lite_attention.parallel.ulysses import Attend, exchanged_attention
+
+__all__ = ["HeadExchange"]
+
+
+class HeadExchange(Memory):
+    """Which heads this rank computes, and their part of what is given for all heads.
+
+    Args:
+        process_group: the ranks that share the tokens.
+        balance: deal heads by what they cost.
+    """
+
+    order: torch.Tensor  # int64 (heads,): those of rank 0, of rank 1, ...
+    proposed: torch.Tensor  # the order to be adopted by the next generation
+    thresholds: torch.Tensor | None  # float32 (slots, steps, heads), where they differ by head
+    initial_mask: torch.Tensor | None  # int32 (batch or 1, heads, q_tiles, k_words), likewise
+
+    def __init__(self, process_group: Any, balance: bool) -> None:
+        super().__init__()
+        self.group = Group.of(process_group)
+        self.balance = balance
+        self.kv_heads = 0
+        self._agreed: dict[Any, Tokens] = {}
+        with torch.inference_mode(False):
+            self.calls = torch.zeros(1, dtype=torch.int64, device="cpu")  # no buffer: it stays there
+            for name in ("order", "proposed"):
+                self.register_buffer(name, torch.empty(0, dtype=torch.int64, device="cpu"), persistent=False)
+        for name in ("thresholds", "initial_mask"):
+            self.register_buffer(name, None, persistent=False)
+
+    def anew(self) -> HeadExchange:
+        """Return one that has learned nothing, on the CPU."""
+        twin = self.__new__(type(self))
+        HeadExchange.__init__(twin, self.group, self.balance)
+        return twin
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+
+    def attend(
+        self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SiteState | None,
+        seq_len: int | None, return_lse: bool,
+    ) -> Any:  # fmt: skip
+        """Exchange, attend, exchange; state is what there is before the call.
+
+        Raises:
+            ValueError: the call does not fit, here or on another rank.
+        """
+        tokens = self._tokens(q, k, v, seq_len, state)
+        return exchanged_attention([attend], q, k, v, tokens, self.order_for(state), return_lse)
+
+    def _tokens(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, state: SiteState | None
+    ) -> Tokens:
+        """Return where the tokens of a call are; a call of a new size is compared with those of the other ranks."""
+        if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or isinstance(q, FakeTensor):
+            return tokens_of(q, k, v, self.group, seq_len)
+        call = (*(getattr(x, "shape", None) for x in (q, k, v)), q.dtype, q.device, seq_len)
+        if call not in self._agreed:
+            self._agreed[call] = self._agree(q, k, v, seq_len)
+            if self._prepare(q.shape[2], k.shape[2], q.device) and state is not None:
+                state.start_fresh()  # its heads are others now
+        return self._agreed[call]
+
+    def _agree(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None) -> Tokens:
+        """Check a call on all ranks: a collective, which waits for the device."""
+        try:
+            tokens = tokens_of(q, k, v, self.group, seq_len)
+        except ValueError:
+            self.group.numbers([0] * _NUMBERS, q.device)
+            raise
+        named = _numbers(q, k, v, tokens)
+        rows = self.group.numbers([*named.values()], q.device)
+        refused = [rank for rank, row in enumerate(rows) if not any(row)]
+        if refused:
+            raise ValueError(f"q, k, v: expected calls that all ranks accept, got one that rank {refused[0]} refuses")
+        for name, *values in zip(named, *rows, strict=True):
+            require(len(set(values)) == 1, name, "the same on all ranks, or seq_len= of all of them", values)
+        return tokens
+
+    def prepare(self, heads: int, kv_heads: int, device: torch.device | str) -> int:
+        """Get ready for calls of so many heads, and return those of a rank.
+
+        Raises:
+            ValueError: they do not divide.
+        """
+        ranks = self.group.ranks
+        require(kv_heads % ranks == 0, "kv_heads", f"a multiple of {ranks} ranks", kv_heads)
+        require(heads % kv_heads == 0, "heads", f"a multiple of those of k, {kv_heads}", heads)
+        self._prepare(heads, kv_heads, torch.empty(0, device=device).device)
+        return heads // ranks
+
+    def _prepare(self, heads: int, kv_heads: int, device: torch.device) -> bool:
+        """Return whether heads were others before; they are dealt as they come then."""
+        had_others = len(self.order) > 0
+        if (len(self.order), self.kv_heads, self.order.device) == (heads, kv_heads, device):
+            return False
+        self.kv_heads = kv_heads
+        with torch.inference_mode(False):
+            self.order, self.proposed = (torch.arange(heads, device=device) for _ in range(2))
+        return had_others
+
+    def order_for(self, state: SiteState | None) -> torch.Tensor | None:
+        """Return the order of the heads of this call, a new one if the generation begins; None = as they come."""
+        if not self.balance:
+            return None
+        if isinstance(state, SkipState):
+            self._adopt(state)
+        return self.order
+
+    def _adopt(self, state: SkipState) -> None:
+        blocks = state.control[c.slot_word(0, 0) :].view(state.slots, c.SLOT_WORDS)
+        step = blocks[:, c.STEP].index_select(0, state.control[c.SLOT : c.SLOT + 1])
+        is_dense = state.control[c.FLAGS : c.FLAGS + 1] & c.FLAG_DENSE
+        begins = (step == 0) & (is_dense == 0) & (self.order != self.proposed).any()
+        self.order.copy_(torch.where(begins, self.proposed, self.order))
+        blocks[:, c.FRESH].bitwise_or_(begins.to(blocks.dtype))  # of other branches, too: these are other heads now
+        if self.thresholds is not None:
+            state.threshold.copy_(self.thresholds.index_select(2, self.own_heads))
+        if self.initial_mask is not None and state.initial_mask is not None:
+            state.initial_mask.copy_(self.initial_mask.index_select(1, self.own_heads))
+
+    def learn_from(self, state: SiteState | None) -> None:
+        """Propose a deal after some calls; a collective then, which waits for nothing."""
+        if self.balance and isinstance(state, SkipState):
+            name, _, ranks = self.group
+            propose_deal(self.proposed, self.calls, state.skip_mask, self.order, self.kv_heads, ranks, name)
+
+    # ---- what is of the heads here ----------------------------------------------------------------------------------
+
+    @property
+    def own_heads(self) -> torch.Tensor:
+        """The heads of this rank, int64 (heads / ranks,), in the order of its state."""
+        return self.order.view(self.group.ranks, -1)[self.group.rank]
+
+    def own(self, name: str, table: Any, dim: int = -1) -> Any:
+        """Return the part of a tensor that is of the heads here; one for all heads, or a number, as it is.
+
+        Raises:
+            ValueError: it has another number of heads.
+        """
+        if not _is_by_head(table, dim):
+            return table
+        heads = len(self.order)
+        require(table.shape[dim] == heads, f"heads of {name}", f"1 or {heads}, those of all ranks", table.shape[dim])
+        return table.index_select(dim, self.own_heads.to(table.device))
+
+    def own_options(self, options: ModuleOptions) -> ModuleOptions:
+        """Return the options of a state of this rank."""
+        own = options.copy()
+        for name, dim in (("threshold", -1), ("initial_mask", 1)):
+            if name in own.of_state:
+                own.of_state[name] = self.own(name, own.of_state[name], dim)
+        return own
+
+    def hold(self, options: ModuleOptions, state: SiteState | None) -> None:
+        """Keep what is given by head, which follows heads as they are dealt anew."""
+        if not self.balance or not isinstance(state, SkipState):
+            return
+        threshold, initial_mask = options.of_state["threshold"], options.of_state["initial_mask"]
+        device = self.order.device
+        with torch.inference_mode(False):
+            self.thresholds = self.initial_mask = None
+            if _is_by_head(threshold, -1):
+                self.thresholds = state.threshold_table(threshold, len(self.order)).to(device).clone()
+            if _is_by_head(initial_mask, 1):
+                self.initial_mask = pack_bits(initial_mask).to(device)
+
+
+_NUMBERS = 8
+
+
+def _numbers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens) -> dict[str, int]:
+    """Return what must be the same on all ranks, by what it is called."""
+    batch, _, heads, head_dim = q.shape
+    return {
+        "seq_len": sum(tokens.lengths), "batch of q": batch, "heads of q": heads, "heads of k": k.shape[2],
+        "head_dim of q": head_dim, "head_dim of v": v.shape[3], "dtype of q": zlib.crc32(str(q.dtype).encode()),
+        "ranks": tokens.group.ranks,
+    }  # fmt: skip
+
+
+def _is_by_head(table: Any, dim: int) -> bool:
+    return isinstance(table, torch.Tensor) and table.dim() > max(0, dim) and table.shape[dim] > 1

@@ -1,0 +1,69 @@
+"""`LiteAttention(process_group=)`: what all ranks are told, what follows the heads, and what copies and files keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lite_attention import LiteAttention
+from tests.support import exchange_modules as modules
+from tests.support.ranks import Ranks, ranks_of
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with ranks_of(2) as ranks:
+        yield ranks
+
+
+def test_residuals_are_of_the_heads_of_a_rank(two: Ranks) -> None:
+    for worst, same in two.run(modules.residual):
+        assert worst < 1e-6
+        assert same
+
+
+REFUSED = {
+    "heads": ["heads of k: expected a multiple of 2 ranks, got 3"] * 2,
+    "tokens": ["seq_len: expected the same on all ranks, or seq_len= of all of them, got [510, 508]"] * 2,
+    "dtype": ["dtype of q: expected the same on all ranks"] * 2,
+    "values of one rank": [
+        "q, k, v: expected calls that all ranks accept, got one that rank 1 refuses",
+        "seq_len of v: expected that of k, 256, got 255",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_all_ranks_are_told_and_none_waits(two: Ranks, kind: str) -> None:
+    for (told, then), message in zip(two.run(modules.refused, kind), REFUSED[kind], strict=True):
+        assert told.startswith(message)
+        assert then == "fits"
+
+
+def test_what_is_set_and_copied_follows_the_heads(two: Ranks) -> None:
+    found = two.run(modules.by_hand)
+    for of_rank in found:
+        assert of_rank["heads later"] == [of_rank["heads later"][0]] * 4
+        assert of_rank["written"]
+        assert of_rank["still there"]
+        assert of_rank["told"] == "heads of threshold: expected 1 or 4, those of all ranks, got 2"
+        assert of_rank["dense"]
+        assert of_rank["site"] == (2, 512, 4, 0)
+        assert of_rank["from meta"]
+    assert found[0]["heads"] != [0, 1]
+
+
+def test_a_persistent_state_keeps_its_heads(two: Ranks) -> None:
+    assert two.run(modules.saved) == [True, True]
+
+
+def test_what_is_no_group_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"process_group: expected a torch.distributed.ProcessGroup, got int"):
+        LiteAttention(process_group=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="balance: expected True or False, got 1"):
+        LiteAttention(balance=1)  # type: ignore[arg-type]
+    q = torch.randn(1, 64, 2, 16)
+    with pytest.raises(ValueError, match="seq_len: expected None without a process group, got 64"):
+        LiteAttention()(q, q, q, seq_len=64)

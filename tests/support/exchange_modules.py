@@ -1,0 +1,114 @@
+"""What a rank does with a `LiteAttention` that has a process group; each function runs on all ranks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lite_attention import LiteAttention
+from lite_attention.ops import ResidualState, SkipState
+from tests.support.exchange_cases import BATCH, DIM, HEADS, STEPS, THRESHOLDS, Case, part, tokens
+
+CASE = Case(count=512)
+
+
+def new_module(**options: Any) -> LiteAttention:
+    return LiteAttention(**{"num_steps": STEPS, "process_group": dist.group.WORLD, **options})
+
+
+def local(step: int, case: Case = CASE) -> list[torch.Tensor]:
+    return [part(x) for x in tokens(case, step)]
+
+
+def residual() -> tuple[float, bool]:
+    """Return how far sparse steps are off one process with the heads of a rank, and whether masks are the same."""
+    options: dict[str, Any] = {"method": "residual", "keep": 0.4, "full_every": 2, "residual_dtype": "fp32"}
+    ours, single, worst = new_module(**options), LiteAttention(num_steps=STEPS, **options), 0.0
+    heads = torch.arange(HEADS).tensor_split(dist.get_world_size())
+    singles = [copy.copy(single) for _ in heads]
+    for step in range(2 * STEPS):
+        q, k, v = tokens(CASE, step % STEPS)
+        expected = torch.cat([s(q[:, :, h], k[:, :, h], v[:, :, h]) for s, h in zip(singles, heads, strict=True)], 2)
+        got = ours(*local(step % STEPS), seq_len=CASE.count)
+        worst = max(worst, float((got - part(expected)).abs().max()))
+    state = singles[dist.get_rank()].state
+    assert isinstance(ours.state, ResidualState)
+    assert isinstance(state, ResidualState)
+    return worst, torch.equal(ours.state.skip_mask, state.skip_mask)
+
+
+def refused(kind: str) -> list[str]:
+    """Return what this rank is told of a call that does not fit, here or on rank 1 alone, and then of one that does."""
+    case = CASE._replace(count=510 if kind == "tokens" else 512)
+    q, k, v = local(0, case)
+    module, is_one = new_module(), dist.get_rank() == 1
+    if kind == "heads":
+        q, k, v = (x[:, :, :3] for x in (q, k, v))
+    elif kind == "tokens" and is_one:
+        q, k, v = (x[:, :-1] for x in (q, k, v))
+    elif kind == "dtype" and is_one:
+        q, k, v = (x.double() for x in (q, k, v))
+    elif kind == "values of one rank" and is_one:
+        v = v[:, :-1]
+    told = []
+    for call in ((q, k, v), local(0)):
+        try:
+            module(*call)
+            told.append("fits")
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def by_hand() -> dict[str, Any]:
+    """Return what options, copies and files make of a module that has run a generation and a half."""
+    module = new_module(threshold=THRESHOLDS.view(1, 1, HEADS))
+    run = STEPS + STEPS // 2
+    for step in range(run):
+        module(*local(step % STEPS))
+    assert isinstance(module.state, SkipState)
+    assert module.exchange is not None
+    file = io.BytesIO()
+    pickle.dump(module, file)
+    file.seek(0)
+    twins = [copy.copy(module), copy.deepcopy(module), pickle.load(file)]
+    found: dict[str, Any] = {"heads": module.exchange.own_heads.tolist()}
+    for step in range(run, 4 * STEPS):  # copies go on alike, through deals of their own
+        expected = module(*local(step % STEPS))
+        for twin in twins:
+            assert torch.equal(twin(*local(step % STEPS)), expected)
+    found["heads later"] = [m.exchange.own_heads.tolist() for m in (module, *twins)]
+    module.set_threshold(10 * THRESHOLDS)
+    own = module.exchange.own_heads
+    found["written"] = torch.equal(module.state.threshold[0, 0], 10 * THRESHOLDS[own])
+    module(*local(0))
+    found["still there"] = torch.equal(module.state.threshold[0, 0], 10 * THRESHOLDS[module.exchange.own_heads])
+    try:
+        module.set_threshold(THRESHOLDS[:2])  # as many as a rank has
+    except ValueError as error:
+        found["told"] = str(error)
+    module.set_threshold(-math.inf)
+    module.reset_skip_state()
+    out = [module(*local(step)) for step in (0, 1)]
+    found["dense"] = float(module.sparsity()) == 0.0
+    found["site"] = module.site("attn").q_shape
+    on_meta = new_module().allocate(BATCH, CASE.count, HEADS, DIM).to("meta").to_empty(device="cpu")
+    found["from meta"] = torch.allclose(on_meta(*local(0)), out[0], atol=0.2)
+    return found
+
+
+def saved() -> bool:
+    """Return whether a persistent state comes back from a `state_dict`."""
+    module, other = (new_module(persistent_state=True) for _ in range(2))
+    for step in range(2 * STEPS - 1):
+        module(*local(step % STEPS))
+    assert module.exchange is not None
+    assert module.exchange.own_heads.tolist() == part(torch.arange(HEADS), 0).tolist()
+    other.load_state_dict(module.state_dict())
+    return torch.equal(module(*local(STEPS - 1)), other(*local(STEPS - 1)))
