@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin while they wait cost many times the work where the cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint docs wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.moving_shapes.demo
@@ -20,6 +20,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Builds the site into build/site; a link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # Builds the wheel, installs it into a clean environment, and imports it from elsewhere and from the checkout.
 wheel: $(VENV)/.installed
@@ -35,6 +39,10 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet -e ".[test]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[docs]"
 	touch $@
 
 clean:

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from lite_attention._version import __version__
 from lite_attention.cli import bench, check, compile_kernels, inspect_thresholds
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; what it parses has the command's function as `command`."""
+    parser = argparse.ArgumentParser(prog="lite-attention", description="Skip-aware attention for diffusion models.")
+    parser.add_argument("--version", action="version", version=f"lite-attention {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for command in (bench, check, compile_kernels, inspect_thresholds):
+        command.add_parser(commands)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,14 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None = those of the process.
     """
-    parser = argparse.ArgumentParser(prog="lite-attention", description="Skip-aware attention for diffusion models.")
-    parser.add_argument("--version", action="version", version=f"lite-attention {__version__}")
-    commands = parser.add_subparsers(metavar="command", required=True)
-    bench.add_parser(commands)
-    check.add_parser(commands)
-    compile_kernels.add_parser(commands)
-    inspect_thresholds.add_parser(commands)
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)

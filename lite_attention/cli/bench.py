@@ -61,8 +61,15 @@ def add_parser(commands: Any) -> None:
         f"step of {_STEPS}, full steps included. Kernels are compiled outside of the times. About two minutes.",
     )
     add_device(parser)
-    parser.add_argument("--shape", type=_shape, metavar="B,H,S,D", help="batch, heads, tokens, head dim")
-    parser.add_argument("--seconds", type=number(above=0), default=0.7, help="length of a block of calls")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        metavar="B,H,S,D",
+        help="batch, heads, tokens and head dim; those of a layer of Wan 14B at 480p unless given",
+    )
+    parser.add_argument(
+        "--seconds", type=number(above=0), default=0.7, help="length of a block of calls; 0.7 unless given"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write; needs matplotlib")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.set_defaults(command=main)

@@ -23,7 +23,9 @@ PATH = re.compile(
 MODULE = re.compile(r"(?<![\w./])(?:lite_attention|benchmarks|examples|tests)(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\((?!http)([^)#]+)")
 
-MADE_BY_COMMANDS = re.compile(r"build/|thresholds\.(png|toml)|weights\.pt|checkpoint\.pt")
+MADE_BY_COMMANDS = re.compile(
+    r"build/|FILE\.png|(thresholds|registry|shares|calibration|sparsity|maps|bench|weights|checkpoint)\.(png|toml|pt)"
+)
 YET_TO_COME = re.compile(r"`[^`\n]+` \(new\)|\S*(NAME|XX)\S*")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))

@@ -1,0 +1,61 @@
+"""The pages that are made from the code say what it does now, and the site names all that there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import pays
+from tools.pages import DOCS, PAGES
+
+CHECKOUT = Path(__file__).parents[2]
+ROOMS = ("lite_attention", "ops", "compile", "cute_kernels", "tests")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_current(name: str) -> None:
+    """Otherwise: python -m tools.pages."""
+    assert PAGES[name]() == (DOCS / name).read_text()
+
+
+def test_all_pages_are_in_the_navigation() -> None:
+    config = yaml.safe_load((CHECKOUT / "mkdocs.yml").read_text())
+    named = re.findall(r"[\w/-]+\.md", str(config["nav"]))
+    assert sorted(named) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_environment_variables_are_all_there() -> None:
+    sources = [file.read_text() for room in ROOMS for file in (CHECKOUT / room).rglob("*.py")]
+    used = {name for text in sources for name in re.findall(r'"(LITE_ATTENTION_[A-Z_]+)"', text)}
+    page = (DOCS / "reference/environment.md").read_text()
+    assert {*re.findall(r"`(LITE_ATTENTION_[A-Z_]+)`", page)} == used
+
+
+# ---- does it pay? ----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_comes_out_again() -> None:
+    """Two layers, one forward of Wan 14B at 32,760 tokens."""
+    forward = pays.MODELS[0]._replace(layers=2, steps=1, passes=1)
+    assert 1e3 * pays.seconds(forward) == pytest.approx(pays.MEASURED.pytorch)
+    assert 1e3 * pays.seconds(forward, 1.0) == pytest.approx(pays.MEASURED.ours)
+    assert 1e3 * pays.seconds(forward, 0.0) == pytest.approx(pays.MEASURED.without_attention)
+    assert pays.attention_share(forward) == pytest.approx((144.6 - 67.0) / 144.6)
+
+
+def test_estimates_grow_with_the_tokens() -> None:
+    short = pays.MODELS[0]
+    long = short._replace(tokens=2 * short.tokens)
+    rest, attention = pays.seconds(short, 0.0), pays.seconds(short) - pays.seconds(short, 0.0)
+    assert pays.seconds(long) == pytest.approx(2 * rest + 4 * attention)
+
+
+def test_the_ratio_of_a_preset_is_that_of_its_steps() -> None:
+    """Balanced, 9 steps: 0, 1, 3 and 6 are full, of which the first and the third decide."""
+    ratio = pays.RATIOS
+    full = ratio.fresh + ratio.full + ratio.deciding + ratio.full
+    assert pays.preset_ratio("balanced", 9) == pytest.approx((full + 5 * (0.3 + ratio.beside_kept)) / 9)

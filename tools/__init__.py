@@ -1,0 +1,1 @@
+"""What writes pages of the documentation out of the code: `python -m tools.pages`."""
