@@ -25,6 +25,7 @@ from lite_attention.ops.allocate import empty_output
 from lite_attention.ops.bitmask import WORD_BITS, pack_bits
 from lite_attention.ops.check_calls import RESIDUAL_ARGUMENTS, check_call, check_residual_call, given
 from lite_attention.ops.choice import BINS
+from lite_attention.ops.processors import left_processors
 from lite_attention.ops.quantization import Quantization, check_quantization
 from lite_attention.ops.quantize import zero_excluded
 from lite_attention.ops.signature import (
@@ -174,7 +175,8 @@ def _launch(
     scales = Scales()
     if plan.quantization.scores is not None:
         q, k, v, scales = _quantized(plan, q, k, v, key_mask)
-    arguments = (q, k, v, out, lse, state, masks, scales, residual, plan.scale * LOG2_E, plan.processors)
+    taken = max(1, plan.processors - left_processors())
+    arguments = (q, k, v, out, lse, state, masks, scales, residual, plan.scale * LOG2_E, taken)
     if state.control is None:
         run(plan.kernel, out.device, *arguments)
     else:

@@ -9,6 +9,7 @@ The contract: `docs/design.md`, and `oracle` as a program.
   bits in `bitmask`, its steps in `plan`. `session` moves many, `clock` and `threads` say where to.
 * A call: `functional` and `ranges`, checked by `check_calls`, `validate` and `arguments`; `signature` is what they see.
 * Geometry and formats: `tiles`, `targets`, `quantization`, `site`, `shard`. `namespace`: what names begin with.
+  `processors`: what kernels leave free.
 * `torch_internals` names what is private of torch, for all floors.
 """
 

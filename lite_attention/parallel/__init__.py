@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lite_attention.ops.processors import leave_processors
+
 if TYPE_CHECKING:
     from lite_attention.parallel.ulysses import ulysses_attention
 
-__all__ = ["ulysses_attention"]
+__all__ = ["leave_processors", "ulysses_attention"]
 
 _LAZY = {"ulysses_attention": "lite_attention.parallel.ulysses"}  # most run in one process
 

@@ -18,6 +18,7 @@ from cutlass import Numeric
 from lite_attention.cute_kernels import build, launch, launcher, quantize_launcher
 from lite_attention.cute_kernels.config import ChoiceConfig, Config, KernelConfig, Residual
 from lite_attention.ops import ResidualState, SkipState
+from lite_attention.ops.processors import leave_processors
 from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.targets import SM90A, SM120, Target
 
@@ -110,6 +111,23 @@ def test_arguments_fit(quantization: str, key_mask: bool, unaligned: bool, targe
         assert values.dtype == torch.float8_e4m3fn
         assert values.shape == (2, 3, 128, 352)
         assert scales.shape == (2, 3, 128)
+
+
+def test_processors_that_are_left_free_are_counted_at_each_launch(target: Target, launches: list[Any]) -> None:
+    q = torch.randn(1, 200, 2, 128, dtype=torch.bfloat16)
+    tile_m, tile_n = target.tile_shape(128)
+    state = SkipState.for_inputs(q, q, tile_m=tile_m, tile_n=tile_n)
+    for left in (0, 8, 500, 0):
+        leave_processors(left)
+        launcher.skip_attention_forward(
+            q, q, q, state.skip_mask, state.control, state.threshold, None, None, None, scale=None, tile_m=tile_m,
+            tile_n=tile_n,
+        )  # fmt: skip
+    assert [arguments[-1] for _, arguments in launches] == [132, 124, 1, 132]
+    assert launcher._skip_plan.cache_info().misses == 1
+    for wrong in (-1, 0.5, True):
+        with pytest.raises(ValueError, match=r"count: expected .*at least 0, got"):
+            leave_processors(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
