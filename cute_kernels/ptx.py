@@ -216,9 +216,11 @@ def quad_sum(x: Float32) -> Float32:
 
 @dsl_user_op
 def held(x, *, loc=None, ip=None):
-    """An integer that the compiler keeps, rather than compute it again in each turn of a loop to spare a register."""
+    """A number that the compiler keeps, rather than compute it again in each turn of a loop to spare a register."""
     kind, result, text, constraints = Int32, T.i32(), "mov.b32 $0, $1;", "=r,r"
     if isinstance(x, Int64):
         kind, result, text, constraints = Int64, T.i64(), "mov.b64 $0, $1;", "=l,l"
+    if isinstance(x, Float32):
+        kind, result, text, constraints = Float32, T.f32(), "mov.b32 $0, $1;", "=f,f"
     operands = [kind(x).ir_value(loc=loc, ip=ip)]
     return kind(_assembly(result, operands, text, constraints, side_effects=True))

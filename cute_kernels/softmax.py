@@ -10,7 +10,7 @@ from cutlass import Boolean, Float32, Int32, Uint32
 
 from lite_attention.cute_kernels.config import DTYPES, KernelConfig
 from lite_attention.cute_kernels.fragments import column, element
-from lite_attention.cute_kernels.ptx import PACKS, max_nan, quad_max
+from lite_attention.cute_kernels.ptx import PACKS, held, max_nan, quad_max
 
 RESCALE_ABOVE = 8.0  # log2 units: weights may grow to 2^8 before the output and the sums are rescaled
 
@@ -232,8 +232,8 @@ class FloatSoftmax(OnlineSoftmax):
                 x[f] = cute.math.exp2(x[f] * unit - rows.row_shift[half], fastmath=True)
                 a, b = a + x[e], b + x[f]
             if cutlass.const_expr(self.keeps_tile_sums):
-                rows.tile_sum[half] = a + b
-                rows.row_sum[half] = rows.row_sum[half] + (a + b)
+                rows.tile_sum[half] = held(a + b)  # the sum would be made twice
+                rows.row_sum[half] = rows.row_sum[half] + rows.tile_sum[half]
             else:
                 rows.row_sum[half] = a + b
         return Slope(Int32(0), Boolean(False))
