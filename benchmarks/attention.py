@@ -1,14 +1,14 @@
 """Time of one attention call on a Hopper GPU, as a ratio to FlashAttention-3 dense on the same tensors.
 
     python -m benchmarks.attention [--only dense sparse int8 residual uneven voted host]
-                                   [--peers cudnn flex fa4 fa3-fp8 sage] [--shapes 1,40,32760,128 ...]
-                                   [--seconds 1.5] [--json FILE] [--plot FILE]
+                                   [--peers cudnn flex fa4 fa3-fp8 sage sol-1 sol-1.3 sol-1.5]
+                                   [--shapes 1,40,32760,128 ...] [--seconds 1.5] [--json FILE] [--plot FILE]
 
-Needs `pip install fa3-fwd`, and `flash-attn-4` for the peer fa4, `sageattention` for sage. Each kernel runs in a block
-of its own, FA3 before and after it: the card is limited by power, and single calls in turn would lend clock from one
-kernel to the other. A figure is the median of the second half of a block. A contender takes about 3 blocks of time at
-each shape, FlexAttention and kernels of ours that are not in the cache some seconds more to compile. SQNR is that of
-the output against FA3's, where nothing is skipped.
+Needs `pip install fa3-fwd`, and `flash-attn-4` for the peer fa4, `sageattention` for sage, `comfy-kitchen` for sol,
+which has tau behind it. Each kernel runs in a block of its own, FA3 before and after it: the card is limited by power,
+and single calls in turn would lend clock from one kernel to the other. A figure is the median of the second half of a
+block. A contender takes about 3 blocks of time at each shape, FlexAttention and kernels of ours that are not in the
+cache some seconds more to compile. SQNR is that of the output against FA3's, where nothing is skipped.
 
     dense     the peers, our op without a state, and the same with a state whose dense flag is set
     sparse    a planted mask in use, and voting; FlexAttention with the same kind of mask, its tiles being 128 x 128
@@ -50,9 +50,10 @@ SPARSITIES = (0.0, 0.21, 0.42, 0.57, 0.77)
 SOME_SPARSITIES = (0.42, 0.77)
 QUANTIZED = {"INT8": "int8", "INT8 and FP8": "int8_fp8"}
 GROUPS = ("dense", "sparse", "int8", "residual", "uneven", "voted", "host")
-PEERS = {
+PEERS: dict[str, tuple[str, Callable[..., Contender]]] = {
     "cudnn": ("cuDNN", peers.cudnn), "flex": ("FlexAttention", peers.flex), "fa4": ("FlashAttention-4", peers.fa4),
     "fa3-fp8": ("FlashAttention-3, FP8", peers.fa3_fp8), "sage": ("SageAttention", peers.sage),
+    **{f"sol-{tau:g}": (f"Sol-Attn, tau {tau:g}", partial(peers.sol, tau=tau)) for tau in (1.0, 1.3, 1.5)},
 }  # fmt: skip
 IN_8_BITS = ("fa3-fp8", "sage")
 NO_VOTE = -60.0  # random inputs: nothing is voted out, so the planted mask stays

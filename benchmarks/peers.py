@@ -53,6 +53,13 @@ def sage(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
     return lambda: sageattn(q, k, v, tensor_layout="NHD"), 0.0
 
 
+def sol(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tau: float) -> Contender:
+    """Sol-Attn as comfy-kitchen has it: INT8 scores, head dim 128; blocks not attended exactly have means."""
+    from comfy_kitchen import sol_attn
+
+    return lambda: sol_attn(q, k, v, tau=tau), 0.0
+
+
 def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Contender:
     from flash_attn.cute import flash_attn_func
 

@@ -32,6 +32,7 @@ trying the script out on a CPU. Methods:
                               tiles stand in for them. Options: parts=N of a tile that have means; decide, tile3d, steps
     maximum:KEEP,EVERY[,OPTION...]
                               simulated in PyTorch: the residual, but tiles are chosen by their largest score
+    sol:TAU[,STEPS][,no-tail] Sol-Attn of comfy-kitchen (INT8 scores), the first so many steps dense
     radial[:MIN_WIDTH]        the pattern of lite_attention.masks alone, at threshold -inf
     spatial-temporal[:FRAMES[,TOKENS]]    likewise; which head is which is found on a calibration prompt
     window:FRAMES,ROWS,COLUMNS            likewise

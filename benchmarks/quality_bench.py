@@ -17,7 +17,8 @@ from benchmarks.quality_patterns import PATTERNS, pattern_of
 from benchmarks.quality_report import DENSE, VOTING, Record, Results, Videos
 from benchmarks.quality_setup import Setup, sample, scene, to_bytes, to_floats
 from benchmarks.quality_shares import DenseShares, RandomSkips, ResidualShares, SkipShares
-from benchmarks.quality_simulation import Simulation
+from benchmarks.quality_simulation import Simulation, StandIn
+from benchmarks.quality_sol import SolAttention, sol_of
 from examples.moving_shapes.judge import feature_distance, measure, path_distance
 from lite_attention import masks
 from lite_attention.token_order import block_of, tile3d_order
@@ -111,7 +112,7 @@ class Bench:
         steps = steps_of(method, self.setup.steps)
         self._prepare(method, steps)
         shares = self._shares_of(method, pairs, steps)
-        with shares if isinstance(shares, Simulation) else contextlib.nullcontext():
+        with shares if isinstance(shares, StandIn) else contextlib.nullcontext():
             return sample(self.setup, pairs, steps, shares.after_step), shares.shares
 
     def _prepare(self, method: str, steps: int) -> None:
@@ -125,7 +126,7 @@ class Bench:
             tile_m = max(tile_m for tile_m, _ in setup.tile_shapes.values())  # there is only one up to head dim 128
             setup.model.order = tile3d_order(*setup.grid, block_of("tile3d", tile_m), setup.device)
         lite_attention.disable(setup.model)
-        if family not in (DENSE, "steps") and not simulated(method):
+        if family not in (DENSE, "steps", "sol") and not simulated(method):
             options = enable_options(method, steps, setup.tables)
             if family in PATTERNS:
                 options["initial_mask"] = self._pattern(method)
@@ -136,12 +137,15 @@ class Bench:
     def _pattern(self) -> Callable[[str], masks.Pattern]:
         return functools.lru_cache(lambda method: pattern_of(self.setup, method))
 
-    def _shares_of(self, method: str, pairs: Sequence[Pair], steps: int) -> DenseShares | Simulation:
-        """Return what notes the shares of a method that is prepared, or simulates it."""
+    def _shares_of(self, method: str, pairs: Sequence[Pair], steps: int) -> DenseShares | StandIn:
+        """Return what notes the shares of a method that is prepared, or takes the place of attention."""
         setup, (family, _, value) = self.setup, method.partition(":")
         wanted = simulated(method)
         if wanted:
             return Simulation(wanted, [setup.model], steps, setup.tile, setup.new_solver(steps).times)
+        sol = sol_of(method)
+        if sol:
+            return SolAttention(sol, [setup.model], steps)
         if residual_of(method) or family == "preset":
             return ResidualShares(setup.model, len(pairs), steps)
         if family == "random":

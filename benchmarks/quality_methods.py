@@ -12,12 +12,13 @@ import torch
 
 from benchmarks.quality_report import DENSE, RESIDUAL, SIMULATED, VOTING
 from benchmarks.quality_simulation import Simulated
+from benchmarks.quality_sol import sol_of
 from lite_attention import schedules
 from lite_attention.presets import PRESETS
 
 RENDERED = "rendered"
 _PATTERNS = ("radial", "spatial-temporal", "window")
-FAMILIES = (DENSE, *VOTING, "table", *RESIDUAL, "preset", *SIMULATED, *_PATTERNS, "random", "steps", RENDERED)
+FAMILIES = (DENSE, *VOTING, "table", *RESIDUAL, "preset", *SIMULATED, "sol", *_PATTERNS, "random", "steps", RENDERED)
 
 _LEAST_KEPT = "1e-6"  # so little that the diagonal alone is left
 _STORAGE = ("fp8", "bf16", "fp32")
@@ -114,7 +115,7 @@ def enable_options(method: str, steps: int, tables: Mapping[str, Path]) -> dict[
     """Return what `lite_attention.enable` is told for a method; of a pattern or a random one, that it votes nothing.
 
     Args:
-        method: one that `check` passes, neither dense nor simulated.
+        method: one that `check` passes, neither dense nor simulated, nor Sol-Attn.
         steps: of the generation.
         tables: threshold files by name.
     """
@@ -163,5 +164,6 @@ def check(method: str, tables: Collection[str], families: Collection[str] = FAMI
         if family == "steps" and not (value.isdigit() and int(value)):
             raise ValueError("a number of steps")
         residual_of(method)
+        sol_of(method)
     except ValueError as error:
         raise ValueError(f"method {method}: expected {error}") from None

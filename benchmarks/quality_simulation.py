@@ -1,10 +1,10 @@
-"""Attention that there is no kernel of, in PyTorch: exact in what it leaves out, and slow."""
+"""Attention that takes the place of a model's own for a generation; here what there is no kernel of, in PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lite_attention.ops import step_plan, tile_shape
 from lite_attention.ops.tiles import ceil_div, diagonal_tile
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _MOST_SCORES = 2**27  # at a time, in float32
 
@@ -50,32 +53,36 @@ class _Site:
     residuals: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # time, [B, H, S, D]
 
 
-class Simulation(TorchFunctionMode):
+class StandIn(TorchFunctionMode):
     """Takes the place of self-attention in one generation, and notes what a kernel would skip in `shares`.
 
     Within the models, unmasked attention of as many queries as keys is self-attention. Calls of a step are told by
     their order.
 
     Args:
-        wanted: what to do.
         models: of which only calls within them are meant.
         steps: of the generation.
-        tile: (tile_m, tile_n); None = as the kernel has them.
-        times: of the flow, by step; None = the numbers of the steps.
     """
 
-    def __init__(
-        self, wanted: Simulated, models: Iterable[nn.Module], steps: int, tile: Tiles | None = None,
-        times: Sequence[float] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, models: Iterable[nn.Module], steps: int) -> None:
         super().__init__()
-        self.wanted, self.models, self.tile = wanted, list(models), tile
-        self.times = [float(step) for step in range(steps)] if times is None else times
-        self.plan = step_plan(steps, full_every=wanted.full_every, decide_every=wanted.decide_every)
+        self.models = list(models)
         self._step = self._calls = self._within = 0
         self._hooks: list[RemovableHandle] = []
-        self._sites: dict[int, _Site] = {}
         self._skipped: list[list[torch.Tensor]] = [[] for _ in range(steps)]
+
+    def attend(
+        self, step: int, call: int, qkv: Sequence[torch.Tensor], dense: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output of a call of a step, like q, and what it skips of each video, (B,).
+
+        Args:
+            step: of the generation.
+            call: which one of the step.
+            qkv: (B, H, S, D) each.
+            dense: computes the attention that the model meant.
+        """
+        raise NotImplementedError
 
     @property
     def shares(self) -> torch.Tensor:
@@ -86,7 +93,7 @@ class Simulation(TorchFunctionMode):
         """Go on to the next step."""
         self._step, self._calls = step + 1, 0
 
-    def __enter__(self) -> Simulation:
+    def __enter__(self) -> Self:
         """Begin, and follow when the models run."""
         for model in self.models:
             self._hooks.append(model.register_forward_pre_hook(lambda *_: self._go(1)))
@@ -112,14 +119,43 @@ class Simulation(TorchFunctionMode):
         q, k, v = (given[name] for name in _ARGUMENTS[:3])
         if given.get("attn_mask") is not None or q.shape[2] != k.shape[2]:
             return function(*args, **kwargs)
-        site = self._sites.setdefault(self._calls, _Site())
-        self._calls += 1
-        if not self.plan[self._step]:
-            return self._sparse(site, q, k, v)
-        out: torch.Tensor = function(*args, **kwargs)
-        self._after_full_step(site, q, k, v, out)
-        self._skipped[self._step].append(torch.zeros(len(q)))
+        call, self._calls = self._calls, self._calls + 1
+        out, skipped = self.attend(self._step, call, (q, k, v), lambda: function(*args, **kwargs))
+        self._skipped[self._step].append(skipped)
         return out
+
+
+class Simulation(StandIn):
+    """Steps and budgets of the residual, but for one thing.
+
+    Args:
+        wanted: what to do.
+        models: see `StandIn`.
+        steps: of the generation.
+        tile: (tile_m, tile_n); None = as the kernel has them.
+        times: of the flow, by step; None = the numbers of the steps.
+    """
+
+    def __init__(
+        self, wanted: Simulated, models: Iterable[nn.Module], steps: int, tile: Tiles | None = None,
+        times: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(models, steps)
+        self.wanted, self.tile = wanted, tile
+        self.times = [float(step) for step in range(steps)] if times is None else times
+        self.plan = step_plan(steps, full_every=wanted.full_every, decide_every=wanted.decide_every)
+        self._sites: dict[int, _Site] = {}
+
+    def attend(
+        self, step: int, call: int, qkv: Sequence[torch.Tensor], dense: Callable[[], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute all in a full step, what is kept and what stands for the rest in a sparse one."""
+        (q, k, v), site = qkv, self._sites.setdefault(call, _Site())
+        if not self.plan[step]:
+            return self._sparse(site, q, k, v)
+        out = dense()
+        self._after_full_step(site, q, k, v, out)
+        return out, torch.zeros(len(q))
 
     def _tile(self, q: torch.Tensor) -> Tiles:
         return self.tile or tile_shape(q.shape[3], q.dtype, q.device)
@@ -140,15 +176,15 @@ class Simulation(TorchFunctionMode):
         if decides:
             site.waiting = largest(maxima(q, k, tile), self.wanted.keep, tile, q.shape[2])
 
-    def _sparse(self, site: _Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _sparse(
+        self, site: _Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert site.mask is not None  # the first step decides
         tile, parts = self._tile(q), self.wanted.parts
         out = attend(q, k, v, site.mask, tile, parts)
         if not parts:
             out += forecast(site.residuals, self.times[self._step])
-        skipped = 1 - site.mask.float().mean((1, 2, 3)) - parts / tile[1]
-        self._skipped[self._step].append(skipped)
-        return out.to(q.dtype)
+        return out.to(q.dtype), 1 - site.mask.float().mean((1, 2, 3)) - parts / tile[1]
 
 
 # ---- parts of it ---------------------------------------------------------------------------------------------------

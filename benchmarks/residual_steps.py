@@ -11,9 +11,13 @@ import torch
 
 import lite_attention
 from benchmarks.peers import Contender
+from lite_attention.cute_kernels import launcher
+from lite_attention.cute_kernels.config import KernelConfig, Residual, State
 from lite_attention.ops import ResidualState, SkipState, residual_attention
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.plan import DECIDING, FULL, SPARSE, step_plan
+from lite_attention.ops.targets import target_of
+from lite_attention.ops.tiles import ceil_div
 
 KEEPS = (0.2, 0.3)
 EVERY = (2, 3, 5)
@@ -57,8 +61,28 @@ def votes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: float, quanti
     return lambda: lite_attention.skip_attention(q, k, v, state, quantization=quantization), share
 
 
+def choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: float) -> Contender:
+    """What a deciding step does once all masses are there."""
+    state = in_use(q, k, v, keep)
+    config = KernelConfig("bf16", q.shape[3], state.tile_m, state.tile_n, residual="fp8", target=target_of(q.device))
+    kernels, tiles = launcher._choice(config), (ceil_div(q.shape[1], state.tile_m), ceil_div(k.shape[1], state.tile_n))
+    decision, counts, mass = launcher._scratch(q, *tiles)
+    decision[0], masses = 1, torch.randint(1, 2**18, mass.shape, dtype=mass.dtype, device=mass.device)
+    none = torch.empty(0, device=q.device)
+    kept = Residual(state.plan, state.keep, none, none, None, none, mass, decision)
+    of_state = State(state.skip_mask, state.control, None, None, None)
+
+    def call() -> None:
+        counts.zero_()
+        launcher._choose(kernels, of_state, kept, counts, (q.shape[1], k.shape[1], state.tile_m, state.tile_n))
+
+    mass.copy_(masses)
+    return call, 0.0
+
+
 def contenders(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[str, Callable[[], Contender]]]:
     """Yield (name, what makes it ready)."""
+    yield "of a deciding step, the choice", partial(choice, q, k, v, KEEPS[0])
     for label, quantization in FORMATS.items():
         options = {"quantization": quantization}
         yield f"{label}votes, nothing skipped", partial(votes, q, k, v, 1.0, quantization)

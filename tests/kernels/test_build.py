@@ -48,6 +48,8 @@ def test_build(config: KernelConfig, builds: Builds) -> None:
         assert conversions <= bool(config.residual), "scores are converted, a quarter as fast as anything else"
     else:
         floats += 2 * (config.head_dim // 16)
+        if config.residual:  # sums of the first tile and in the loop, residuals, and 80 besides
+            assert count("FADD", code) <= 2 * config.tile_n // 2 + config.head_dim // 2 + 80, "sums are made twice"
     assert count("HGMMA", code) == floats
     assert count("QGMMA", code) == eights
     assert count("IGMMA", code) == integers
