@@ -44,6 +44,9 @@ benchmarks.model --sparsities 0.4 1.2
 benchmarks.model --residual 0.2,3 1.2,3
 benchmarks.model --residual 0.3
 benchmarks.model --steps 0
+benchmarks.parallel --tokens 10
+benchmarks.parallel --budget 0
+benchmarks.parallel --only everything
 benchmarks.portable --shapes 1,2,3
 benchmarks.portable --seconds 0
 benchmarks.portable --quantizations int4
