@@ -42,6 +42,7 @@ class SiteRecord:
     last: SiteState | None = None  # of the latest call that skipped
     recent: dict[int, SiteState] = field(default_factory=dict)  # the same for each session, by id
     ran_in: int = 0  # the latest forward that ran it
+    exact_tokens: tuple[tuple[int, int], ...] = ()  # (start, end) that are never skipped
     ran_dense: str | None = None  # why the latest call did not skip
 
     def name(self, model: nn.Module) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lite_attention.compile.memory_notice import MemoryNotice
-from lite_attention.compile.records import Forward, SiteRecord, Sizes, paths_of
+from lite_attention.compile.records import Forward, SiteRecord, Sizes, StateKey, paths_of
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.values import SiteValue, table_of
 from lite_attention.ops import ResidualState, Session
@@ -64,6 +64,7 @@ class StateStore:
         self._shard = shard
         self.forwards = 0  # of the model so far, where it is enabled and tells
         self.is_dense = False  # states to come begin with skipping off
+        self.on_birth: Callable[[SiteRecord, StateKey, SiteState, Site], None] | None = None
         self._session = session
         self._planned: PerThread[SkipSettings] = PerThread(lambda: settings)  # generations may differ in their steps
         self._model = None if model is None else weakref.ref(model)  # it holds the store
@@ -216,6 +217,8 @@ class StateStore:
             state.set_flag(FLAG_DENSE, self.is_dense)
             session.follow(state)
             record.states[key] = state
+            if self.on_birth is not None:
+                self.on_birth(record, key, state, shard.whole(self.settings.sized(site, sizes, key[2])))
             if id(session) not in self._met:
                 self._met.add(id(session))
                 weakref.finalize(session, _later(self._forget_session), id(session)).atexit = False

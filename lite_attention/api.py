@@ -16,6 +16,7 @@ from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
+from lite_attention.exact_tokens import ExactTokens, check_exact_tokens
 from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, sites_of
 from lite_attention.ops import Session, default_session
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lite_attention.compile.runner import Check
     from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
+    from lite_attention.exact_tokens import ExactTokenOption
     from lite_attention.ops.site import SiteKeep, SiteThreshold
 
 __all__ = ["branch", "default_session", "disable", "enable", "reset"]
@@ -60,6 +62,7 @@ def enable(
     keep: SiteKeep | ThresholdTable | str | Path | None = None,
     preset: Literal["quality", "balanced", "fast"] | None = None,
     process_group: ProcessGroup | None = None,
+    exact_tokens: ExactTokenOption | None = "auto",
     **settings: Unpack[OtherOptions],
 ) -> _Target:
     """Make a model, or the transformers of a diffusers pipeline, skip attention that does not matter.
@@ -91,6 +94,11 @@ def enable(
         process_group: over which attention heads are exchanged, where the model does not tell: `enable_parallelism` of
             diffusers and cache-dit tell it, whether they come before or after. Thresholds, shares, masks and files are
             of the whole model; each process takes what is its own.
+        exact_tokens: tokens that are never skipped, and whose own attention skips nothing, rounded outward to tiles.
+            "auto" is all but the picture in models that `lite_attention.exact_tokens` names: text, audio and references
+            of MiniMax-H3, audio of LTX-2, text of HunyuanVideo and CogVideoX. Or slices of each site's sequence, such
+            as [(0, 226), (-256, None)]; or a callable that is given a `Site` and returns one of these, or None. Slices
+            go with no `token_order`.
         settings: see `lite_attention.compile.SkipSettings`: `method`, `num_steps` and so on. Here `slots` is 3
             unless given, and 2 with method "residual".
 
@@ -118,6 +126,9 @@ def enable(
         if token_order is not None:
             order.check(token_order, model)
     # Wrong ones are told before anything is changed.
+    check_exact_tokens(exact_tokens)
+    if token_order is not None:
+        require(exact_tokens in (None, "auto"), "exact_tokens", "'auto' or None with token_order", repr(exact_tokens))
     keep = loaded("keep", keep)
     known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
     if isinstance(keep, ThresholdTable):
@@ -127,8 +138,9 @@ def enable(
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
     how = _How(
-        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, process_group
-    )
+        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, process_group,
+        exact_tokens,
+    )  # fmt: skip
     is_open = all(given is None for given in (keep, settings.get("num_steps"), settings.get("full_every")))
     open_preset = preset if is_open else None
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
@@ -177,6 +189,7 @@ class _How:
     inner: str | Callable[..., Any]
     token_order: str | Sequence[int] | None
     process_group: ProcessGroup | None
+    exact_tokens: ExactTokenOption | None
 
 
 def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
@@ -193,6 +206,10 @@ def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
     if isinstance(how.settings.initial_mask, Pattern):
         checks.append(_check_of_grid(model, how.settings.initial_mask))
     run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
+    if how.exact_tokens is not None:
+        exact = ExactTokens(model, wiring.store, how.exact_tokens)
+        checks.append(exact.look)
+        run = exact.around(run)
     wiring.undo.append(hooks.let_dynamo_see(model))
     override(model, uncompiled(wiring.runner(model, wiring.store, run, checks)))
     wiring.undo.append(hooks.refuse_compile(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -30,6 +31,7 @@ class ReportRow:
     dense_kernel: bool  # `lite_attention::attention` runs it; otherwise, with a reason, it was left alone
     state: SiteState | None = field(repr=False)  # of the latest call that skipped; None before the first
     note: str | None = None  # what was otherwise in the last forward of the model
+    exact_tokens: tuple[tuple[int, int], ...] = ()  # ranges (start, end) that are never skipped, of the latest call
 
     @property
     def sparsity(self) -> list[float]:
@@ -68,8 +70,17 @@ class Report:
         noted = sum(row.note is not None for row in self.swapped)
         if noted:
             summary += f", {noted} of these did not skip in the last forward"
-        lines = [text_table(header, [row.cells() for row in self.rows]), summary]
+        lines = [text_table(header, [row.cells() for row in self.rows]), summary, *self._exact()]
         return "\n".join(lines if self.residual is None else [*lines, str(self.residual)])
+
+    def _exact(self) -> list[str]:
+        """Return a line on exact tokens, if there are any."""
+        counts = Counter((row.exact_tokens, int(row.k_shape[1])) for row in self.swapped if row.exact_tokens)
+        said = [
+            f"{', '.join(f'{start}:{end}' for start, end in ranges)} of {tokens} ({sites} sites)"
+            for (ranges, tokens), sites in counts.items()
+        ]
+        return [f"exact tokens, which are never skipped: {'; '.join(said)}"] if said else []
 
 
 class SparsityLog:
@@ -148,5 +159,6 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
 def _row_of(found: ModelSite) -> ReportRow:
     site = found.site
     return ReportRow(
-        found.name, site.class_name, *found.shapes, found.reason, site.dense_kernel, found.last, found.note
-    )
+        found.name, site.class_name, *found.shapes, found.reason, site.dense_kernel, found.last, found.note,
+        () if found.record is None else found.record.exact_tokens,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Grid", "grid_of", "grid_of_call"]
+__all__ = ["Grid", "arguments_of", "grid_of", "grid_of_call"]
 
 Grid = tuple[int, int, int]  # frames, height, width, in tokens
 
@@ -66,13 +66,18 @@ def grid_of_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     sizes = next((_SIZES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _SIZES), None)
     if sizes is None:
         return None
-    given = {**dict(zip(_parameters(type(model).forward), args, strict=False)), **kwargs}
+    given = arguments_of(model, args, kwargs)
     latents = given.get("hidden_states")
     shape = latents.shape if isinstance(latents, torch.Tensor) and latents.dim() == 5 else [None] * 5
     found: list[Any] = [shape[size] if isinstance(size, int) else given.get(size) for size in sizes]
     if not all(isinstance(size, int) for size in found):  # as where LTX is given coordinates in their place
         return None
     return grid_of(model, *found)
+
+
+def arguments_of(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model's `forward` is called with, by name."""
+    return {**dict(zip(_parameters(type(model).forward), args, strict=False)), **kwargs}
 
 
 @functools.cache

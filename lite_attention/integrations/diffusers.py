@@ -40,12 +40,14 @@ from lite_attention import api
 from lite_attention.compile.runner import timestep_of
 from lite_attention.compile.settings import OtherOptions, SkipSettings
 from lite_attention.enabled import Wiring, wirings
+from lite_attention.exact_tokens import check_exact_tokens
 from lite_attention.ops.arguments import require
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
+    from lite_attention.exact_tokens import ExactTokenOption
     from lite_attention.ops.site import SiteKeep, SiteThreshold
     from lite_attention.threshold_table import ThresholdTable
 
@@ -67,6 +69,7 @@ class Options(OtherOptions, total=False):
     keep: SiteKeep | ThresholdTable | str | Path | None
     preset: Literal["quality", "balanced", "fast"] | None
     process_group: ProcessGroup | None
+    exact_tokens: ExactTokenOption | None
 
 
 _HOW = ("compile", "mode", "options", "dynamic", "inner", "process_group")
@@ -91,6 +94,7 @@ def configure(**options: Unpack[Options]) -> None:
     given: dict[str, Any] = {"threshold": None, "keep": None, "preset": None, "token_order": None, **options}
     how = {name: given.pop(name, None) for name in _HOW}
     require(how["compile"] in (None, True, False, "blocks"), "compile", "True, False or 'blocks'", repr(how["compile"]))
+    check_exact_tokens(given.pop("exact_tokens", None))
     threshold, keep, preset, order = (given.pop(name) for name in ("threshold", "keep", "preset", "token_order"))
     SkipSettings(**api.chosen_options(threshold, keep, preset, order, given))
     _options = options

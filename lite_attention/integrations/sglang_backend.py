@@ -199,7 +199,7 @@ def _told(step: Any) -> float | None:
     """Return what a forward context says of its step: a number, or a timestep; None = it is no denoising step."""
     if isinstance(step, torch.Tensor):
         step = float(step.flatten()[0]) if step.numel() else None
-    if isinstance(step, bool) or not isinstance(step, Real) or not step >= 0:  # nor is NaN
+    if isinstance(step, bool) or not isinstance(step, Real) or not float(step) >= 0:  # nor is NaN
         return None
     return int(step) if isinstance(step, Integral) else float(step)
 

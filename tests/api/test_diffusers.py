@@ -45,7 +45,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def enable(target: Any, compile: bool | str = True, **options: Any) -> Any:
-    options = {"inner": "aot_eager", "threshold": THRESHOLD, "tile_shape": TILE} | options
+    options = {"inner": "aot_eager", "threshold": THRESHOLD, "tile_shape": TILE, "exact_tokens": None} | options
     return lite_attention.enable(target, compile=compile, **options)
 
 

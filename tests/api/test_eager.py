@@ -40,7 +40,7 @@ def no_mode_is_left_behind() -> Iterator[None]:
 
 
 def enable(model: nn.Module, **options: Any) -> Any:
-    options = {"threshold": THRESHOLD, "tile_shape": TILE, "num_steps": STEPS} | options
+    options = {"threshold": THRESHOLD, "tile_shape": TILE, "num_steps": STEPS, "exact_tokens": None} | options
     return lite_attention.enable(model, compile=False, **options)
 
 

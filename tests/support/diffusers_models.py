@@ -21,6 +21,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MiniMaxH3Transformer3DModel,
     MochiTransformer3DModel,
     WanTransformer3DModel,
 )
@@ -236,6 +237,33 @@ def _mochi_inputs(step: int = 0, seed: int = 0, text: int = 12) -> Inputs:
     }
 
 
+def _minimax_h3() -> nn.Module:
+    return MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=32, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+        in_channels=4, audio_in_channels=4, patch_size=(1, 1, 1), text_dim=16, freq_dim=16, time_embed_hidden_dim=16,
+        time_embed_dim=16, rope_freq_dim=2,
+    )  # fmt: skip
+
+
+def _minimax_h3_inputs(step: int = 0, seed: int = 0, text: int = 24, reference: int = 16, audio: int = 16) -> Inputs:
+    """160 rows: text, a picture for reference, audio, and the video."""
+    video = 160 - text - reference - audio
+    kinds = torch.tensor([0, 1, 2, 3]).repeat_interleave(torch.tensor([text, reference, audio, video]))
+    rows = torch.arange(160)
+    return {
+        "hidden_states": tokens(reference + video, 4, step, seed),
+        "audio_hidden_states": tokens(audio, 4, step, seed + 3),
+        "encoder_hidden_states": noise(1, text, 16, seed=seed + 7),
+        "timestep": torch.tensor([1.0, 0.9 - 0.05 * step, 0.8 - 0.05 * step]),
+        "timestep_indices": torch.tensor([0, 0, 1, 2])[kinds],
+        "token_tags": torch.tensor([1, 0, 2, 0])[kinds],
+        "position_ids": rows[:, None].expand(-1, 3),
+        "video_indices": rows[(kinds == 1) | (kinds == 3)],
+        "audio_indices": rows[kinds == 2],
+        "text_indices": rows[kinds == 0],
+    }
+
+
 def _paths(blocks: str, count: int, *modules: str) -> list[str]:
     return [f"{blocks}.{layer}.{module}" for layer in range(count) for module in modules]
 
@@ -244,6 +272,11 @@ _LTX2_MODULES = ("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video
 _JOINT = [*_paths("transformer_blocks", 2, "attn"), *_paths("single_transformer_blocks", 2, "attn")]
 _REFINER = "context_embedder.token_refiner.refiner_blocks.0.attn"
 
+MINIMAX_H3 = Case(
+    "MiniMax-H3", _minimax_h3, _minimax_h3_inputs,
+    ["token_refiner.refiner_blocks.0.attn", *_paths("transformer_blocks", 2, "attn")],
+    ["token_refiner.refiner_blocks.0.attn", *_paths("transformer_blocks", 2, "attn")],
+)  # fmt: skip
 WAN = Case(
     "Wan", _wan, _wan_inputs, _paths("blocks", 3, "attn1", "attn2"), _paths("blocks", 3, "attn1"),
     {".attn2": "cross-attention"},

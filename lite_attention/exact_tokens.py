@@ -1,0 +1,238 @@
+"""Tokens that are never skipped, and whose own attention skips nothing: text, audio, references beside a video.
+
+They keep their tiles: behind each forward, the bits of all tiles that hold one of them, as a query or as a key, are
+taken out of the masks. So no op knows of them, and compiled code is the same with and without.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from lite_attention.ops.arguments import require
+from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops.shard import WHOLE, Shard
+from lite_attention.ops.site import Site
+from lite_attention.ops.site_state import SiteState
+from lite_attention.ops.threads import PerThread
+from lite_attention.ops.tiles import ceil_div
+from lite_attention.token_grid import arguments_of, grid_of_call
+from lite_attention.token_slices import TokenSlice, check_slices, ranges_of
+
+if TYPE_CHECKING:
+    from lite_attention.compile.records import SiteRecord, StateKey
+    from lite_attention.compile.store import StateStore
+
+__all__ = ["ExactTokenOption", "ExactTokens", "check_exact_tokens", "keep_exact"]
+
+_Slices = Sequence[Sequence[int | None]]
+
+# "auto"; or slices of the sequence of each site; or a callable that is given a `Site` and returns one of the two.
+ExactTokenOption = Literal["auto"] | _Slices | Callable[[Site], Literal["auto"] | _Slices | None]
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+def check_exact_tokens(given: object) -> None:
+    """Raise ValueError unless an argument is None, "auto", a list of slices that may hold a token, or a callable."""
+    if given is not None and not callable(given):
+        _slices(given)
+
+
+def _slices(given: object) -> Literal["auto"] | tuple[TokenSlice, ...]:
+    if isinstance(given, str):
+        require(given == "auto", "exact_tokens", "'auto', or a list of pairs [start, end]", repr(given))
+        return "auto"
+    return () if given is None else check_slices("exact_tokens", given)
+
+
+# ---- where the picture stands, by the class of the model -------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Where the tokens of the picture stand in the joint sequence; all others are of text, audio or references."""
+
+    start: int
+    tokens: int
+    behind: int | None = None  # tokens behind it; None = any number
+
+    def fits(self, tokens: int) -> bool:
+        """Return whether a sequence of so many tokens may be the joint one."""
+        end = self.start + self.tokens
+        return tokens >= end if self.behind is None else tokens == end + self.behind
+
+    def ranges(self, tokens: int) -> Ranges:
+        """Return the ranges that are not of the picture in a sequence of so many tokens."""
+        if self.fits(tokens):
+            parts = (0, self.start), (self.start + self.tokens, tokens)
+            return tuple((start, end) for start, end in parts if start < end)
+        return () if tokens == self.tokens else ((0, tokens),)  # the picture alone, or text or audio alone
+
+
+def _minimax_h3(given: Mapping[str, Any], _: int | None) -> Layout | None:
+    """The picture is the last rows; rows of a picture before them are of references."""
+    tags = given.get("token_tags")
+    if not isinstance(tags, torch.Tensor) or tags.dim() != 1:
+        return None
+    others = torch.nonzero(tags)
+    start = int(others[-1]) + 1 if len(others) else 0
+    return Layout(start, tags.shape[0] - start, 0)
+
+
+def _alone(given: Mapping[str, Any], _: int | None) -> Layout | None:
+    latents = given.get("hidden_states")
+    return Layout(0, latents.shape[1], 0) if isinstance(latents, torch.Tensor) and latents.dim() == 3 else None
+
+
+def _text_behind(_: Mapping[str, Any], tokens: int | None) -> Layout | None:
+    return None if tokens is None else Layout(0, tokens)
+
+
+def _text_first(given: Mapping[str, Any], tokens: int | None) -> Layout | None:
+    text = given.get("encoder_hidden_states")
+    return Layout(text.shape[1], tokens, 0) if tokens is not None and isinstance(text, torch.Tensor) else None
+
+
+_LAYOUTS: dict[str, Callable[[Mapping[str, Any], int | None], Layout | None]] = {
+    "CogVideoXTransformer3DModel": _text_first,
+    "HunyuanVideo15Transformer3DModel": _text_behind,
+    "HunyuanVideoTransformer3DModel": _text_behind,
+    "LTX2VideoTransformer3DModel": _alone,  # its audio is a sequence of its own
+    "MiniMaxH3Transformer3DModel": _minimax_h3,
+}
+
+
+def layout_of_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout | None:
+    """Return where the picture stands in a call of a model; None where the model, or the call, is not known."""
+    layout = next((_LAYOUTS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _LAYOUTS), None)
+    if layout is None:
+        return None
+    grid = grid_of_call(model, args, kwargs)
+    return layout(arguments_of(model, args, kwargs), None if grid is None else math.prod(grid))
+
+
+# ---- keeping them ----------------------------------------------------------------------------------------------------
+
+
+def keep_exact(state: SiteState, ranges: Ranges, shard: Shard = WHOLE) -> None:
+    """Let the next call of a state compute all tiles that hold a token of some ranges, as a query or as a key.
+
+    Args:
+        state: at the sizes that it has room for.
+        ranges: (start, end) in the sequence of the keys; the queries are those of the same tokens.
+        shard: which of them are here.
+    """
+    may_skip = _may_skip(state, ranges, shard)
+    state.skip_mask.bitwise_and_(may_skip)
+    if state.initial_mask is not None:
+        state.initial_mask.bitwise_and_(may_skip)
+
+
+class _Made(NamedTuple):
+    """The words of a state, and what they were made of."""
+
+    ranges: Ranges
+    shard: Shard
+    words: torch.Tensor
+
+
+_made: weakref.WeakKeyDictionary[SiteState, _Made] = weakref.WeakKeyDictionary()
+
+
+def _kept(state: SiteState) -> Ranges:
+    return _made[state].ranges if state in _made else ()
+
+
+def _may_skip(state: SiteState, ranges: Ranges, shard: Shard) -> torch.Tensor:
+    """Return the words [q_tiles, k_words] of the tiles without any of the tokens; made once for each state."""
+    made, device = _made.get(state), state.skip_mask.device
+    if made is not None and made[:2] == (ranges, shard) and made.words.device == device:
+        return made.words
+    _, _, seq_q, seq_k = state.capacity
+    keys = torch.zeros(seq_k, dtype=torch.bool, device="cpu")
+    for start, end in ranges:
+        keys[start:end] = True
+    first = shard.query_start(seq_q, seq_k) or 0
+    queries = keys[first : first + seq_q] if first or seq_q == seq_k else keys.new_zeros(seq_q)
+    rows, columns = _any_of(queries, state.tile_m), _any_of(keys, state.tile_n)
+    words = pack_bits(~(rows[:, None] | columns)).to(device)
+    _made[state] = _Made(ranges, shard, words)
+    return words
+
+
+def _any_of(tokens: torch.Tensor, tile: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(tokens, (0, ceil_div(len(tokens), tile) * tile - len(tokens)))
+    return padded.view(-1, tile).any(1)
+
+
+class ExactTokens:
+    """Keeps the exact tokens of an enabled model.
+
+    Args:
+        model: the model; it is not kept alive.
+        store: its sites and states.
+        option: which tokens, for all its sites.
+    """
+
+    def __init__(self, model: nn.Module, store: StateStore, option: ExactTokenOption | None) -> None:
+        self._model, self._store, self._option = weakref.ref(model), store, option
+        self._layout: PerThread[list[Layout | None]] = PerThread(lambda: [None])
+        self._slices: weakref.WeakKeyDictionary[SiteState, Literal["auto"] | tuple[TokenSlice, ...]]
+        self._slices = weakref.WeakKeyDictionary()
+        store.on_birth = self._on_birth
+
+    def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note the layout of a forward that is about to run; states that were of another one start fresh."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # reading it waits for the device
+        here, layout = self._layout(), layout_of_call(self._model(), args, kwargs)
+        before, here[0] = here[0], layout
+        if layout is None or before is None or layout == before:
+            return
+        for record in self._store.records:
+            for key, state in self._states(record):
+                if layout.fits(key[0][2]) and self._ranges(key, state) != _kept(state):
+                    self._keep(record, key, state)
+                    state.start_fresh()
+
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what runs the model, and takes the tiles of exact tokens out of the masks behind it."""
+
+        def run_exactly(*args: Any, **kwargs: Any) -> Any:
+            result = run(*args, **kwargs)
+            session, forward = id(self._store.session), self._store.forward.number
+            for record in self._store.records:
+                if record.ran_in == forward:
+                    for key, state in self._states(record):
+                        if state is record.recent.get(session):
+                            self._keep(record, key, state)
+            return result
+
+        return run_exactly
+
+    def _states(self, record: SiteRecord) -> list[tuple[StateKey, SiteState]]:
+        """Return the states of a site in this thread."""
+        session = id(self._store.session)
+        return [(key, state) for key, state in [*record.states.items()] if key[3] == session]
+
+    def _on_birth(self, record: SiteRecord, key: StateKey, state: SiteState, site: Site) -> None:
+        self._slices[state] = _slices(self._option(site) if callable(self._option) else self._option)
+        self._keep(record, key, state)
+
+    def _keep(self, record: SiteRecord, key: StateKey, state: SiteState) -> None:
+        record.exact_tokens = self._ranges(key, state)
+        if record.exact_tokens or _kept(state):
+            keep_exact(state, record.exact_tokens, key[4])
+
+    def _ranges(self, key: StateKey, state: SiteState) -> Ranges:
+        """Return the ranges of exact tokens in the sequence of a state."""
+        tokens, slices = key[0][2], self._slices[state]
+        if slices != "auto":
+            return tuple(ranges_of(slices, tokens))
+        layout = self._layout()[0]
+        return () if layout is None else layout.ranges(tokens)
