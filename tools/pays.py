@@ -86,8 +86,8 @@ Numbers behind the presets are seconds, and how many times as fast as with PyTor
   Images of 1024 x 1024 have some 4,600 tokens.
 * **With few steps.** A generation of 8 steps or fewer computes 75 % and more of the tiles with any preset, since
   neighbors are far apart. At 4 steps it saves next to nothing.
-* **Where quality at fewer steps is good enough.** On the small model that is measured here, fewer steps were as good
-  below 46 % of the attention of 20 steps, and at 50 steps the residual was ahead by little. See [results](results.md).
+* **Where fewer steps are good enough.** On the small model that is measured here, they were as good below 46 % of the
+  attention of 20 steps. At 50 steps the residual was ahead by little. See [results](results.md).
 * **Where memory is short.** Presets keep two residuals for each layer and branch. For Wan 14B at 720p that is 34 GB for
   each of two branches. `memory="host"` keeps them in the host's memory; votes need next to nothing.
 * **On a CPU**, unless more than half of the tiles are skipped.
@@ -113,7 +113,7 @@ How far that holds: two layers of Wan 14B at 75,600 tokens, estimated from the n
 | ours, 42 % skipped | {some:.2f} | 0.61 |
 | ours, 77 % skipped | {most:.2f} | 0.41 |
 
-The commands are in [the notebook](performance.md#a-step-of-a-model). This page is made by `python -m tools.pages`.
+The commands are in [performance](performance.md#a-step-of-a-model). This page is made by `python -m tools.pages`.
 """
 
 

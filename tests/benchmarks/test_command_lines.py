@@ -22,6 +22,7 @@ COMMANDS = [
 ]
 GPU = ["attention", "ceilings", "host", "model", "portable", "runner"]
 WRONG = """
+benchmarks.accuracy --tokens 0
 benchmarks.attention --seconds 0
 benchmarks.attention --shapes 1,2,3
 benchmarks.attention --shapes 1,0,128,64
