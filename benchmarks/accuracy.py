@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -58,19 +59,20 @@ def beside_a_sink(queries: int, tokens: int, dim: int, nats: float) -> Inputs:
 
 DATA: dict[str, Callable[[int, int, int], Inputs]] = {
     "normal": normal,
-    "2 nats": lambda *sizes: normal(*sizes, deviation=2.0),
-    "4 nats": lambda *sizes: normal(*sizes, deviation=4.0),
+    "2 nats": partial(normal, deviation=2.0),
+    "4 nats": partial(normal, deviation=4.0),
     "channels far from zero": far_from_zero,
     "outlying channels": outlying_channels,
-    "a sink of 6 nats": lambda *sizes: beside_a_sink(*sizes, nats=6.0),
-    "a sink of 12 nats": lambda *sizes: beside_a_sink(*sizes, nats=12.0),
+    "a sink of 6 nats": partial(beside_a_sink, nats=6.0),
+    "a sink of 12 nats": partial(beside_a_sink, nats=12.0),
 }
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return attention in float64, [S, D]."""
     q, k, v = (x[0, :, 0].double() for x in (q, k, v))
-    return (q @ k.T * q.shape[1] ** -0.5).softmax(-1) @ v
+    out: torch.Tensor = (q @ k.T * q.shape[1] ** -0.5).softmax(-1) @ v
+    return out
 
 
 def weights_of_bits(scores: torch.Tensor) -> torch.Tensor:
