@@ -14,6 +14,8 @@ import pytest
 import lite_attention
 from lite_attention import LiteAttentionBackend, ThresholdTable
 from tests.support import pipelines
+from tests.support.example_of_ranks import run_example
+from tests.support.ranks import ranks_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {"tile_shape": (16, 16)}
@@ -79,6 +81,17 @@ def test_export(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pyte
     assert ": skips" in capsys.readouterr().out
 
 
+def test_two_gpus(tmp_path: Path) -> None:
+    """Both processes end with the whole video; one of them writes it."""
+    arguments = [*saved(pipelines.wan, tmp_path / "wan"), *WAN]
+    example, folder = str(EXAMPLES / "two_gpus.py"), str(tmp_path)
+    with ranks_of(2) as ranks:
+        videos = ranks.run(run_example, example, folder, arguments)
+    assert (tmp_path / "wan.mp4").read_bytes() == b"video"
+    assert videos[0].shape == (5, 32, 16, 3)
+    assert (videos[0] == videos[1]).all()
+
+
 def test_none_is_left_out() -> None:
-    tested = {"diffusers_wan", "ltx", "calibrate", "compile_any_model", "export_aoti"}
+    tested = {"diffusers_wan", "ltx", "calibrate", "compile_any_model", "export_aoti", "two_gpus"}
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
