@@ -88,6 +88,15 @@ def test_unchanged_inputs_give_the_same() -> None:
         torch.testing.assert_close(lse, outs[0][1], atol=2e-3, rtol=0)
 
 
+def test_values_too_small_to_be_scaled() -> None:
+    """448 divided by the largest residual of a row would be infinite, and the zeros among the others NaN."""
+    case = ResidualCase.make(seq_q=500, seq_k=500, plan=[2, 1, 0, 1, 0], keep=0.2, residual_dtype="fp8")
+    case.inputs.v.mul_(2.0**-122)[..., :32] = 0
+    for _ in range(5):
+        out, _ = case.call(KERNEL, case.state)
+        assert out.isfinite().all()
+
+
 def test_repeats_are_equal() -> None:
     case = ResidualCase.make(batch=2, seq_q=3000, seq_k=3000, heads=4, kv_heads=4, plan=[2, 1, 0, 2, 0], keep=0.2)
     first = None
