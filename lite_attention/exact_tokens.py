@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from lite_attention.compile.records import SiteRecord, StateKey
     from lite_attention.compile.store import StateStore
 
-__all__ = ["ExactTokenOption", "ExactTokens", "check_exact_tokens", "keep_exact"]
+__all__ = [
+    "ExactTokenOption",
+    "ExactTokens",
+    "Layout",
+    "Ranges",
+    "check_exact_tokens",
+    "exact_slices",
+    "exactly",
+    "keep_exact",
+]
 
 _Slices = Sequence[Sequence[int | None]]
 
@@ -37,14 +46,21 @@ ExactTokenOption = Literal["auto"] | _Slices | Callable[[Site], Literal["auto"] 
 
 Ranges = tuple[tuple[int, int], ...]
 
+_T = TypeVar("_T")
+
 
 def check_exact_tokens(given: object) -> None:
     """Raise ValueError unless an argument is None, "auto", a list of slices that may hold a token, or a callable."""
     if given is not None and not callable(given):
-        _slices(given)
+        exact_slices(given)
 
 
-def _slices(given: object) -> Literal["auto"] | tuple[TokenSlice, ...]:
+def exact_slices(given: object) -> Literal["auto"] | tuple[TokenSlice, ...]:
+    """Return "auto", or the slices that an argument holds.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if isinstance(given, str):
         require(given == "auto", "exact_tokens", "'auto', or a list of pairs [start, end]", repr(given))
         return "auto"
@@ -131,6 +147,23 @@ def keep_exact(state: SiteState, ranges: Ranges, shard: Shard = WHOLE) -> None:
     state.skip_mask.bitwise_and_(may_skip)
     if state.initial_mask is not None:
         state.initial_mask.bitwise_and_(may_skip)
+
+
+def exactly(state: SiteState, ranges: Ranges, attend: Callable[[], _T]) -> _T:
+    """Return what attention with a state gives, with the tiles of exact tokens in it, now and at the next call.
+
+    Args:
+        state: of the call.
+        ranges: as `keep_exact` takes them; a state that kept others starts fresh.
+        attend: attends with the state.
+    """
+    if ranges != _kept(state):
+        keep_exact(state, ranges)
+        state.start_fresh()
+    result = attend()
+    if ranges:
+        keep_exact(state, ranges)
+    return result
 
 
 class _Made(NamedTuple):
@@ -221,7 +254,7 @@ class ExactTokens:
         return [(key, state) for key, state in [*record.states.items()] if key[3] == session]
 
     def _on_birth(self, record: SiteRecord, key: StateKey, state: SiteState, site: Site) -> None:
-        self._slices[state] = _slices(self._option(site) if callable(self._option) else self._option)
+        self._slices[state] = exact_slices(self._option(site) if callable(self._option) else self._option)
         self._keep(record, key, state)
 
     def _keep(self, record: SiteRecord, key: StateKey, state: SiteState) -> None:

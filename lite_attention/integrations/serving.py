@@ -6,6 +6,7 @@ each call whether LiteAttention is to run it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lite_attention.compile.store import StateStore
+from lite_attention.exact_tokens import exactly
 from lite_attention.integrations.serving_options import ServingOptions, layer_index
 from lite_attention.ops import Session
 from lite_attention.ops.clock import Clock
@@ -120,6 +122,7 @@ class ServedAttention:
         v: torch.Tensor,
         *,
         key_mask: torch.Tensor | None = None,
+        picture: tuple[int, int] | None = None,
         return_lse: bool = False,
     ) -> Any:
         """Attend with a memory, or return None: then the call is one for dense attention.
@@ -130,6 +133,7 @@ class ServedAttention:
             k: (batch, seq_k, kv_heads, head_dim).
             v: (batch, seq_k, kv_heads, value_dim).
             key_mask: bool (batch or 1, seq_k), True = the key takes part.
+            picture: (start, end) of the tokens that are not of text, audio or references; None = it is not told.
             return_lse: also return the log-sum-exp.
 
         Returns:
@@ -138,6 +142,8 @@ class ServedAttention:
         """
         if not self._here().skips or layer.index in self.options.dense_layers:
             return None
+        if return_lse and self.options.exact_tokens not in ("auto", ()):
+            self.store.say("parts of a sequence do not tell which tokens they are of: exact_tokens does not hold there")
         site = Site(layer.name, "Attention", 0, q.shape, k.shape, v.shape, q.dtype, q.device, is_self_attention=True)
         reason = self._reason(site, return_lse)
         if reason is not None:
@@ -148,10 +154,11 @@ class ServedAttention:
         state = self.store.state(record, (q.shape[0], q.shape[1], k.shape[1]), q.device)
         self.store.note(record, state)
         settings = self.store.settings
-        return METHODS[settings.method].attend(
-            q, k, v, state, scale=layer.scale, return_lse=return_lse, must_do=self.options.must_do(k.shape[1]),
+        attend = functools.partial(
+            METHODS[settings.method].attend, q, k, v, state, scale=layer.scale, return_lse=return_lse,
             key_mask=key_mask, quantization=settings.quantization, implementation=settings.implementation,
         )  # fmt: skip
+        return exactly(state, () if return_lse else self.options.exact_ranges(k.shape[1], picture), attend)
 
     def _reason(self, site: Site, is_part: bool) -> str | None:
         """Return why a call cannot skip, None if it can; where it is a part of one, it has other keys than queries."""

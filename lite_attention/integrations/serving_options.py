@@ -7,22 +7,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lite_attention.compile.settings import SkipSettings
+from lite_attention.exact_tokens import Layout, Ranges, exact_slices
 from lite_attention.integrations.numbers import numbers_in
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.presets import preset_of
-from lite_attention.token_slices import TokenSlice, check_slices, ranges_of
+from lite_attention.token_slices import TokenSlice, ranges_of
 
 __all__ = ["ServingOptions", "layer_index", "mapping_of"]
 
 # Options of `SkipSettings` that JSON cannot say.
 _CALLABLES = {"select", "initial_mask"}
 _OF_SETTINGS = {field.name for field in fields(SkipSettings)} - _CALLABLES
-_OWN = {"preset", "dense_steps", "dense_layers", "sinks"}
+_OWN = {"preset", "dense_steps", "dense_layers", "exact_tokens"}
 _BY_STEP = {"threshold": (-1, 1), "keep": (-1,)}  # shapes that tables of steps have
 
 _SLOTS = {"votes": 3, "residual": 2}  # as `enable` has them
@@ -36,15 +37,15 @@ class ServingOptions:
         settings: of the sites, as `enable` has them.
         dense_steps: so many steps at the beginning are dense, and neither vote nor skip.
         dense_layers: numbers of the layers that stay dense.
-        sinks: ranges of keys that are always computed, as slices: (start, end), where a negative number counts from the
-            end, and None is the start or the end.
+        exact_tokens: slices of the sequence that are never skipped, and whose own attention skips nothing; "auto" is
+            what is not of the picture, where a host tells.
         preset: whose options depend on the number of steps of a request; None = all is said.
     """
 
     settings: SkipSettings
     dense_steps: int = 0
     dense_layers: frozenset[int] = frozenset()
-    sinks: tuple[TokenSlice, ...] = ()
+    exact_tokens: Literal["auto"] | tuple[TokenSlice, ...] = "auto"
     preset: str | None = None
 
     @classmethod
@@ -57,7 +58,7 @@ class ServingOptions:
                 "preset": "quality", "balanced" or "fast", see `lite_attention.presets`;
                 "dense_steps": a number; with the method "residual" it is another name for `first_full`;
                 "dense_layers": a number, a list of numbers, or text such as "0,1,38-39";
-                "sinks": a list of pairs, such as [[0, 226], [-256, null]].
+                "exact_tokens": "auto", or a list of pairs, such as [[0, 226], [-256, null]].
 
         Raises:
             ValueError: an option that there is not, or one that is out of range.
@@ -75,12 +76,19 @@ class ServingOptions:
         if given.get("method") == "residual" and dense_steps:
             require("first_full" not in given, "dense_steps", "none beside first_full", dense_steps)
             given["first_full"], dense_steps = dense_steps, 0
-        layers, sinks = _layers(own.get("dense_layers")), check_slices("sinks", own.get("sinks", ()))
-        return cls(SkipSettings(**given), dense_steps, layers, sinks, preset if is_open else None)
+        layers, exact = _layers(own.get("dense_layers")), exact_slices(own.get("exact_tokens", "auto"))
+        return cls(SkipSettings(**given), dense_steps, layers, exact, preset if is_open else None)
 
-    def must_do(self, seq_k: int) -> tuple[int, ...] | None:
-        """Return the sinks as ranges [start, end, ...] of so many keys; None = there are none."""
-        return tuple(end for sink in ranges_of(self.sinks, seq_k) for end in sink) or None
+    def exact_ranges(self, tokens: int, picture: tuple[int, int] | None) -> Ranges:
+        """Return the ranges of exact tokens in a sequence of so many.
+
+        Args:
+            tokens: of the sequence.
+            picture: (start, end) of what is not text, audio or a reference; None = it is not told.
+        """
+        if self.exact_tokens != "auto":
+            return tuple(ranges_of(self.exact_tokens, tokens))
+        return () if picture is None else Layout(picture[0], picture[1] - picture[0]).ranges(tokens)
 
 
 def _with_preset(preset: Any, given: dict[str, Any]) -> dict[str, Any]:

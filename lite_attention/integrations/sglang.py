@@ -2,7 +2,7 @@
 
 ```
 sglang generate --model-path ... --attention-backend lite_attention \\
-    --attention-backend-config '{"preset": "balanced", "dense_layers": "0,1", "sinks": [[0, 226]]}'
+    --attention-backend-config '{"preset": "balanced", "dense_layers": "0,1", "exact_tokens": [[0, 226]]}'
 ```
 
 SGLang finds `register` by its entry point, wherever both packages are installed. The options are those of

@@ -11,7 +11,8 @@ configured with is closed, so the options are in the environment, which its work
 
 The step is what the pipeline publishes; where it publishes none, it ends where a branch runs a second time. Branches
 are told apart by the arguments of `predict_noise`. A generation begins with each forward context; where steps are
-published, with each that does not go on from the last step.
+published, with each that does not go on from the last step. Exact tokens are by themselves what stands beside the
+video, where the model tells (MiniMax-H3).
 
 Cross-attention, causal attention, attention that is causal outside of some spans (HunyuanImage 3, HiDream-O1), and
 masks that differ per query stay with the backend that vLLM-Omni takes by itself. Ring attention goes past all backends,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import weakref
 from dataclasses import dataclass, field
@@ -127,7 +128,8 @@ class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
         key_mask = None if mask is None else _key_mask(mask, key)
         may_skip = self._may_skip and spans is None and (mask is None) == (key_mask is None)
         if may_skip and self._served.follow(self._layer):
-            out = self._served.attend(self._layer, query, key, value, key_mask=key_mask)
+            picture = _picture(getattr(attn_metadata, "video_layout", None))
+            out = self._served.attend(self._layer, query, key, value, key_mask=key_mask, picture=picture)
             if out is not None:
                 return out  # type: ignore[no-any-return]
         dense = self._dense if mask is None else self._masked
@@ -140,6 +142,16 @@ def _key_mask(mask: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
         mask = mask[:, 0, 0]
     is_of_keys = mask.dim() == 2 and mask.shape[0] in (1, key.shape[0]) and mask.shape[1] == key.shape[1]
     return mask.bool() if is_of_keys else None
+
+
+def _picture(layout: Any) -> tuple[int, int] | None:
+    """Return where the video that is made stands, (start, end), as a model tells it; None = it does not."""
+    if layout is None:
+        return None
+    targets = [(span.start, span.length) for span in layout.video_spans if span.role == "target"]
+    if layout.prefix_len is not None and layout.latent_grid is not None:
+        targets.append((layout.prefix_len, math.prod(layout.latent_grid)))
+    return (targets[-1][0], sum(targets[-1])) if targets else None
 
 
 def _dense_backend(head_size: int) -> Any:

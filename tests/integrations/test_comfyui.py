@@ -19,6 +19,7 @@ from lite_attention.integrations.comfyui.options import NodeOptions, exact_range
 from lite_attention.integrations.comfyui.patch import Patch
 from lite_attention.integrations.comfyui.schedule import Schedule
 from lite_attention.ops import ResidualState, SkipState, step_plan
+from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.presets import preset_of
 
 HEADS, HEAD_DIM, TOKENS = 2, 16, 256
@@ -260,19 +261,51 @@ def test_a_block_that_is_left_out_does_not_move_the_others() -> None:
     assert all(torch.equal(*each) for each in zip(outs, by_hand(1).values(), strict=True))
 
 
-def test_exact_tokens() -> None:
-    """Ranges are must_do for all queries, and their own rows are dense."""
-    host = Host(one_block, options(exact_tokens="0:64, -40:"))
+def peaked(sigma: float) -> Qkv:
+    """Return inputs of which all attend to the first 64 tokens, so that votes skip others."""
+    q, k, v = inputs(sigma, 0)
+    k[:, :64] *= 4
+    return q, k, v
+
+
+def exact_by_hand(state: Any) -> list[torch.Tensor]:
+    """Return what a state gives whose tiles of the tokens 128 to 192 are taken out of its masks."""
+    outs = []
+    m, n = state.tile_m, state.tile_n
+    for step, sigma in enumerate(SIGMAS[:-1].tolist()):
+        state.set_step(step)
+        if isinstance(state, ResidualState):
+            state.set_time(sigma)
+        attend = residual_attention if isinstance(state, ResidualState) else skip_attention
+        outs.append(flat(attend(*peaked(sigma), state)))
+        bits = unpack_bits(state.skip_mask, state.tiles[1])
+        bits[..., 128 // m : -(-192 // m), :] = False
+        bits[..., 128 // n : -(-192 // n)] = False
+        state.skip_mask.copy_(pack_bits(bits))
+    return outs
+
+
+@pytest.mark.parametrize("preset", ["balanced", "votes"])
+def test_exact_tokens(preset: str) -> None:
+    """They stay as keys, and their own rows are dense."""
+
+    def model(attend: Any, told: dict[str, Any]) -> torch.Tensor:
+        return attend(*map(flat, peaked(float(told["sigmas"][0]))), HEADS)
+
+    host = Host(model, options(preset=preset, threshold=-1.0, exact_tokens="128:168, 176:192"))
     outs = host.sample(lambda: [host.forward(sigma) for sigma in SIGMAS[:-1].tolist()])
-    expected = [*by_hand(0, must_do=[0, 64, TOKENS - 40, TOKENS]).values()]
-    for sigma, out, of_state in zip(SIGMAS.tolist(), outs, expected, strict=False):
-        rows = dense(0, sigma)
-        assert_close(out[:, :64], rows[:, :64])
-        assert_close(out[:, -40:], rows[:, -40:])
-        assert torch.equal(out[:, 64:-40], of_state[:, 64:-40])
-    assert not all(
-        torch.equal(*each) for each in zip(expected, by_hand(0).values(), strict=True)
-    )  # must_do says something
+    choice = preset_of("balanced", STEPS)
+    state: Any = ResidualState.for_inputs(
+        *inputs(1.0, 0), plan=step_plan(STEPS, full_every=choice.full_every), keep=choice.keep, slots=1,
+        residual_dtype="bf16", auto_step=False,
+    )  # fmt: skip
+    if preset == "votes":
+        state = SkipState.for_inputs(*inputs(1.0, 0)[:2], threshold=-1.0, slots=1, auto_step=False)
+    for sigma, out, expected in zip(SIGMAS.tolist(), outs, exact_by_hand(state), strict=False):
+        assert torch.equal(out, expected)
+        rows = flat(attention(*peaked(sigma)))
+        assert_close(out[:, 128:192], rows[:, 128:192])
+    assert 0.1 < float(state.sparsity()) < 0.5
 
 
 SEGMENTS = [(0, 10, "text"), (10, 30, "audio"), (30, 90, "video"), (90, 100, "cond")]

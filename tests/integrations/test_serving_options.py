@@ -34,8 +34,13 @@ def test_nothing_said_is_what_enable_has() -> None:
     options = ServingOptions.of(None)
     settings = options.settings
     assert (settings.method, settings.threshold, settings.slots) == ("votes", -10.0, 3)
-    assert (options.dense_steps, options.dense_layers, options.sinks, options.preset) == (0, frozenset(), (), None)
-    assert options.must_do(100) is None
+    assert (options.dense_steps, options.dense_layers, options.exact_tokens, options.preset) == (
+        0,
+        frozenset(),
+        "auto",
+        None,
+    )
+    assert options.exact_ranges(100, None) == ()
 
 
 @pytest.mark.parametrize(
@@ -86,17 +91,20 @@ def test_dense_layers(layers: object, expected: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sinks", "expected"),
+    ("given", "expected"),
     [
-        ([[0, 20]], (0, 20)),
-        ([[None, 20], [-30, None]], (0, 20, 70, 100)),
-        ([[90, 200], [-500, 5]], (0, 5, 90, 100)),
-        ([[10, 30], [0, 20]], (0, 30)),
-        ([[50, -60]], None),  # in so few keys
+        ([[0, 20]], ((0, 20),)),
+        ([[None, 20], [-30, None]], ((0, 20), (70, 100))),
+        ([[90, 200], [-500, 5]], ((0, 5), (90, 100))),
+        ([[10, 30], [0, 20]], ((0, 30),)),
+        ([[50, -60]], ()),  # in so few tokens
+        ([], ()),
+        (None, ()),
+        ("auto", ((0, 10), (80, 100))),
     ],
 )
-def test_sinks_are_slices(sinks: list[list[int]], expected: tuple[int, ...] | None) -> None:
-    assert ServingOptions.of({"sinks": sinks}).must_do(100) == expected
+def test_exact_tokens_are_slices_or_what_is_not_of_the_picture(given: object, expected: tuple[int, ...]) -> None:
+    assert ServingOptions.of({"exact_tokens": given}).exact_ranges(100, (10, 80)) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,14 +129,14 @@ def test_sinks_are_slices(sinks: list[list[int]], expected: tuple[int, ...] | No
         ({"dense_layers": "0-99999999999"}, "dense_layers: expected numbers up to 9999"),
         ({"dense_layers": [-1]}, "dense_layers: expected a number"),
         ({"dense_layers": [True]}, "dense_layers: expected a number"),
-        ({"sinks": [0, 226]}, "sinks: expected a list of pairs"),
-        ({"sinks": "0-226"}, "sinks: expected a list of pairs"),
-        ({"sinks": [[0, 1.5]]}, "sinks: expected a list of pairs"),
-        ({"sinks": [[0, 8], [50, 40]]}, r"sinks: expected a start before its end, got \[50, 40\]"),
-        ({"sinks": [[20, 20]]}, "sinks: expected a start before its end"),
-        ({"sinks": [[-5, -9]]}, "sinks: expected a start before its end"),
-        ({"sinks": [[None, 0]]}, "sinks: expected a start before its end"),
-        ({"sinks": 5}, "sinks: expected a list of pairs"),
+        ({"exact_tokens": [0, 226]}, "exact_tokens: expected a list of pairs"),
+        ({"exact_tokens": "0-226"}, "exact_tokens: expected 'auto', or a list of pairs"),
+        ({"exact_tokens": [[0, 1.5]]}, "exact_tokens: expected a list of pairs"),
+        ({"exact_tokens": [[0, 8], [50, 40]]}, r"exact_tokens: expected a start before its end, got \[50, 40\]"),
+        ({"exact_tokens": [[20, 20]]}, "exact_tokens: expected a start before its end"),
+        ({"exact_tokens": [[-5, -9]]}, "exact_tokens: expected a start before its end"),
+        ({"exact_tokens": [[None, 0]]}, "exact_tokens: expected a start before its end"),
+        ({"exact_tokens": 5}, "exact_tokens: expected a list of pairs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(config: dict[str, Any], message: str) -> None:

@@ -187,16 +187,34 @@ def test_a_threshold_for_each_step(start: Start) -> None:
     assert by_hand.skipped > 0
 
 
-def test_sinks_are_always_computed(start: Start) -> None:
-    server, by_hand, without = start(threshold=0.0, sinks=[[0, 70], [-60, None]]), ByHand(0.0), ByHand(0.0)
+def test_exact_tokens_are_never_skipped(start: Start) -> None:
+    server, by_hand, without = start(threshold=0.0, exact_tokens=[[0, 70], [-60, None]]), ByHand(0.0), ByHand(0.0)
     layer, request = server.layer(), Request()
+    ranges = [0, 70, TOKENS - 60, TOKENS]
     for step in range(3):
         with server.step(request, step):
             qkv = inputs(0, "cond", step)
-            expected = by_hand(0, qkv, must_do=[0, 70, TOKENS - 60, TOKENS])
-            torch.testing.assert_close(layer.forward(*qkv, None), expected)
-            other = without(0, qkv)
+            expected, whole = by_hand(0, qkv, must_do=ranges), dense(*qkv)
+            rows = torch.zeros(TOKENS, dtype=torch.bool)
+            for first in range(0, TOKENS, by_hand.states[0].tile_m):  # outward to tiles
+                tile = slice(first, first + by_hand.states[0].tile_m)
+                rows[tile] = any(start < tile.stop and first < end for start, end in ((0, 70), (TOKENS - 60, TOKENS)))
+            out, other = layer.forward(*qkv, None), without(0, qkv)
+            torch.testing.assert_close(out, torch.where(rows[:, None, None], whole, expected))
+    assert not rows.all()
     assert not torch.allclose(expected, other)
+
+
+def test_exact_tokens_do_not_hold_in_parts_of_a_ring(start: Start) -> None:
+    server, by_hand = start(threshold=THRESHOLD, exact_tokens=[[0, 70]]), ByHand(THRESHOLD)
+    layer, request = server.layer(), Request()
+    for step in range(3):
+        q, k, v = inputs(0, "cond", step)
+        with server.step(request, step), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = layer.forward(q, k[:, :160], v[:, :160], attn_metadata=None, return_softmax_lse=True)
+        torch.testing.assert_close(result, by_hand(0, (q, k[:, :160], v[:, :160]), return_lse=True))
+        assert [str(warning.message).count("exact_tokens does not hold") for warning in caught] == [1] * (step == 0)
 
 
 def test_parts_of_a_ring_have_memories_and_merge(start: Start) -> None:
@@ -356,13 +374,15 @@ def test_a_preset_follows_the_steps_of_a_request(start: Start) -> None:
 
 
 def test_it_runs_in_inference_mode(start: Start) -> None:
-    server, by_hand = start(threshold=THRESHOLD), ByHand(THRESHOLD)
+    server, by_hand = start(threshold=THRESHOLD, exact_tokens=[[0, 8]]), ByHand(THRESHOLD)
     layer, request = server.layer(), Request()
     for step in range(3):
         qkv = inputs(0, "cond", step)
         with server.step(request, step), torch.inference_mode(step != 1):
             out = layer.forward(*qkv, None)
-        torch.testing.assert_close(out.clone(), by_hand(0, qkv))
+        expected = by_hand(0, qkv, must_do=[0, 8])
+        first = by_hand.states[0].tile_m  # exact from the first to the last key, as the first tile is
+        torch.testing.assert_close(out.clone()[:, first:], expected[:, first:])
 
 
 def test_a_wrong_configuration_is_told_when_a_layer_is_made(start: Start) -> None:

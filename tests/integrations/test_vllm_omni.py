@@ -261,6 +261,31 @@ def test_a_mask_that_is_added_is_the_hosts(start: Start) -> None:
             torch.testing.assert_close(out, dense(*qkv, attn_mask=added))
 
 
+@pytest.mark.parametrize("kind", ["prefix", "spans", "all of it", "nothing"])
+def test_what_stands_beside_the_video_is_exact(start: Start, kind: str) -> None:
+    worker = start(threshold=0.0)
+    abstract = worker.module("attention.backends.abstract")
+    span = abstract.VideoTokenSpan
+    spans = span(0, (2, 4, 4), "reference"), span(64, (4, 8, 8), "target")
+    layout = {
+        "prefix": abstract.VideoTokenLayout(64, (4, 8, 8)),
+        "spans": abstract.VideoTokenLayout(used_len=TOKENS, video_spans=spans),
+        "all of it": abstract.VideoTokenLayout(0, (5, 8, 8)),
+        "nothing": None,
+    }[kind]
+    layer = worker.layer()
+    with worker.context.set_forward_context():
+        for step in range(3):
+            qkv = inputs(0, "cond", step)
+            out = layer.forward(*qkv, worker.metadata(video_layout=layout))
+            is_exact = torch.allclose(out[:, :64], dense(*qkv)[:, :64], atol=1e-5)
+            assert is_exact == (step == 0 or kind in ("prefix", "spans"))
+            assert step == 0 or not torch.allclose(out, dense(*qkv), atol=1e-5)
+    (record,) = layer._served.store.records
+    kept = record.last.kept_tiles()[0]
+    assert kept[..., 0].all() == (kind in ("prefix", "spans"))
+
+
 SPANS = [[(64, TOKENS)]]  # causal before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,9 +159,29 @@ class SDPABackend(AttentionBackend):
 
 
 @dataclass
+class VideoTokenSpan:
+    start: int
+    latent_grid: tuple[int, int, int]
+    role: str
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.latent_grid)
+
+
+@dataclass
+class VideoTokenLayout:
+    prefix_len: int | None = None
+    latent_grid: tuple[int, int, int] | None = None
+    used_len: int | None = None
+    video_spans: tuple[VideoTokenSpan, ...] = ()
+
+
+@dataclass
 class AttentionMetadata:
     attn_mask: torch.Tensor | None = None
     full_attn_spans: list[list[tuple[int, int]]] | None = None
+    video_layout: VideoTokenLayout | None = None
 
 
 @dataclass
@@ -280,7 +301,7 @@ def _recorded() -> list[hosts.Module]:
         ),
         hosts.stub(
             f"{_BACKENDS}.abstract", AttentionBackend=AttentionBackend, AttentionImpl=AttentionImpl,
-            AttentionMetadata=AttentionMetadata,
+            AttentionMetadata=AttentionMetadata, VideoTokenLayout=VideoTokenLayout, VideoTokenSpan=VideoTokenSpan,
         ),
         hosts.stub(f"{_BACKENDS}.sdpa", SDPABackend=SDPABackend),
         hosts.stub(f"{_BACKENDS}.registry", DiffusionAttentionBackendEnum=DiffusionAttentionBackendEnum),

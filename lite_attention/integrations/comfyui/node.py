@@ -53,7 +53,7 @@ class LiteAttentionNode(io.ComfyNode):  # type: ignore[misc]
                 ),
                 io.String.Input(
                     "exact_tokens", default=DEFAULTS["exact_tokens"],
-                    tooltip="Tokens that are never skipped, and whose own attention is dense: text, audio, "
+                    tooltip="Tokens that are never skipped, and whose own attention skips nothing: text, audio, "
                     "references. 'auto' is what the model tells of them. Or slices of the sequence: '0:256' its "
                     "first 256 tokens, '-512:' its last 512. Several with commas between; empty is none.",
                 ),

@@ -39,7 +39,7 @@ class NodeOptions:
         start_percent: of the sampling, 0 to 1: attention is dense before.
         end_percent: likewise, dense after.
         dense_blocks: blocks that are always dense, such as "0, 1, 47-49".
-        exact_tokens: tokens that all others always attend to, and that attend to all others, see `exact_ranges`.
+        exact_tokens: tokens that are never skipped, and whose own attention skips nothing, see `exact_ranges`.
         min_tokens: shorter sequences are dense.
         memory: where residuals live, "device" or "host".
         verbose: log for each kind of call why it is dense.

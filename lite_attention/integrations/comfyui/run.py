@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lite_attention.exact_tokens import Ranges, exactly
 from lite_attention.integrations.numbers import numbers_in
-from lite_attention.ops import ResidualState, attention
+from lite_attention.ops import ResidualState
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
@@ -224,7 +226,7 @@ class Forward:
         """Attend with each conditioning of the batch apart, so that it does not matter which ones come together."""
         if call.number in self.run.dense_blocks:
             return f"block {call.number} is in dense_blocks"
-        exact = exact_ranges(self.run.options.exact_tokens, told, qkv[0].shape[1])
+        exact = tuple(exact_ranges(self.run.options.exact_tokens, told, qkv[0].shape[1]))
         branches = self.branches if qkv[0].shape[0] % len(self.branches) == 0 else [self._joined()]
         pieces = [*zip(*(x.chunk(len(branches)) for x in qkv), strict=True)]
         memories = [self.run.memory(call, *each) for each in zip(branches, pieces, strict=True)]
@@ -240,9 +242,7 @@ class Forward:
         first = self.branches[0]
         return Branch(tuple((branch.conditioning, branch.turn) for branch in self.branches), first.window, 1)
 
-    def _attend_piece(
-        self, qkv: Qkv, memory: Memory, exact: list[tuple[int, int]], scale: float | None
-    ) -> torch.Tensor:
+    def _attend_piece(self, qkv: Qkv, memory: Memory, exact: Ranges, scale: float | None) -> torch.Tensor:
         """Attend with one conditioning."""
         q, k, v = qkv
         state = memory.state
@@ -252,11 +252,8 @@ class Forward:
         state.set_step(self.step)
         if isinstance(state, ResidualState):
             state.set_time(self.sigma)
-        must_do = [end for ends in exact for end in ends] or None
         method = METHODS[self.run.settings.method]
-        out: torch.Tensor = method.attend(q, k, v, state, scale=scale, must_do=must_do)
-        for start, end in exact:
-            out[:, start:end] = attention(q[:, start:end], k, v, scale=scale)
+        out: torch.Tensor = exactly(state, exact, functools.partial(method.attend, q, k, v, state, scale=scale))
         return out
 
 
