@@ -19,8 +19,8 @@ _TOP = """# Cards
 PyTorch's attention, and the report says why; so do AMD's. All kernels compute in bf16 and fp16. A CPU runs everything,
 in any dtype and head dim.
 
-Only H100 and H200 were at hand. The portable kernel passes its tests on an H200, and is timed there. **For its own cards
-it is compiled and checked without the card**: registers, spills and instructions in the machine code.
+Only H100 and H200 were at hand. The portable kernel passes its tests on an H200, and is timed there. **For its own
+cards it is compiled and checked without the card**: registers, spills and instructions in the machine code.
 
 This page is made from `ops/targets.py` by `python -m tools.pages`.
 
