@@ -14,8 +14,8 @@ from lite_attention import LiteAttention, SkipState, skip_attention
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.tiles import ceil_div, tile_shape
 from lite_attention.parallel import ulysses_attention
-from lite_attention.parallel.exchange import begin_gather, begin_scatter, end_gather, end_scatter, tokens_of
-from lite_attention.parallel.group import Group
+from lite_attention.parallel.exchange import begin_gather, begin_scatter, end_gather, end_scatter, spread
+from lite_attention.parallel.group import ALONE, Group
 
 NO_VOTE = -60.0  # random inputs: nothing is voted out, so a planted mask stays
 
@@ -90,7 +90,7 @@ class Layer:
     def exchanges(self) -> Iterator[tuple[str, Call, int]]:
         """Yield a name, a call, and how many tensors of the size of q it sends."""
         q, k, v = self.local
-        tokens = tokens_of(q, k, v, self.group, self.tokens)
+        tokens = spread(self.group, ALONE, self.tokens)
         shape = (self.heads // self.group.ranks, self.head_dim)
 
         def scatter() -> list[torch.Tensor]:

@@ -25,6 +25,8 @@ from lite_attention.site_module import SiteModule
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from lite_attention.parallel.key_gather import Keys
+
 
 __all__ = ["LiteAttention"]
 
@@ -73,7 +75,8 @@ class LiteAttention(SiteModule):
         residual_dtype: "fp8", "bf16" or "fp32"; None = "fp8" on CUDA, else "bf16".
         memory: where residuals live, "device" or "host"; None = "device".
         process_group: ranks that share the tokens of a sequence, and exchange them for heads around each call, which is
-            a collective then, see `lite_attention.parallel`. Options are of all heads. `state` is of those of a rank.
+            a collective then, see `lite_attention.parallel`. Options are of the whole; `state` is of this rank.
+        key_group: ranks that gather keys instead, or besides, where heads are too few.
         balance: with a process group and method "votes", deal heads to ranks by what they cost. What is saved with
             `persistent_state` keeps them as they come.
 
@@ -106,6 +109,7 @@ class LiteAttention(SiteModule):
         residual_dtype: Literal["fp8", "bf16", "fp32"] | None = None,
         memory: Literal["device", "host"] | None = None,
         process_group: ProcessGroup | None = None,
+        key_group: ProcessGroup | None = None,
         balance: bool = True,
     ) -> None:
         super().__init__()
@@ -128,11 +132,11 @@ class LiteAttention(SiteModule):
         self.quantization = quantization_of(use_int8, use_fp8, quantization)
         self.implementation = implementation
         self._is_told = False  # somebody says where generations begin
-        if process_group is not None:
-            from lite_attention.parallel.head_exchange import HeadExchange  # most run in one process
+        if process_group is not None or key_group is not None:
+            from lite_attention.parallel.module_exchange import ModuleExchange  # most run in one process
 
-            # Residuals cost as much on each rank.
-            self.exchange = HeadExchange(process_group, balance and method == "votes" and not persistent_state)
+            balance = balance and method == "votes" and not persistent_state  # residuals cost as much on each rank
+            self.exchange = ModuleExchange(process_group, key_group, balance)
 
     def allocate(
         self,
@@ -165,20 +169,24 @@ class LiteAttention(SiteModule):
         Raises:
             ValueError: a size or an option out of range, or a head dim that the device cannot quantize.
         """
+        seq_k = seq_len if kv_seq_len is None else kv_seq_len
         if self.exchange is not None:
-            heads = self.exchange.prepare(heads, heads if kv_heads is None else kv_heads, device)
-        tile_m, tile_n = tile_shape(
-            check_count("head_dim", head_dim), dtype, device, self.quantization, self.implementation
-        )
-        sizes = {
-            "batch": batch, "heads": heads, "seq_q": seq_len, "seq_k": seq_len if kv_seq_len is None else kv_seq_len,
-            "tile_m": tile_m, "tile_n": tile_n,
-        }  # fmt: skip
-        options = self._options if self.exchange is None else self.exchange.own_options(self._options)
-        self._adopt(options.new_state(sizes, head_dim if value_dim is None else value_dim, device))
+            heads, seq_len = self.exchange.prepare(heads, heads if kv_heads is None else kv_heads, seq_k, device)
+        sizes = {"batch": batch, "seq_q": seq_len, "seq_k": seq_k, "heads": heads}
+        self._allocate(sizes, head_dim, head_dim if value_dim is None else value_dim, dtype, device)
+        return self
+
+    def _allocate(
+        self, sizes: dict[str, int], head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        head_dim = check_count("head_dim", head_dim)
+        tile_m, tile_n = tile_shape(head_dim, dtype, device, self.quantization, self.implementation)
+        options = self._options
+        if self.exchange is not None:
+            options = self.exchange.own_options(options, sizes["seq_k"], tile_m)
+        self._adopt(options.new_state({**sizes, "tile_m": tile_m, "tile_n": tile_n}, value_dim, device))
         if self.exchange is not None:
             self.exchange.hold(self._options, self.state)
-        return self
 
     def forward(
         self,
@@ -232,12 +240,16 @@ class LiteAttention(SiteModule):
         self.exchange.learn_from(self.state)
         return result
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: Keys | None = None, **options: Any
+    ) -> Any:
         state = self.state
         if state is None or not self._fits(state, query, key, value):
             if torch.compiler.is_compiling():
                 raise RuntimeError(_NOT_ALLOCATED)
             state = self._allocate_for(query, key, value)
+        if keys is not None:
+            keys.place(state)
         return METHODS[self._options.method].attend(
             query, key, value, state, quantization=self.quantization, implementation=self.implementation, **options
         )
@@ -270,12 +282,9 @@ class LiteAttention(SiteModule):
             )  # fmt: skip
         elif self.num_steps is None and self._options.of_state["auto_step"] and not self._is_told:
             default_session.say_unknown()
-        batch, seq_len, heads, head_dim = query.shape
-        ranks = 1 if self.exchange is None else self.exchange.group.ranks  # which have as many heads each
-        self.allocate(
-            batch, seq_len, heads * ranks, head_dim, kv_seq_len=key.shape[1], value_dim=value.shape[3],
-            kv_heads=key.shape[2] * ranks, dtype=query.dtype, device=query.device,
-        )  # fmt: skip
+        batch, seq_q, heads, head_dim = query.shape
+        sizes = {"batch": batch, "seq_q": seq_q, "seq_k": key.shape[1], "heads": heads}
+        self._allocate(sizes, head_dim, value.shape[3], query.dtype, query.device)
         assert self.state is not None
         return self.state
 
@@ -329,7 +338,8 @@ class LiteAttention(SiteModule):
     def site(self, name: str) -> Site:
         """Return what is known of it as a site of that name; sizes are those of the state, 0 before there is one."""
         batch, heads, seq_q, seq_k = (0, 0, 0, 0) if self.state is None else self.state.capacity
-        heads *= 1 if self.exchange is None else self.exchange.group.ranks
+        if self.exchange is not None:
+            heads, seq_q = heads * self.exchange.group.ranks, seq_k
         tiles = None if self.state is None else (self.state.tile_m, self.state.tile_n)
         device = torch.device("cpu") if self.state is None else self.state.control.device
         q_shape, k_shape = (batch, seq_q, heads, 0), (batch, seq_k, 0, 0)

@@ -15,7 +15,7 @@ from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.site_state import SiteState
 
 if TYPE_CHECKING:
-    from lite_attention.parallel.head_exchange import HeadExchange
+    from lite_attention.parallel.module_exchange import ModuleExchange
 
 __all__ = ["SiteModule"]
 
@@ -26,7 +26,7 @@ class SiteModule(nn.Module):
     """Holds a state, and what it is made from. A copy, shallow or deep, has a state of its own."""
 
     state: SiteState | None
-    exchange: HeadExchange | None  # with other ranks, where there is a process group
+    exchange: ModuleExchange | None  # with other ranks, where there is a process group
     skipping_enabled: bool
     _options: ModuleOptions
 

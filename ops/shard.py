@@ -14,7 +14,7 @@ from lite_attention.ops.site import Site
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import holds_unless_unknown
 
-__all__ = ["WHOLE", "Ranks", "Shard"]
+__all__ = ["WHOLE", "Ranks", "Shard", "rows_of_queries"]
 
 
 class Ranks(NamedTuple):
@@ -101,14 +101,7 @@ class Shard:
         start = self.query_start(seq_q, seq_k)
         if start is None:
             return mask
-        if mask.shape[-2] != ceil_div(seq_k, tile_m):
-            raise ValueError(
-                f"initial_mask: expected {ceil_div(seq_k, tile_m)} q-tiles, those of the whole model, of which rank "
-                f"{self.query_ranks.rank} of {self.query_ranks.ranks} takes its own; got {mask.shape[-2]}"
-            )
-        firsts = torch.arange(0, seq_q, tile_m, device=mask.device)
-        first, last = firsts + start, (firsts + tile_m).clamp(max=seq_q) + start - 1
-        return mask[..., first // tile_m, :] & mask[..., last // tile_m, :]
+        return rows_of_queries(mask, start, seq_q, seq_k, tile_m)
 
     # ---- sites -----------------------------------------------------------------------------------------------------
 
@@ -128,3 +121,29 @@ class Shard:
 
 
 WHOLE = Shard()
+
+
+def rows_of_queries(mask: torch.Tensor, start: int, seq_q: int, seq_k: int, tile_m: int) -> torch.Tensor:
+    """Return the rows of an initial mask (..., q_tiles, k_tiles) of the whole that are of a part of its queries.
+
+    Where the part does not begin with a tile, a tile of its own lies in two: what either keeps is kept.
+
+    Args:
+        mask: bool, True = skipped.
+        start: the key at which the first of these queries stands.
+        seq_q: how many there are.
+        seq_k: queries of the whole, which are as many as keys.
+        tile_m: queries of a tile.
+
+    Raises:
+        ValueError: it has rows of another number of queries than those of the whole.
+    """
+    q_tiles = ceil_div(seq_k, tile_m)
+    if mask.shape[-2] != q_tiles:
+        raise ValueError(
+            f"initial_mask: expected {q_tiles} q-tiles, those of the whole model, of which this rank takes its own; "
+            f"got {mask.shape[-2]}"
+        )
+    firsts = torch.arange(0, seq_q, tile_m, device=mask.device)
+    first, last = firsts + start, (firsts + tile_m).clamp(max=seq_q) + start - 1
+    return mask[..., first // tile_m, :] & mask[..., last // tile_m, :]

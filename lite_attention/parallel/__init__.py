@@ -2,7 +2,7 @@
 
 `shard` says which part of it is here; `context_parallel` makes diffusers' ring gather keys. The library's own exchange
 is for attention by hand: `ulysses` calls the op between two of `exchange`, among the ranks of a `group`. What a
-`LiteAttention` with a process group has of it is `head_exchange`, and `balance` deals the heads.
+`LiteAttention` with a process group has of it is `module_exchange`, and `balance` deals the heads.
 """
 
 from __future__ import annotations

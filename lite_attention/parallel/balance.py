@@ -11,6 +11,7 @@ import torch
 from lite_attention.ops.bitmask import count_bits
 from lite_attention.ops.namespace import NAMESPACE
 from lite_attention.ops.torch_internals import all_gather, arrived
+from lite_attention.parallel.group import Group
 
 __all__ = ["deal", "expanded", "propose_deal"]
 
@@ -49,7 +50,7 @@ def _is_due(calls: int) -> bool:
 
 def _propose(
     proposed: torch.Tensor, calls: torch.Tensor, skip_mask: torch.Tensor, order: torch.Tensor, kv_heads: int,
-    ranks: int, group: str,
+    ranks: int, group: str, key_ranks: int, key_group: str,
 ) -> None:  # fmt: skip
     if proposed.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # a replay would not count
@@ -59,14 +60,16 @@ def _propose(
     skipped = arrived(all_gather(count_bits(skip_mask).sum((0, 1, 3, 4)), ranks, group))
     by_head = torch.empty_like(skipped)
     by_head[order] = skipped
+    if key_ranks > 1:  # which have the same heads, and other queries
+        by_head = arrived(all_gather(by_head, key_ranks, key_group)).view(key_ranks, -1).sum(0)
     cost = -by_head.view(kv_heads, -1).sum(1)  # less what all cost if nothing is skipped
     proposed.copy_(expanded(deal(cost, ranks), len(order) // kv_heads))
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
-    "propose_deal(Tensor(a!) proposed, Tensor(b!) calls, Tensor skip_mask, Tensor order, int kv_heads, int ranks,"
-    " str group) -> ()",
+    "propose_deal(Tensor(a!) proposed, Tensor(b!) calls, Tensor skip_mask, Tensor order, int kv_heads,"
+    " int ranks, str group, int key_ranks, str key_group) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("propose_deal", _propose, "CompositeExplicitAutograd")
@@ -75,7 +78,7 @@ torch.library.register_fake(f"{NAMESPACE}::propose_deal", lambda *_: None, lib=_
 
 def propose_deal(
     proposed: torch.Tensor, calls: torch.Tensor, skip_mask: torch.Tensor, order: torch.Tensor, kv_heads: int,
-    ranks: int, group: str,
+    group: Group, key_group: Group,
 ) -> None:  # fmt: skip
     """Count a call, and at some calls write a new deal into `proposed`; an op, so that compiled code does so, too.
 
@@ -85,7 +88,9 @@ def propose_deal(
         skip_mask: int32 (slots, B, heads of this rank, q_tiles, k_words), of the heads that `order` names.
         order: int64 (heads,), the deal in use.
         kv_heads: heads of the keys, which are dealt whole.
-        ranks: how many there are.
-        group: name of their process group.
+        group: whose heads are dealt.
+        key_group: whose keys are gathered; they have the same heads.
     """
-    getattr(torch.ops, NAMESPACE).propose_deal(proposed, calls, skip_mask, order, kv_heads, ranks, group)
+    propose = getattr(torch.ops, NAMESPACE).propose_deal
+    of_groups = (group.ranks, group.name, key_group.ranks, key_group.name)
+    propose(proposed, calls, skip_mask, order, kv_heads, *of_groups)

@@ -16,16 +16,27 @@ import torch
 from lite_attention.ops.arguments import require
 from lite_attention.ops.torch_internals import all_to_all, arrived
 from lite_attention.ops.validate import check_inputs
-from lite_attention.parallel.group import Group
+from lite_attention.parallel.group import Group, even_lengths
+from lite_attention.parallel.key_gather import Keys
 
-__all__ = ["Tokens", "begin_gather", "begin_scatter", "end_gather", "end_scatter", "gather_lse", "tokens_of"]
+__all__ = [
+    "Tokens",
+    "begin_gather",
+    "begin_scatter",
+    "end_gather",
+    "end_scatter",
+    "gather_lse",
+    "spread",
+    "tokens_of",
+]
 
 
 class Tokens(NamedTuple):
-    """Which tokens of a sequence each rank has."""
+    """Which tokens of a sequence each rank has: those that exchange heads, and those whose keys are gathered."""
 
-    group: Group
-    lengths: tuple[int, ...]  # by rank
+    group: Group  # whose heads are exchanged
+    lengths: tuple[int, ...]  # of its ranks
+    keys: Keys | None = None  # gathered after the exchange; None = those of the group are all
 
     @property
     def here(self) -> int:
@@ -37,9 +48,28 @@ class Tokens(NamedTuple):
         """What goes to the ranks, or comes from them, where it is of the tokens here."""
         return [self.here] * self.group.ranks
 
+    @property
+    def whole(self) -> int:
+        """Tokens of all ranks."""
+        return sum(self.lengths if self.keys is None else self.keys.lengths)
+
+
+def spread(group: Group, key_group: Group, seq_len: int) -> Tokens:
+    """Return where the tokens of a sequence are: neighbors exchange heads, and such neighborhoods gather keys."""
+    lengths = even_lengths(seq_len, group.ranks * key_group.ranks)
+    runs = [lengths[i : i + group.ranks] for i in range(0, len(lengths), group.ranks)]
+    keys = None if key_group.ranks == 1 else Keys(key_group, tuple(sum(run) for run in runs))
+    return Tokens(group, runs[key_group.rank], keys)
+
 
 def tokens_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: Group, seq_len: int | None, parts: int = 1
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: Group,
+    key_group: Group,
+    seq_len: int | None,
+    parts: int = 1,
 ) -> Tokens:
     """Check the tokens of this rank, and return where those of all ranks are.
 
@@ -47,7 +77,8 @@ def tokens_of(
         q: (batch, tokens here, heads, head_dim).
         k: (batch, tokens here, kv_heads, head_dim).
         v: (batch, tokens here, kv_heads, value_dim).
-        group: the ranks.
+        group: the ranks that exchange heads.
+        key_group: the ranks whose keys are gathered.
         seq_len: tokens of all ranks; None = as many on each as here.
         parts: the heads of a rank are computed in so many.
 
@@ -55,21 +86,22 @@ def tokens_of(
         ValueError: heads that do not divide among ranks and parts, tokens that are not those of this rank, or one of
             what `skip_attention` refuses.
     """
-    here, kv_heads = q.shape[1], k.shape[2]
+    here, kv_heads, ranks = q.shape[1], k.shape[2], group.ranks * key_group.ranks
     if not torch.compiler.is_compiling():  # which would trace the messages, too
         check_inputs(q, k, v)
-        require(k.shape[1] == here, "seq_len of k", f"that of q, {here}, for heads to be exchanged", k.shape[1])
+        require(k.shape[1] == here, "seq_len of k", f"that of q, {here}, as of one sequence", k.shape[1])
         dealt = f"{group.ranks} ranks" if parts == 1 else f"{group.ranks} ranks x {parts} parts"
         require(kv_heads % (group.ranks * parts) == 0, "heads of k", f"a multiple of {dealt}", kv_heads)
     if seq_len is None:
-        return Tokens(group, (here,) * group.ranks)
-    lengths = group.lengths(seq_len)
-    if here != lengths[group.rank]:
+        keys = None if key_group.ranks == 1 else Keys(key_group, (here * group.ranks,) * key_group.ranks)
+        return Tokens(group, (here,) * group.ranks, keys)
+    tokens = spread(group, key_group, seq_len)
+    if here != tokens.here:
         raise ValueError(
-            f"seq_len of q: expected {lengths[group.rank]}, which rank {group.rank} of {group.ranks} has of {seq_len} "
-            f"tokens, got {here}"
+            f"seq_len of q: expected {tokens.here}, which rank {key_group.rank * group.ranks + group.rank} of {ranks} "
+            f"has of {seq_len} tokens, got {here}"
         )
-    return Tokens(group, lengths)
+    return tokens
 
 
 def begin_scatter(

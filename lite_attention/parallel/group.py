@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lite_attention.ops.arguments import require
 from lite_attention.ops.torch_internals import all_gather, arrived
 
-__all__ = ["Group"]
+__all__ = ["ALONE", "Group", "even_lengths"]
 
 
 class Group(NamedTuple):
@@ -21,8 +21,8 @@ class Group(NamedTuple):
     ranks: int
 
     @classmethod
-    def of(cls, group: Any) -> Group:
-        """Return it of a `torch.distributed.ProcessGroup`.
+    def of(cls, group: Any, name: str = "process_group") -> Group:
+        """Return it of a `torch.distributed.ProcessGroup`, the argument of this name.
 
         Raises:
             ValueError: no group, or one without this process.
@@ -30,16 +30,20 @@ class Group(NamedTuple):
         if isinstance(group, cls):
             return group
         is_group = dist.is_available() and isinstance(group, dist.ProcessGroup)
-        require(is_group, "process_group", "a torch.distributed.ProcessGroup", type(group).__name__)
-        require(group.rank() >= 0, "process_group", "one with this process", "one without it")
+        require(is_group, name, "a torch.distributed.ProcessGroup", type(group).__name__)
+        require(group.rank() >= 0, name, "one with this process", "one without it")
         return cls(group.group_name, group.rank(), group.size())
-
-    def lengths(self, whole: int) -> tuple[int, ...]:
-        """Return the tokens of each rank: runs as even as can be, the longer ones first, as `torch.tensor_split`."""
-        return tuple(whole // self.ranks + (rank < whole % self.ranks) for rank in range(self.ranks))
 
     def numbers(self, own: list[int], device: torch.device) -> list[list[int]]:
         """Return the numbers of each rank, as many from all. A collective, which waits for the device."""
         gathered = arrived(all_gather(torch.tensor([own], device=device), self.ranks, self.name))
         rows: list[list[int]] = gathered.tolist()
         return rows
+
+
+ALONE = Group("", 0, 1)
+
+
+def even_lengths(whole: int, ranks: int) -> tuple[int, ...]:
+    """Return the tokens of each rank: runs as even as can be, the longer ones first, as `torch.tensor_split`."""
+    return tuple(whole // ranks + (rank < whole % ranks) for rank in range(ranks))

@@ -1,6 +1,7 @@
 """Ulysses: heads are exchanged for tokens, so that a rank attends over all tokens for some of the heads.
 
-What it learns is that of one process, bit for bit, for its heads: no rank has to agree with another.
+What it learns is that of one process, bit for bit, for its heads: no rank has to agree with another. Where there are
+more ranks than heads allow, such groups of ranks gather keys, see `key_gather`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lite_attention.parallel.exchange import (
     gather_lse,
     tokens_of,
 )
-from lite_attention.parallel.group import Group
+from lite_attention.parallel.group import ALONE, Group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,8 +39,9 @@ def ulysses_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     state: SiteState | Sequence[SiteState],
-    group: ProcessGroup | Group,
+    group: ProcessGroup | Group | None = None,
     *,
+    key_group: ProcessGroup | Group | None = None,
     seq_len: int | None = None,
     order: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -48,15 +50,19 @@ def ulysses_attention(
     """Attend with the tokens of this rank to those of all; a collective.
 
     Rank r has the r-th part of the tokens, as `torch.tensor_split` cuts them, and between the exchanges the r-th part
-    of the heads.
+    of the heads. With `key_group` alone nothing is exchanged, and keys are gathered. With both, ranks with neighboring
+    tokens exchange heads, and those with the same heads gather keys: rank r of `group` in place p of `key_group` has
+    part p * ranks of group + r.
 
     Args:
         q: (batch, tokens here, heads, head_dim); as the others, any strides, the last one 1.
-        k: (batch, tokens here, kv_heads, head_dim); kv_heads is a multiple of the ranks.
+        k: (batch, tokens here, kv_heads, head_dim); kv_heads is a multiple of the ranks of `group`.
         v: (batch, tokens here, kv_heads, value_dim).
-        state: of (batch, all tokens, heads of this rank): a `SkipState` or a `ResidualState`. Several: the heads of a
-            rank are computed in as many parts, and the exchange of one part runs beside attention of another.
-        group: the ranks that share the tokens.
+        state: of (batch, tokens of all in `group`, tokens of all, heads of this rank): a `SkipState` or a
+            `ResidualState`. Several: the heads of a rank are computed in as many parts, and the exchange of one part
+            runs beside attention of another.
+        group: the ranks that exchange heads for tokens.
+        key_group: the ranks that gather keys.
         seq_len: tokens of all ranks; None = as many on each as here.
         order: int64 (heads,) on the device: heads of rank 0, of rank 1, ...; those that share keys stay side by side.
             None = as they come. It may change only where the states start fresh.
@@ -73,7 +79,14 @@ def ulysses_attention(
     states = [state] if isinstance(state, SiteState) else [*state]
     methods = [m for m in METHODS.values() for s in states[:1] if isinstance(s, m.state)]
     require(len(methods) == 1, "state", "a SkipState, a ResidualState or some of these", type(state).__name__)
-    tokens = tokens_of(q, k, v, Group.of(group), seq_len, len(states))
+    require(
+        len(states) == 1 or group is not None, "state", "one where no heads are exchanged", f"{len(states)} of them"
+    )
+    heads, keys = (ALONE if g is None else Group.of(g) for g in (group, key_group))
+    tokens = tokens_of(q, k, v, heads, keys, seq_len, len(states))
+    if tokens.keys is not None:
+        for each in states:
+            tokens.keys.place(each)
     attends = [partial(methods[0].attend, state=s, **options) for s in states]
     return exchanged_attention(attends, q, k, v, tokens, order, return_lse)
 
@@ -88,6 +101,8 @@ def exchanged_attention(
     return_lse: bool,
 ) -> Any:
     """Exchange, attend, exchange; each of `attends` gets its part of the heads of this rank."""
+    if tokens.group.ranks == 1 and len(attends) == 1:
+        return attends[0](*_with_all_keys((q, k, v), tokens), return_lse=return_lse)
     shared = q.shape[2] // k.shape[2]
     shapes = [(x.shape[2] // (tokens.group.ranks * len(attends)), x.shape[3]) for x in (q, k, v)]
     if order is not None:
@@ -96,7 +111,7 @@ def exchanged_attention(
     coming = [begin_scatter(q, k, v, tokens, len(attends), part) for part in range(len(attends))]
     going, lse = [], []
     for attend, begun in zip(attends, coming, strict=True):
-        out, of_part = attend(*end_scatter(begun, shapes), return_lse=True)
+        out, of_part = attend(*_with_all_keys(end_scatter(begun, shapes), tokens), return_lse=True)
         going.append(begin_gather(out, tokens))
         lse.append(of_part)
     results = [end_gather(going, tokens)]
@@ -106,3 +121,7 @@ def exchanged_attention(
         back = order.argsort()
         results = [x.index_select(dim, back) for x, dim in zip(results, (2, 1), strict=False)]
     return tuple(results) if return_lse else results[0]
+
+
+def _with_all_keys(qkv: Sequence[torch.Tensor], tokens: Tokens) -> Sequence[torch.Tensor]:
+    return qkv if tokens.keys is None else (qkv[0], *tokens.keys.gathered(*qkv[1:]))

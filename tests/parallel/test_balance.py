@@ -13,7 +13,7 @@ from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import count_bits, unpack_bits
 from lite_attention.parallel.balance import deal, expanded
 from lite_attention.parallel.group import Group
-from lite_attention.parallel.head_exchange import HeadExchange
+from lite_attention.parallel.module_exchange import ModuleExchange
 from tests.support import exchange_cases as cases
 from tests.support.exchange_cases import Learned
 from tests.support.ranks import Ranks, ranks_of
@@ -56,10 +56,10 @@ def test_bits_are_counted() -> None:
     assert torch.equal(count_bits(words), unpack_bits(words.unsqueeze(-1), 32).sum(-1, dtype=torch.int32))
 
 
-def _exchange_and_state() -> tuple[HeadExchange, SkipState]:
+def _exchange_and_state() -> tuple[ModuleExchange, SkipState]:
     """Return those of rank 1 of 2, to whom heads 0 and 1 are proposed in place of 2 and 3."""
-    exchange = HeadExchange(Group("none", 1, 2), balance=True)
-    assert exchange.prepare(4, 4, "cpu") == 2
+    exchange = ModuleExchange(Group("none", 1, 2), None, balance=True)
+    assert exchange.prepare(4, 4, 8, "cpu") == (2, 8)
     exchange.proposed.copy_(torch.tensor([2, 3, 0, 1]))
     return exchange, SkipState(batch=1, heads=2, seq_q=8, seq_k=8, tile_m=4, tile_n=4)
 
@@ -112,6 +112,25 @@ def test_dealt_heads_compute_what_one_process_does(two: Ranks, way: dict[str, An
         assert found[0].heads[-1] != [0, 1]
         spread = [max(kept) - min(kept) for kept in zip(*(of_rank.kept for of_rank in found), strict=True)]
         assert spread[-1] < spread[0]
+
+
+BOTH: dict[str, dict[str, Any]] = {
+    "both": {"key_ranks": 2},
+    "both, a mask by head": {"key_ranks": 2, "options": WAYS["a mask by head"]["options"]},
+    "both, traced": {"key_ranks": 2, "backend": "aot_eager", "count": 2},
+    "keys": {"key_ranks": 4, "options": WAYS["a mask by head"]["options"]},
+}
+
+
+def test_heads_are_dealt_where_keys_are_gathered_too() -> None:
+    with ranks_of(4) as four:
+        for name, way in BOTH.items():
+            found: list[Learned] = four.run(_generations, way)
+            assert max(of_rank.error for of_rank in found) < 1e-6, name
+            assert all(of_rank.same_masks for of_rank in found), name
+            moved = [of_rank.heads[0] != of_rank.heads[-1] for of_rank in found]
+            assert moved == [name != "keys"] * 4, name
+            assert found[0].heads[-1] == found[2].heads[-1], name
 
 
 def _generations(way: dict[str, Any]) -> Learned:

@@ -35,6 +35,10 @@ CASES = {
     "dealt": Case(order=(2, 1, 0, 3)),
     "dealt, uneven, two parts": Case(count=131, order=(3, 1, 0, 2), parts=2),
     "dealt, grouped queries": Case(kv_heads=2, order=(2, 3, 0, 1)),
+    "keys": Case(key_ranks=2),
+    "keys, uneven": Case(count=131, key_ranks=2),
+    "keys, residual, wider values": Case("residual", key_ranks=2, value_dim=24),
+    "keys, grouped queries, int8": Case(kv_heads=1, key_ranks=2, options=(("quantization", "int8"),)),
     "int8": Case(options=(("quantization", "int8"),)),
     "int8 and fp8": Case(options=(("quantization", "int8_fp8"),)),
     "ranges": Case(options=(("must_do", (16, 48)), ("must_skip", (100, 117)))),
@@ -56,7 +60,7 @@ def test_two_ranks_compute_what_one_process_does(two: Ranks, case: Case) -> None
     check(two.run(cases.generation, case))
 
 
-@pytest.mark.parametrize("name", ["votes", "residual, uneven", "dealt, uneven, two parts", "int8"])
+@pytest.mark.parametrize("name", ["votes", "residual, uneven", "dealt, uneven, two parts", "int8", "keys"])
 def test_traced_whole_it_is_the_same(two: Ranks, name: str) -> None:
     check(two.run(cases.generation, CASES[name]._replace(backend="aot_eager")))
 
@@ -66,15 +70,25 @@ def test_compiled_it_is_the_same(two: Ranks) -> None:
     check(two.run(cases.generation, CASES["dealt, grouped queries"]._replace(backend="inductor")))
 
 
-@pytest.mark.parametrize("name", ["votes", "residual", "uneven", "dealt"])
-def test_four_ranks_compute_what_one_process_does(four: Ranks, name: str) -> None:
-    check(four.run(cases.generation, CASES[name]))
+FOUR = {
+    **{name: CASES[name] for name in ("votes", "residual", "uneven", "dealt")},
+    "keys": Case(key_ranks=4),
+    "both": Case(key_ranks=2),
+    "both, uneven, dealt": Case(count=131, key_ranks=2, order=(3, 1, 0, 2)),
+    "both, residual": Case("residual", key_ranks=2),
+    "both, uneven, traced": Case(count=131, key_ranks=2, backend="aot_eager"),
+}
+
+
+@pytest.mark.parametrize("case", FOUR.values(), ids=[*FOUR])
+def test_four_ranks_compute_what_one_process_does(four: Ranks, case: Case) -> None:
+    check(four.run(cases.generation, case))
 
 
 REFUSED = {
     "grouped queries": (Case(kv_heads=1), "heads of k: expected a multiple of 2 ranks, got 1"),
     "parts": (Case(), "heads of k: expected a multiple of 2 ranks x 8 parts, got 4"),
-    "queries alone": (Case(), "seq_len of k: expected that of q, 64, for heads to be exchanged, got 63"),
+    "queries alone": (Case(), "seq_len of k: expected that of q, 64, as of one sequence, got 63"),
     "tokens of another rank": (Case(), "seq_len of q: expected 66, which rank {rank} of 2 has of 132 tokens, got 64"),
 }
 

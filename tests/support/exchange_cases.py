@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import lite_attention
 from lite_attention import LiteAttention
@@ -22,7 +24,7 @@ from lite_attention.ops import (
 from lite_attention.ops.site_state import SiteState
 from lite_attention.parallel import ulysses_attention
 
-BATCH, HEADS, DIM, STEPS = 2, 4, 16, 4
+BATCH, HEADS, DIM, STEPS, TILE = 2, 4, 16, 4, 16
 THRESHOLDS = torch.tensor([-3.0, -4.0, -5.0, -6.0])  # by head
 
 
@@ -33,6 +35,7 @@ class Case(NamedTuple):
     count: int = 128  # tokens of all ranks
     kv_heads: int = HEADS
     value_dim: int = DIM
+    key_ranks: int = 1  # that gather keys; the others exchange heads
     parts: int = 1  # of the heads of a rank
     order: tuple[int, ...] | None = None
     by_head_first: bool = False  # how q, k and v lie: (batch, heads, tokens, dim)
@@ -67,8 +70,10 @@ def part(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     return x.tensor_split(dist.get_world_size(), dim)[dist.get_rank()]
 
 
-def new_state(case: Case, heads: torch.Tensor) -> SiteState:
-    sizes: dict[str, Any] = {"batch": BATCH, "seq_q": case.count, "seq_k": case.count, "tile_m": 16, "tile_n": 16}
+def new_state(case: Case, heads: torch.Tensor, rows: range | None = None) -> SiteState:
+    """Return a state of some heads, and of the queries that stand at these keys; None = of all."""
+    rows = range(case.count) if rows is None else rows
+    sizes: dict[str, Any] = {"batch": BATCH, "seq_q": len(rows), "seq_k": case.count, "tile_m": TILE, "tile_n": TILE}
     sizes["heads"] = len(heads)
     if case.method == "votes":
         return SkipState(**sizes, threshold=THRESHOLDS[heads])
@@ -76,20 +81,44 @@ def new_state(case: Case, heads: torch.Tensor) -> SiteState:
     return ResidualState(**sizes, value_dim=case.value_dim, plan=plan, keep=0.5, residual_dtype="fp32")
 
 
+@functools.cache
+def groups(key_ranks: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """Return those that exchange heads, which are neighbors, and those that gather keys."""
+    world = dist.get_world_size()
+    if key_ranks == 1:
+        return dist.group.WORLD, None
+    if key_ranks == world:
+        return None, dist.group.WORLD
+    mesh = init_device_mesh("cpu", (key_ranks, world // key_ranks), mesh_dim_names=("keys", "heads"))
+    return mesh.get_group("heads"), mesh.get_group("keys")
+
+
 def generation(case: Case) -> Found:
-    """Compare ranks with one process, whose states are of the heads of a rank: residuals choose among these."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    """Compare ranks with one process that computes the whole by parts: residuals choose within a part."""
+    rank, head_ranks = dist.get_rank(), dist.get_world_size() // case.key_ranks
     attend: Any = {"votes": skip_attention, "residual": residual_attention}[case.method]
     order = torch.arange(HEADS) if case.order is None else torch.tensor(case.order)
-    parts = order.view(ranks * case.parts, -1)
-    single = [new_state(case, heads) for heads in parts]
-    own = [new_state(case, heads) for heads in parts.view(ranks, case.parts, -1)[rank]]
+    parts = order.view(head_ranks * case.parts, -1)
+    here = slice(rank % head_ranks * case.parts, (rank % head_ranks + 1) * case.parts)
+    runs = torch.arange(case.count).tensor_split(dist.get_world_size())
+    rings = [torch.cat(runs[i : i + head_ranks]) for i in range(0, len(runs), head_ranks)]
+    rows = [range(int(ring[0]), int(ring[-1]) + 1) for ring in rings]
+    if case.method == "votes" and all(len(of_ring) % TILE == 0 for of_ring in rows):
+        rows = [range(case.count)]  # then the ranks have rows of its masks
+    single = [[new_state(case, heads, of_ring) for heads in parts] for of_ring in rows]
+    for of_ring, states in zip(rows, single, strict=True):
+        for state in states:
+            state.query_start = of_ring[0] if len(rows) > 1 else None
+    own_ring = rings[rank // head_ranks]
+    own_rows = range(int(own_ring[0]), int(own_ring[-1]) + 1)
+    own = [new_state(case, heads, own_rows) for heads in parts[here]]
     shared = HEADS // case.kv_heads
     options = {n: torch.tensor(x) if n == "key_lengths" else x for n, x in case.options}
+    group, key_group = groups(case.key_ranks)
 
     def on_ranks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: torch.Tensor | None) -> Any:
         return ulysses_attention(
-            q, k, v, own if case.parts > 1 else own[0], dist.group.WORLD, seq_len=case.count, order=given,
+            q, k, v, own if case.parts > 1 else own[0], group, key_group=key_group, seq_len=case.count, order=given,
             return_lse=True, **options,
         )  # fmt: skip
 
@@ -101,11 +130,13 @@ def generation(case: Case) -> Found:
         q, k, v = tokens(case, step)
         out, lse = q.new_empty(*q.shape[:3], case.value_dim), q.new_empty(BATCH, HEADS, case.count)
         dense = out.clone()
-        for heads, state in zip(parts, single, strict=True):
-            kv = heads[::shared] // shared
-            here = (q[:, :, heads], k[:, :, kv], v[:, :, kv])
-            out[:, :, heads], lse[:, heads] = attend(*here, state, return_lse=True, **options)
-            dense[:, :, heads] = attend(*here, new_state(case, heads), **options)
+        for of_ring, states in zip(rows, single, strict=True):
+            at = slice(of_ring.start, of_ring.stop)
+            for heads, state in zip(parts, states, strict=True):
+                kv = heads[::shared] // shared
+                qkv = (q[:, at][:, :, heads], k[:, :, kv], v[:, :, kv])
+                out[:, at, heads], lse[:, heads, at] = attend(*qkv, state, return_lse=True, **options)
+                dense[:, at, heads] = attend(*qkv, new_state(case, heads, of_ring), **options)
         local = [part(x) for x in (q, k, v)]
         if case.by_head_first:
             local = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in local]
@@ -113,8 +144,12 @@ def generation(case: Case) -> Found:
         errors.append(float((got - part(out)).abs().max()))
         lse_errors.append(float((got_lse - part(lse, 2)).abs().max()))
         moved.append(float((out - dense).abs().max()))
-    expected = single[rank * case.parts : (rank + 1) * case.parts]
-    same = all(torch.equal(a.skip_mask, b.skip_mask) for a, b in zip(own, expected, strict=True))
+    expected = single[0 if len(rows) == 1 else rank // head_ranks][here]
+    first = own_rows[0] // TILE if len(rows) == 1 else 0
+    same = all(
+        torch.equal(a.skip_mask, b.skip_mask[..., first : first + a.skip_mask.shape[-2], :])
+        for a, b in zip(own, expected, strict=True)
+    )
     skipped = torch.stack([state.sparsity() for state in own]).mean().item()
     return Found(max(errors), max(lse_errors), same, skipped, max(moved))
 
@@ -165,13 +200,14 @@ class Learned(NamedTuple):
 
 def generations(
     count: int = 3, tokens_of_all: int = 512, backend: str = "", branches: tuple[str, ...] = ("",),
-    reset: bool = False, options: dict[str, Any] | None = None, kv_heads: int = HEADS,
+    reset: bool = False, options: dict[str, Any] | None = None, kv_heads: int = HEADS, key_ranks: int = 1,
 ) -> Learned:  # fmt: skip
     """Run some generations of `LiteAttention` on ranks and in one process."""
+    group, key_group = groups(key_ranks)
     case = Case(count=tokens_of_all, kv_heads=kv_heads)
     num_steps = None if reset else STEPS
     options = {"threshold": THRESHOLDS.view(1, 1, HEADS), "num_steps": num_steps, **(options or {})}
-    single, ours = LiteAttention(**options), LiteAttention(**options, process_group=dist.group.WORLD)
+    single, ours = LiteAttention(**options), LiteAttention(**options, process_group=group, key_group=key_group)
     default_session.clear()
     ours.allocate(BATCH, case.count, HEADS, DIM, kv_heads=kv_heads)
     run: Any = ours
@@ -193,7 +229,10 @@ def generations(
         assert isinstance(ours.state, SkipState)
         assert ours.exchange is not None
         own = ours.exchange.own_heads
-        same = same and torch.equal(ours.state.skip_mask, single.state.skip_mask[:, :, own])
+        q_tiles = ours.state.tiles[0]
+        first = dist.get_rank() * key_ranks // dist.get_world_size() * q_tiles
+        of_single = single.state.skip_mask[:, :, own, first : first + q_tiles]
+        same = same and torch.equal(ours.state.skip_mask, of_single)
         heads.append(own.tolist())
         kept.append(float((1 - ours.state.sparsity("head")).sum()))
     return Learned(max(errors), same, heads, kept, float(single.sparsity()))

@@ -1,8 +1,9 @@
-"""`HeadExchange`: what a `LiteAttention` with a process group knows of the other ranks, and of the heads it has."""
+"""`ModuleExchange`: what a `LiteAttention` with process groups knows of the other ranks, and what of it all is here."""
 
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +14,23 @@ from lite_attention.ops import control as c
 from lite_attention.ops.arguments import require
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.memory import Memory
+from lite_attention.ops.shard import rows_of_queries
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor
 from lite_attention.parallel.balance import propose_deal
-from lite_attention.parallel.exchange import Tokens, tokens_of
-from lite_attention.parallel.group import Group
+from lite_attention.parallel.exchange import Tokens, spread, tokens_of
+from lite_attention.parallel.group import ALONE, Group
 from lite_attention.parallel.ulysses import Attend, exchanged_attention
 
-__all__ = ["HeadExchange"]
+__all__ = ["ModuleExchange"]
 
 
-class HeadExchange(Memory):
-    """Which heads this rank computes, and their part of what is given for all heads.
+class ModuleExchange(Memory):
+    """Which heads and queries this rank computes, and their part of what is given for all.
 
     Args:
-        process_group: the ranks that share the tokens.
+        process_group: the ranks that exchange heads for tokens; None = none do.
+        key_group: the ranks that gather keys; None = none do.
         balance: deal heads by what they cost.
     """
 
@@ -36,10 +39,11 @@ class HeadExchange(Memory):
     thresholds: torch.Tensor | None  # float32 (slots, steps, heads), where they differ by head
     initial_mask: torch.Tensor | None  # int32 (batch or 1, heads, q_tiles, k_words), likewise
 
-    def __init__(self, process_group: Any, balance: bool) -> None:
+    def __init__(self, process_group: Any, key_group: Any, balance: bool) -> None:
         super().__init__()
-        self.group = Group.of(process_group)
-        self.balance = balance
+        self.group = ALONE if process_group is None else Group.of(process_group)
+        self.key_group = ALONE if key_group is None else Group.of(key_group, "key_group")
+        self.balance = balance and self.group.ranks > 1
         self.kv_heads = 0
         self._agreed: dict[Any, Tokens] = {}
         with torch.inference_mode(False):
@@ -49,10 +53,10 @@ class HeadExchange(Memory):
         for name in ("thresholds", "initial_mask"):
             self.register_buffer(name, None, persistent=False)
 
-    def anew(self) -> HeadExchange:
+    def anew(self) -> ModuleExchange:
         """Return one that has learned nothing, on the CPU."""
         twin = self.__new__(type(self))
-        HeadExchange.__init__(twin, self.group, self.balance)
+        ModuleExchange.__init__(twin, self.group, self.key_group, self.balance)
         return twin
 
     # ---- calls ------------------------------------------------------------------------------------------------------
@@ -61,20 +65,30 @@ class HeadExchange(Memory):
         self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SiteState | None,
         seq_len: int | None, return_lse: bool,
     ) -> Any:  # fmt: skip
-        """Exchange, attend, exchange; state is what there is before the call.
+        """Exchange, attend, exchange.
+
+        Args:
+            attend: attention by the module's state, which is told `keys` where they are gathered.
+            q: of the tokens here, as are the others.
+            k: keys.
+            v: values.
+            state: what there is before the call.
+            seq_len: tokens of all ranks; None = as many on each.
+            return_lse: also return the log-sum-exp.
 
         Raises:
             ValueError: the call does not fit, here or on another rank.
         """
         tokens = self._tokens(q, k, v, seq_len, state)
-        return exchanged_attention([attend], q, k, v, tokens, self.order_for(state), return_lse)
+        order = self.order_for(state)
+        return exchanged_attention([partial(attend, keys=tokens.keys)], q, k, v, tokens, order, return_lse)
 
     def _tokens(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, state: SiteState | None
     ) -> Tokens:
         """Return where the tokens of a call are; a call of a new size is compared with those of the other ranks."""
         if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or isinstance(q, FakeTensor):
-            return tokens_of(q, k, v, self.group, seq_len)
+            return tokens_of(q, k, v, self.group, self.key_group, seq_len)
         call = (*(getattr(x, "shape", None) for x in (q, k, v)), q.dtype, q.device, seq_len)
         if call not in self._agreed:
             self._agreed[call] = self._agree(q, k, v, seq_len)
@@ -83,23 +97,24 @@ class HeadExchange(Memory):
         return self._agreed[call]
 
     def _agree(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None) -> Tokens:
-        """Check a call on all ranks: a collective, which waits for the device."""
+        """Check a call on all ranks: collectives, which wait for the device. What one refuses, all refuse."""
+        tokens: Tokens | None = None
+        refusal: ValueError | None = None
         try:
-            tokens = tokens_of(q, k, v, self.group, seq_len)
-        except ValueError:
-            self.group.numbers([0] * _NUMBERS, q.device)
-            raise
-        named = _numbers(q, k, v, tokens)
-        rows = self.group.numbers([*named.values()], q.device)
-        refused = [rank for rank, row in enumerate(rows) if not any(row)]
-        if refused:
-            raise ValueError(f"q, k, v: expected calls that all ranks accept, got one that rank {refused[0]} refuses")
-        for name, *values in zip(named, *rows, strict=True):
-            require(len(set(values)) == 1, name, "the same on all ranks, or seq_len= of all of them", values)
+            tokens = tokens_of(q, k, v, self.group, self.key_group, seq_len)
+        except ValueError as error:
+            refusal = error
+        named = {} if tokens is None else _numbers(q, k, v, tokens)
+        for group in (self.group, self.key_group):
+            if group.ranks > 1:
+                rows = group.numbers([0] * _NUMBERS if refusal else [*named.values()], q.device)
+                refusal = refusal or _disagreement([*named], rows)
+        if refusal is not None or tokens is None:
+            raise refusal or AssertionError
         return tokens
 
-    def prepare(self, heads: int, kv_heads: int, device: torch.device | str) -> int:
-        """Get ready for calls of so many heads, and return those of a rank.
+    def prepare(self, heads: int, kv_heads: int, seq_len: int, device: torch.device | str) -> tuple[int, int]:
+        """Get ready for calls of so many heads and tokens; return the heads and queries of the state of a rank.
 
         Raises:
             ValueError: they do not divide.
@@ -108,7 +123,7 @@ class HeadExchange(Memory):
         require(kv_heads % ranks == 0, "kv_heads", f"a multiple of {ranks} ranks", kv_heads)
         require(heads % kv_heads == 0, "heads", f"a multiple of those of k, {kv_heads}", heads)
         self._prepare(heads, kv_heads, torch.empty(0, device=device).device)
-        return heads // ranks
+        return heads // ranks, sum(spread(self.group, self.key_group, seq_len).lengths)
 
     def _prepare(self, heads: int, kv_heads: int, device: torch.device) -> bool:
         """Return whether heads were others before; they are dealt as they come then."""
@@ -143,8 +158,8 @@ class HeadExchange(Memory):
     def learn_from(self, state: SiteState | None) -> None:
         """Propose a deal after some calls; a collective then, which waits for nothing."""
         if self.balance and isinstance(state, SkipState):
-            name, _, ranks = self.group
-            propose_deal(self.proposed, self.calls, state.skip_mask, self.order, self.kv_heads, ranks, name)
+            deals = (self.proposed, self.calls, state.skip_mask, self.order, self.kv_heads)
+            propose_deal(*deals, self.group, self.key_group)
 
     # ---- what is of the heads here ----------------------------------------------------------------------------------
 
@@ -165,13 +180,22 @@ class HeadExchange(Memory):
         require(table.shape[dim] == heads, f"heads of {name}", f"1 or {heads}, those of all ranks", table.shape[dim])
         return table.index_select(dim, self.own_heads.to(table.device))
 
-    def own_options(self, options: ModuleOptions) -> ModuleOptions:
-        """Return the options of a state of this rank."""
+    def own_options(self, options: ModuleOptions, seq_len: int, tile_m: int) -> ModuleOptions:
+        """Return the options of a state of this rank, for so many tokens of all ranks."""
         own = options.copy()
-        for name, dim in (("threshold", -1), ("initial_mask", 1)):
-            if name in own.of_state:
-                own.of_state[name] = self.own(name, own.of_state[name], dim)
+        if "threshold" in own.of_state:
+            own.of_state["threshold"] = self.own("threshold", own.of_state["threshold"])
+        mask = own.of_state["initial_mask"]
+        if mask is not None:
+            own.of_state["initial_mask"] = self.own("initial_mask", self._own_rows(mask, seq_len, tile_m), 1)
         return own
+
+    def _own_rows(self, mask: torch.Tensor, seq_len: int, tile_m: int) -> torch.Tensor:
+        """Return the rows of an initial mask that are of the queries here."""
+        tokens = spread(self.group, self.key_group, seq_len)
+        if tokens.keys is None:
+            return mask
+        return rows_of_queries(mask, tokens.keys.query_start, sum(tokens.lengths), seq_len, tile_m)
 
     def hold(self, options: ModuleOptions, state: SiteState | None) -> None:
         """Keep what is given by head, which follows heads as they are dealt anew."""
@@ -184,19 +208,31 @@ class HeadExchange(Memory):
             if _is_by_head(threshold, -1):
                 self.thresholds = state.threshold_table(threshold, len(self.order)).to(device).clone()
             if _is_by_head(initial_mask, 1):
-                self.initial_mask = pack_bits(initial_mask).to(device)
+                rows = self._own_rows(initial_mask, state.capacity[3], state.tile_m)
+                self.initial_mask = pack_bits(rows).to(device)
 
 
 _NUMBERS = 8
+
+
+def _disagreement(names: list[str], rows: list[list[int]]) -> ValueError | None:
+    """Return what is wrong with the numbers of all ranks; zeros are of one that refuses."""
+    refused = [rank for rank, row in enumerate(rows) if not any(row)]
+    if refused:
+        return ValueError(f"q, k, v: expected calls that all ranks accept, got one that rank {refused[0]} refuses")
+    for name, *values in zip(names, *rows, strict=True):
+        if len(set(values)) > 1:
+            return ValueError(f"{name}: expected the same on all ranks, or seq_len= of all of them, got {values}")
+    return None
 
 
 def _numbers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens) -> dict[str, int]:
     """Return what must be the same on all ranks, by what it is called."""
     batch, _, heads, head_dim = q.shape
     return {
-        "seq_len": sum(tokens.lengths), "batch of q": batch, "heads of q": heads, "heads of k": k.shape[2],
+        "seq_len": tokens.whole, "batch of q": batch, "heads of q": heads, "heads of k": k.shape[2],
         "head_dim of q": head_dim, "head_dim of v": v.shape[3], "dtype of q": zlib.crc32(str(q.dtype).encode()),
-        "ranks": tokens.group.ranks,
+        "dim": q.dim(),
     }  # fmt: skip
 
 
