@@ -31,6 +31,8 @@ The portable kernel, from Ampere on:
     forward_portable.py    host launch and the kernel: a CTA a q-tile
     storage_portable.py    shared memory of a CTA
     tile_walk_portable.py  every warp walks the tiles, votes are bits
+    residual_portable.py   the tiles in two parts, as the residual wants them
+    store_portable.py      from the sums of a CTA's rows to memory
     mainloop_portable.py   the tiles of a q-tile, one ahead
     copies_portable.py     tiles to shared memory by cp.async
     products_portable.py   instructions and layouts of the two products

@@ -55,8 +55,7 @@ def kernel_configs(
             if head_dims is None or head_dim in head_dims:
                 configs += _quantizers(target, dtype, quantization, head_dim)
                 configs += _attention(target, dtype, quantization, head_dim, all_variants)
-        if not target.portable:
-            configs += _choice(target, all_variants)
+        configs += _choice(target, all_variants)
     return list(dict.fromkeys(configs))  # quantizations share some
 
 
@@ -75,7 +74,7 @@ def _attention(
         for initial_mask, must_do in extras:
             votes = replace(config, initial_mask=initial_mask, must_do=must_do, key_mask=key_mask)
             yield votes
-            for residual in () if target.portable else RESIDUAL_DTYPES if all_variants else ("fp8",):
+            for residual in RESIDUAL_DTYPES if all_variants else ("fp8",):
                 yield replace(votes, residual=residual)
 
 

@@ -15,7 +15,7 @@ MAX_WORDS = 112  # of a row's tiles, a bit each: with more, two CTAs of 48 KB of
 MAX_TILES = 32 * MAX_WORDS
 
 _RESERVED_BYTES = 1024  # of a multiprocessor, for each CTA
-_CALL_BYTES = 40  # what warps tell each other of the call
+_CALL_BYTES = 108  # what warps tell each other of the call
 # Registers besides sums, as compiled kernels have it.
 _STAGE_REGISTERS = {1: 8, 2: 4}  # with one stage, addresses of operands stay from tile to tile
 _INTEGER_REGISTERS = 5  # of a block of rows, for integer scores
@@ -48,12 +48,9 @@ class Budget:
         """Check that it fits.
 
         Raises:
-            ValueError: it takes more registers or shared memory than there are, rows do not make whole warps, or there
-                is a residual.
+            ValueError: it takes more registers or shared memory than there are, or rows do not make whole warps.
         """
         config, least = self.config, BLOCK_ROWS * max(variant.warps for variant in _VARIANTS)
-        if config.residual:
-            raise ValueError(f"residual: expected none of the portable kernel, got {config.residual!r}")
         if config.tile_m != least:
             raise ValueError(f"tile_m: expected {least}, got {config.tile_m}")
         if self._fitting is None:
@@ -91,12 +88,17 @@ class Budget:
         config = self.config
         of_score, of_value = config.score_dtype.itemsize, config.value_dtype.itemsize
         tiles = of_score * config.tile_m + variant.stages * config.tile_n * (of_score + of_value)
-        return config.head_dim * tiles + 4 * (2 * MAX_WORDS + self.partial_words) + _CALL_BYTES
+        return config.head_dim * tiles + 4 * (2 * MAX_WORDS + self.partial_words + self.references) + _CALL_BYTES
 
     @property
     def partial_words(self) -> int:
         """Of bits of tiles with excluded keys; one that nobody reads where there is no key mask."""
         return MAX_WORDS if self.config.key_mask else 1
+
+    @property
+    def references(self) -> int:
+        """Words of what rows are held against in masses; one that nobody reads where there is no residual."""
+        return 2 * self.config.tile_m if self.config.residual else 1
 
     @property
     def warps(self) -> int:
@@ -107,6 +109,16 @@ class Budget:
     def threads(self) -> int:
         """Threads of a CTA."""
         return 32 * self.warps
+
+    @property
+    def first_consumer(self) -> int:
+        """Number of the first thread that computes: all do."""
+        return 0
+
+    @property
+    def consumers(self) -> int:
+        """Threads that compute."""
+        return self.threads
 
     @property
     def stages(self) -> int:

@@ -50,6 +50,11 @@ class Budget:
         return self.config.tile_m // 64
 
     @property
+    def first_consumer(self) -> int:
+        """Number of the first consumer thread."""
+        return _WARPGROUP
+
+    @property
     def consumers(self) -> int:
         """Consumer threads."""
         return _WARPGROUP * self.groups

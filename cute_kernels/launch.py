@@ -65,8 +65,6 @@ def unsupported_reason(
     reason = target.unsupported_reason(head_dim, value_dim, dtype)
     if reason is not None:
         return reason
-    if residual and target.portable:
-        return f"the {target.title} kernel has no residual; method 'votes' runs there"
     if residual and residual not in RESIDUAL_DTYPES:
         return f"the {target.title} kernel stores residuals in {' or '.join(RESIDUAL_DTYPES)}, got {residual}"
     try:

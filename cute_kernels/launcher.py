@@ -132,11 +132,11 @@ def _skip_plan(call: CallSignature, quantization: str, implementation: str | Non
 
 
 @functools.lru_cache(maxsize=4096)
-def _residual_plan(call: CallSignature, quantization: str) -> _Plan:
+def _residual_plan(call: CallSignature, quantization: str, implementation: str | None = None) -> _Plan:
     check_residual_call(call)
     t, scale, tile_m, tile_n = named_signatures(call, RESIDUAL_ARGUMENTS)
     q, k, v, residual = (given(t, name) for name in ("q", "k", "v", "residual"))
-    _check_tiles(q, tile_m, tile_n, quantization)
+    _check_tiles(q, tile_m, tile_n, quantization, implementation)
     stored = [name for name, dtype in RESIDUAL_DTYPES.items() if dtype == residual.dtype]
     if not stored:
         raise ValueError(
@@ -146,7 +146,7 @@ def _residual_plan(call: CallSignature, quantization: str) -> _Plan:
     if tiles > _MAX_TILES:
         raise ValueError(f"q, k: expected at most {_MAX_TILES} tiles of {tile_m} by {tile_n} in all, got {tiles}")
     has: dict[str, Any] = {name: t[name] is not None for name in ("initial_mask", "must_do", "key_mask")}
-    return _plan("residual_attention", q, k, v, scale, quantization, residual=stored[0], **has)
+    return _plan("residual_attention", q, k, v, scale, quantization, implementation, residual=stored[0], **has)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -265,8 +265,11 @@ def residual_attention_forward(
     tile_m: int,
     tile_n: int,
     quantization: str = "none",
+    implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernels for `lite_attention::residual_attention` on torch's current stream.
+
+    With `implementation="portable"` it is the portable kernel, whatever the GPU.
 
     Raises:
         ValueError: an argument does not fit; nothing has been changed then.
@@ -274,7 +277,7 @@ def residual_attention_forward(
     """
     written = (skip_mask, control, plan, keep, times, residual, residual_scale, row_lse)
     tensors = (q, k, v, *written, initial_mask, must_do, key_mask)
-    launch = _residual_plan(call_signature(tensors, scale, tile_m, tile_n), quantization)
+    launch = _residual_plan(call_signature(tensors, scale, tile_m, tile_n), quantization, implementation)
     decision, counts, mass = _scratch(q, *(ceil_div(x.shape[1], tile) for x, tile in ((q, tile_m), (k, tile_n))))
     values = residual.view(torch.uint8) if residual_scale is not None else residual  # DLPack of old has no FP8
     state = State(skip_mask, control, None, initial_mask, must_do)

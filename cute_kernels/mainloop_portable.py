@@ -13,15 +13,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 
+from lite_attention.cute_kernels.budget_portable import BLOCK_ROWS
 from lite_attention.cute_kernels.config import PROMOTED_KEYS, KernelConfig
 from lite_attention.cute_kernels.copies_portable import Source, TileCopy
+from lite_attention.cute_kernels.masses import Masses, QTile
 from lite_attention.cute_kernels.products_portable import Accumulators, Operands, Products
 from lite_attention.cute_kernels.ptx import max_nan
 from lite_attention.cute_kernels.short_sums import ShortSums
 from lite_attention.cute_kernels.softmax import Keys, Rows, Votes
 from lite_attention.cute_kernels.storage_portable import Shared
 from lite_attention.cute_kernels.tile_iterator import TILE_BITS
-from lite_attention.cute_kernels.tile_walk_portable import TileWalk
+from lite_attention.cute_kernels.tile_walk_portable import TileWalk, Walk
 
 _LEAST_UNIT = 2.0**-100  # not 0: an excluded key's -inf would become NaN
 
@@ -54,6 +56,33 @@ class Job(NamedTuple):
     keys: Keys
     k_scales: Any  # of integer keys, by tile
     k_norms: Any
+    q_tile: QTile | None = None  # where the masses of its tiles are summed up
+    decides: Any = None  # whether they are
+
+
+class Ahead(NamedTuple):
+    """What is on its way: register tensors of one."""
+
+    walk: Walk
+    tile: Any
+    stage: Any
+
+
+class BlockMasses(Masses):
+    """Of a block of rows, whose references are by row."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        super().__init__(config)
+        self.rows, self.of_warps = config.tile_m, config.budget.warps * BLOCK_ROWS
+
+    def place(self, at: int):
+        """The four threads of a row have one."""
+        row = cute.arch.warp_idx() * BLOCK_ROWS + cute.arch.lane_idx() // 4
+        return at // 2 * self.rows + 8 * (at % 2) + row
+
+    def of_block(self, references, block: int):
+        """Those of a block."""
+        return cute.make_tensor(references.iterator + block * self.of_warps, cute.make_layout(2 * self.rows))
 
 
 class Mainloop:
@@ -66,6 +95,9 @@ class Mainloop:
         self.softmax = pkgutil.resolve_name(config.quantization.softmax)(config)
         self.short_sums = ShortSums(config) if config.quantization.short_sums else None
         self.promoted_tiles = PROMOTED_KEYS // config.tile_n
+        self.masses = BlockMasses(config)
+        # Sums of a tile's weights are known before its product with V, but those of FP8.
+        self.early_masses = bool(config.residual) and self.short_sums is None
         about = {"threads": config.budget.threads, "hold": config.budget.holds_addresses}
         self.copy_q = TileCopy(self.products.qk_dtype, config.tile_m, config.head_dim, **about)
         self.copy_k = TileCopy(self.products.qk_dtype, config.tile_n, config.head_dim, **about)
@@ -74,14 +106,31 @@ class Mainloop:
     @cute.jit
     def attend(self, operands: Operands, acc: Accumulators, blocks, sources: Sources, shared: Shared, job: Job):
         """Sums of the weighted values of this warp's rows, not yet divided, and its votes."""
+        ahead = self.begin(acc, blocks, sources, shared, job)
+        self.visit(operands, acc, blocks, sources, shared, job, ahead, Int32(0), job.count)
+        self.end(acc, blocks)
+
+    @cute.jit
+    def begin(self, acc: Accumulators, blocks, sources: Sources, shared: Shared, job: Job) -> Ahead:
+        """Begin with nothing, and start to load the first tile."""
         self.clear(acc, blocks)
         walk = self.walk.begin()
-        coming, stage = Int32(0), Int32(0)
+        ahead = Ahead(walk, cute.make_rmem_tensor(1, Int32), cute.make_rmem_tensor(1, Int32))
+        ahead.tile[0], ahead.stage[0] = Int32(0), Int32(0)
         if job.count > 0:
-            coming = self.walk.next(walk, shared, job.keys.seq_k)
-            self.start(sources, coming, stage)
+            ahead.tile[0] = self.walk.next(walk, shared, job.keys.seq_k)
+            self.start(sources, ahead.tile[0], Int32(0))
         cute.arch.cp_async_commit_group()
-        for n in cutlass.range(job.count, unroll=1):
+        return ahead
+
+    @cute.jit
+    def visit(
+        self, operands: Operands, acc: Accumulators, blocks, sources: Sources, shared: Shared, job: Job, ahead: Ahead,
+        first: Int32, end: Int32,
+    ):  # fmt: skip
+        """Add tiles of the job to the sums, by number in the order of visits."""
+        coming, stage, walk = ahead.tile[0], ahead.stage[0], ahead.walk
+        for n in cutlass.range(first, end, unroll=1):
             entry = self.walk.entry(shared.partial, coming, job.keys.seq_k)
             j = entry & TILE_BITS
             unit, bound = self.of_tile(job, j)
@@ -100,15 +149,21 @@ class Mainloop:
             if const_expr(self.stages > 1):
                 self.products.scores(operands, acc.scores, stage)
             keep = self.weigh(acc, blocks, shared, job, entry, unit, bound)
-            if const_expr(self.config.skip):
+            if const_expr(self.config.votes):
                 self.walk.keep(shared.kept, j, keep)
+            if const_expr(self.early_masses):
+                self.add_masses(blocks, job, j)
             self.products.add_values(operands, acc, stage)
             if const_expr(self.short_sums is not None):
-                self.go_on_in_float32(acc, blocks, (n + 1) % self.promoted_tiles == 0)
+                self.go_on_in_float32(acc, blocks, job, j, (n + 1) % self.promoted_tiles == 0)
             if const_expr(self.stages > 1):
                 stage = stage ^ 1
+        ahead.tile[0], ahead.stage[0] = coming, stage
+
+    def end(self, acc: Accumulators, blocks):
+        """Wait for what is on its way, and for no one else."""
         cute.arch.cp_async_wait_group(0)  # of the query tile, if there was nothing to visit
-        if const_expr(self.short_sums is not None):
+        if self.short_sums is not None:
             self.take_sums(acc, blocks)
 
     @cute.jit
@@ -147,7 +202,7 @@ class Mainloop:
     ):  # fmt: skip
         """Weights of the scores, the output rescaled for them, and whether a row votes to keep the tile."""
         keep, score_threshold = Boolean(False), Float32(0.0)
-        if const_expr(self.config.skip):
+        if const_expr(self.config.votes):
             score_threshold = shared.score_threshold[0]
         j, partial = entry & TILE_BITS, entry > TILE_BITS
         for b in cutlass.range_constexpr(self.budget.blocks):
@@ -160,6 +215,8 @@ class Mainloop:
             votes = Votes(None, score_threshold, row < job.seq_q, row + 8 < job.seq_q)
             unit = self.softmax.prepare(x, unit, partial, j * self.tile_n, job.keys)
             moved, voted, slope = self.softmax.step(x, block.rows, unit, bound, partial, votes)
+            if const_expr(self.config.residual):
+                self.weigh_masses(block.rows, job, b, moved)
             self.softmax.convert(x, words, block.rows, slope)
             self.softmax.add_up(words, block.rows)
             self.softmax.rescale_output(out, block.rows, moved)
@@ -167,7 +224,23 @@ class Mainloop:
         return keep
 
     @cute.jit
-    def go_on_in_float32(self, acc: Accumulators, blocks, promote: Boolean):
+    def weigh_masses(self, rows: Rows, job: Job, block: cutlass.Constexpr, moved: Boolean):
+        """Let masses heed that shifts have moved."""
+        if moved:
+            if job.decides:
+                self.masses.weigh(rows, self.masses.of_block(job.q_tile.references, block))
+
+    @cute.jit
+    def add_masses(self, blocks, job: Job, tile: Int32):
+        """Add what a tile has, where that is asked for."""
+        if job.decides:
+            mass = Float32(0.0)
+            for b in cutlass.range_constexpr(self.budget.blocks):
+                mass = self.masses.mass(blocks[b].rows, self.masses.of_block(job.q_tile.references, b), mass)
+            self.masses.add_up(mass, job.q_tile, tile)
+
+    @cute.jit
+    def go_on_in_float32(self, acc: Accumulators, blocks, job: Job, tile: Int32, promote: Boolean):
         """Take the sums of a tile's weights out of their columns, and now and then the output too."""
         for b in cutlass.range_constexpr(self.budget.blocks):
             block, out = blocks[b], self.products.block_of(acc.out, b)
@@ -176,6 +249,8 @@ class Mainloop:
             if promote:
                 self.short_sums.promote(block.sums, block.sums_shift, out, block.rows)
             self.softmax.rescale_output(out, block.rows, promote)
+        if const_expr(self.config.residual):
+            self.add_masses(blocks, job, tile)
 
     def take_sums(self, acc: Accumulators, blocks):
         """Add what has gone on in float32 to the output."""

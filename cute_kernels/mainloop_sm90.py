@@ -245,7 +245,7 @@ class Mainloop:
         """Let masses heed that shifts have moved."""
         if moved:
             if job.decides[0] != 0:
-                self.masses.weigh(rows, job.q_tile)
+                self.masses.weigh(rows, job.q_tile.references)
 
     @cute.jit
     def add_mass(self, rows: Rows, job: Job, tile: Int32):

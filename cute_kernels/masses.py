@@ -31,7 +31,7 @@ class Masses:
     """What the two rows of a consumer thread add to the masses of a q-tile."""
 
     def __init__(self, config: KernelConfig) -> None:
-        self.consumers = config.budget.consumers
+        self.consumers, self.first_thread = config.budget.consumers, config.budget.first_consumer
         self.whole_sums = config.quantization.short_sums  # each thread has its rows' already
 
     @cute.jit
@@ -65,26 +65,38 @@ class Masses:
     @cute.jit
     def put(self, references, at: cutlass.Constexpr, value: Float32):
         """Nobody else reads it."""
+        references[self.place(at)] = value
+
+    def place(self, at: int):
+        """Where one of the four that are of this thread is."""
         thread, _, _ = cute.arch.thread_idx()
-        references[at * self.consumers + thread - 128] = value
+        return at * self.consumers + thread - self.first_thread
 
     @cute.jit
-    def weigh(self, rows: Rows, q_tile: QTile):
+    def weigh(self, rows: Rows, references):
         """Find out what sums are worth since shifts have moved: an exponential for each tile would cost 5 %."""
-        thread, _, _ = cute.arch.thread_idx()
         for half in cutlass.range_constexpr(2):
-            above = rows.row_shift[half] - q_tile.references[half * self.consumers + thread - 128]
-            self.put(q_tile.references, half + 2, cute.math.exp2(above, fastmath=True))
+            above = rows.row_shift[half] - references[self.place(half)]
+            self.put(references, half + 2, cute.math.exp2(above, fastmath=True))
 
     @cute.jit
     def add(self, rows: Rows, q_tile: QTile, tile: Int32):
         """Add a tile's weights, whose sums `rows.tile_sum` are of the present shift, to those of its q-tile."""
-        thread, _, _ = cute.arch.thread_idx()
-        mass = Float32(0.0)
+        self.add_up(self.mass(rows, q_tile.references, Float32(0.0)), q_tile, tile)
+
+    @cute.jit
+    def mass(self, rows: Rows, references, mass: Float32):
+        """Add to a mass what two rows have."""
         for half in cutlass.range_constexpr(2):
-            mass += rows.tile_sum[half] * q_tile.references[(half + 2) * self.consumers + thread - 128]
+            mass += rows.tile_sum[half] * references[self.place(half + 2)]
+        return mass
+
+    @cute.jit
+    def add_up(self, mass: Float32, q_tile: QTile, tile: Int32):
+        """Add a thread's part of the mass of a tile to those of its q-tile."""
+        thread, _, _ = cute.arch.thread_idx()
         total = cute.arch.warp_redux_sync(to_clamped_uint(mass * _ONE, _MOST), kind="add")
-        if thread == 128:
+        if thread == self.first_thread:
             total += 1  # tells a tile of no mass from one that is not visited
         where = q_tile.masses.iterator + (q_tile.start[0] + tile)
         add_if_zero(where.toint(), total, cute.arch.lane_idx())

@@ -141,16 +141,10 @@ class Producer:
             flags = masks.tile_flags[batch, None, None]
         bits, count, rest = jobs.visited[ring, None], Int32(0), Int32(0)
         if const_expr(self.config.residual):
-            row, initial_row = mask_rows(state, slot, batch, head, q_tile, jobs.call[residual_call.HALF])
-            others, masked = jobs.visited[ring + RING, None], jobs.call[residual_call.MASKED] != 0
-            count, rest = self.tiles.find_kept(
-                row, initial_row, state.must_do, flags, bits, others, jobs.partial, lane, k_tiles, masked
+            others = jobs.visited[ring + RING, None]
+            count, rest = self.tiles.find_parts(
+                state, jobs.call, slot, place, flags, bits, others, jobs.partial, lane, sizes, k_tiles
             )
-            if jobs.call[residual_call.SAMPLES] != 0:
-                diagonal = self.tiles.diagonal(q_tile, *sizes, k_tiles, state.control)
-                rest, count = count, self.tiles.take_sample(bits, others, lane, k_tiles, diagonal)
-            if jobs.call[residual_call.FULL] == 0:
-                rest = Int32(0)
         else:
             row, initial_row = mask_rows(state, slot, batch, head, q_tile)
             count = self.tiles.find_visited(

@@ -154,6 +154,38 @@ UNPACKS = {torch.bfloat16: unpack_bf16, torch.float16: unpack_fp16, torch.float8
 
 
 @dsl_user_op
+def pack_e4m3_by_integers(a, b, c, d, *, loc=None, ip=None):
+    """As `pack_e4m3`, where there is no instruction for it: at 2^-120 of a value, its bits in float32 are those in
+    e4m3 and 20 more, denormal ones too."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c, d)]
+    rounds = "".join(
+        f"abs.f32 x, ${i + 1}; min.NaN.f32 x, x, 0f43E00000; mul.rn.f32 x, x, 0f03800000; mov.b32 n, x; "
+        "bfe.u32 s, n, 20, 1; add.u32 n, n, s; add.u32 n, n, 0x7FFFF; shr.u32 n, n, 20; min.u32 n, n, 127; "
+        f"mov.b32 s, ${i + 1}; shr.u32 s, s, 24; and.b32 s, s, 128; or.b32 n, n, s; "
+        f"shl.b32 n, n, {8 * i}; or.b32 r, r, n; "
+        for i in range(4)
+    )
+    text = f"{{ .reg .f32 x; .reg .b32 n, s, r; mov.b32 r, 0; {rounds} mov.b32 $0, r; }}"
+    return Int32(_assembly(T.i32(), operands, text, "=r,f,f,f,f"))
+
+
+@dsl_user_op
+def unpack_e4m3_by_integers(four, *, loc=None, ip=None):
+    """As `unpack_e4m3`, the same way back."""
+    text = (
+        "{ .reg .pred p; .reg .f32 x; .reg .b32 n, s; and.b32 n, $1, 127; setp.eq.u32 p, n, 127; shl.b32 n, n, 20; "
+        "shl.b32 s, $1, 24; and.b32 s, s, 0x80000000; or.b32 n, n, s; mov.b32 x, n; mul.rn.f32 x, x, 0f7B800000; "
+        "selp.f32 $0, 0f7FFFFFFF, x, p; }"
+    )
+    bytes_first = [Uint32(four) >> Uint32(8 * i) for i in range(4)]
+    return tuple(Float32(_assembly(T.f32(), [x.ir_value(loc=loc, ip=ip)], text, "=f,r")) for x in bytes_first)
+
+
+PACKS_BEFORE_ADA = PACKS | {torch.float8_e4m3fn: pack_e4m3_by_integers}
+UNPACKS_BEFORE_ADA = UNPACKS | {torch.float8_e4m3fn: unpack_e4m3_by_integers}
+
+
+@dsl_user_op
 def max_nan(a, b, *, loc=None, ip=None):
     """Maximum that a NaN survives."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]

@@ -12,7 +12,16 @@ from cutlass import Float32, Int32, const_expr
 from lite_attention.cute_kernels import residual_call as call
 from lite_attention.cute_kernels.config import DTYPES, RESIDUAL_DTYPES, KernelConfig, Residual
 from lite_attention.cute_kernels.fragments import element
-from lite_attention.cute_kernels.ptx import PACKS, UNPACKS, as_float, prefetch_to_l2, quad_max, quad_sum
+from lite_attention.cute_kernels.ptx import (
+    PACKS,
+    PACKS_BEFORE_ADA,
+    UNPACKS,
+    UNPACKS_BEFORE_ADA,
+    as_float,
+    prefetch_to_l2,
+    quad_max,
+    quad_sum,
+)
 from lite_attention.cute_kernels.softmax import Rows
 from lite_attention.ops.quantize import LARGEST_FP8
 
@@ -44,7 +53,8 @@ class ResidualEpilogue:
         self.whole_sums = config.quantization.short_sums
         self.pack, self.unpack = PACKS[DTYPES[config.dtype]], UNPACKS[DTYPES[config.dtype]]
         stored = RESIDUAL_DTYPES[config.residual]
-        self.pack_residual, self.unpack_residual = PACKS[stored], UNPACKS[stored]
+        packs, unpacks = (PACKS, UNPACKS) if config.target.converts_fp8 else (PACKS_BEFORE_ADA, UNPACKS_BEFORE_ADA)
+        self.pack_residual, self.unpack_residual = packs[stored], unpacks[stored]
         self.each = 4 // stored.itemsize  # values of a register
         self.words = self.values // self.each
         self.scaled = config.residual == "fp8"

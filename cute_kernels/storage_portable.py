@@ -10,11 +10,11 @@ from cutlass import Float32, Int32, Uint32
 from lite_attention.cute_kernels.budget_portable import MAX_WORDS
 from lite_attention.cute_kernels.config import KernelConfig
 from lite_attention.cute_kernels.products_portable import Layouts, Products
-from lite_attention.cute_kernels.residual_call import DENSE
+from lite_attention.cute_kernels.residual_call import CALL_WORDS
 
-CALL_WORDS = 8
-# Of `Shared.call`, after what all kernels have.
-COUNT, DIAGONAL, Q_TILE, HEAD, BATCH = range(DENSE + 1, CALL_WORDS)
+# Of `Shared.call`, after the words of the call.
+COUNT, REST, MASSES, DIAGONAL, Q_TILE, HEAD, BATCH = range(CALL_WORDS, CALL_WORDS + 7)
+_WORDS = CALL_WORDS + 8
 
 
 class Shared(NamedTuple):
@@ -23,16 +23,20 @@ class Shared(NamedTuple):
     q: Any
     k: Any
     v: Any
-    visited: Any  # [words], bits of tiles
-    kept: Any  # [words], bits of tiles that some row keeps
+    visited: Any  # [words], bits of tiles; with the residual [words, 2]: of the first part, and of the second
+    kept: Any  # [words], bits of tiles that some row keeps, where there are votes
     partial: Any  # [words], bits of tiles: some key is excluded; where there is a key mask
-    call: Any  # slot, whether fresh, whether dense, number of tiles to visit, the one on the diagonal, and the job
+    call: Any  # as `residual_call.py` has it; number of tiles to visit, and after those; masses; diagonal; the job
     score_threshold: Any  # in units of row maxima
+    references: Any  # [2 * rows], with the residual: how rows count in masses, see masses.py
 
 
 def storage_of(config: KernelConfig, layouts: Layouts):
     """Return two structures: tiles, aligned as their swizzles want it, and what is small."""
-    products, partial_words = Products(config), config.budget.partial_words
+    budget, products = config.budget, Products(config)
+    visited_words = 2 * MAX_WORDS if config.residual else MAX_WORDS
+    kept_words = 2 * MAX_WORDS - visited_words or 1  # one that nobody writes
+    partial_words, reference_words = budget.partial_words, budget.references
     q_buffer, k_buffer, v_buffer = (
         cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], 1024]
         for dtype, layout in zip((products.qk_dtype, products.qk_dtype, products.v_dtype), layouts, strict=True)
@@ -46,23 +50,25 @@ def storage_of(config: KernelConfig, layouts: Layouts):
 
     @cute.struct
     class Call:
-        visited: cute.struct.MemRange[Uint32, MAX_WORDS]
-        kept: cute.struct.MemRange[Int32, MAX_WORDS]
+        visited: cute.struct.MemRange[Uint32, visited_words]
+        kept: cute.struct.MemRange[Int32, kept_words]
         partial: cute.struct.MemRange[Uint32, partial_words]
-        call: cute.struct.MemRange[Int32, CALL_WORDS]
+        call: cute.struct.MemRange[Int32, _WORDS]
         score_threshold: cute.struct.MemRange[Float32, 1]
+        references: cute.struct.MemRange[Float32, reference_words]
 
     return Tiles, Call
 
 
 def views(config: KernelConfig, tiles, call, layouts: Layouts) -> Shared:
     """Return both as tensors."""
-    words = cute.make_layout(MAX_WORDS)
+    words, parts = cute.make_layout(MAX_WORDS), cute.make_layout((MAX_WORDS, 2))
     return Shared(
         *[buffer.get_tensor(layout) for buffer, layout in zip((tiles.q, tiles.k, tiles.v), layouts, strict=True)],
-        call.visited.get_tensor(words),
-        call.kept.get_tensor(words),
+        call.visited.get_tensor(parts if config.residual else words),
+        None if config.residual else call.kept.get_tensor(words),
         call.partial.get_tensor(cute.make_layout(config.budget.partial_words)),
-        call.call.get_tensor(cute.make_layout(CALL_WORDS)),
+        call.call.get_tensor(cute.make_layout(_WORDS)),
         call.score_threshold.get_tensor(cute.make_layout(1)),
+        call.references.get_tensor(cute.make_layout(config.budget.references)),
     )

@@ -6,6 +6,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 
+from lite_attention.cute_kernels import residual_call
 from lite_attention.cute_kernels.config import KernelConfig, State
 from lite_attention.cute_kernels.ptx import has_bit
 from lite_attention.ops import control as c
@@ -90,6 +91,25 @@ class TileIterator:
             count += Int32(cute.arch.popc(word))
         cute.arch.sync_warp()
         return cute.arch.warp_redux_sync(count, kind="add")
+
+    @cute.jit
+    def find_parts(
+        self, state: State, call, slot: Int32, place, flags, first, others, partial, lane: Int32, sizes, k_tiles: Int32
+    ):  # fmt: skip
+        """One warp: put the tiles that a call with a residual visits first, and those that come then, in shared memory,
+        and return how many these are."""
+        q_tile, head, batch = place
+        row, initial_row = mask_rows(state, slot, batch, head, q_tile, call[residual_call.HALF])
+        masked = call[residual_call.MASKED] != 0
+        count, rest = self.find_kept(
+            row, initial_row, state.must_do, flags, first, others, partial, lane, k_tiles, masked
+        )
+        if call[residual_call.SAMPLES] != 0:
+            diagonal = self.diagonal(q_tile, *sizes, k_tiles, state.control)
+            rest, count = count, self.take_sample(first, others, lane, k_tiles, diagonal)
+        if call[residual_call.FULL] == 0:
+            rest = Int32(0)
+        return count, rest
 
     @cute.jit
     def find_kept(

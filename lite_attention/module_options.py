@@ -87,7 +87,9 @@ class ModuleOptions:
         if self.residual is None:
             return SkipState.for_inputs(query, key, quantization=quantization, implementation=implementation)
         options = self.residual.options(1, query.device)
-        return ResidualState.for_inputs(query, key, value, quantization=quantization, **options)
+        return ResidualState.for_inputs(
+            query, key, value, quantization=quantization, implementation=implementation, **options
+        )
 
     def loaded_state(self, saved: dict[str, Any], device: torch.device | None) -> SiteState:
         """Return a state that holds what was saved, in a `state_dict`.

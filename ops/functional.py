@@ -184,7 +184,7 @@ def residual_attention(
         key_lengths: keys from this index on take no part.
         key_mask: True = the key takes part.
         quantization: what scores are computed from.
-        implementation: None = the one for the device; "reference" = the CPU kernel on any device.
+        implementation: as for `skip_attention`.
 
     Returns:
         out (batch, seq_q, heads, value_dim); with `return_lse` also lse float32 (batch, heads, seq_q), natural log.

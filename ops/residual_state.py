@@ -148,11 +148,17 @@ class ResidualState(SiteState):
 
     @classmethod
     def for_inputs(
-        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, quantization: str = "none",
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        quantization: str = "none",
+        implementation: str | None = None,
         **options: Unpack[ResidualOptions],
-    ) -> ResidualState:  # fmt: skip
+    ) -> ResidualState:
         """Return a state sized for q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], with the table's tiles."""
-        tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device, quantization)
+        tile_m, tile_n = tile_shape(q.shape[-1], q.dtype, q.device, quantization, implementation)
         sizes: dict[str, Any] = {
             "batch": q.shape[0], "heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1],
             "value_dim": v.shape[3], "tile_m": tile_m, "tile_n": tile_n, "device": q.device,

@@ -111,19 +111,17 @@ def _register(
 
 
 def _register_stateful(name: str, schema: str, reference: _Kernel) -> dict[str | None, Any]:
-    """Define an op with a state, and beside it the same with the CPU kernel on all devices."""
-    cuda = _cuda(f"{name}_forward")
+    """Define an op with a state, and beside it the same with the CPU kernel on all devices, and the portable one on all
+    GPUs."""
+    cuda, portable = _cuda(f"{name}_forward"), _cuda(f"{name}_forward", implementation="portable")
     return {
         None: _register(name, schema, reference, cuda, stateful_attention_fake),
         "reference": _register(f"{name}_reference", schema, reference, reference, stateful_attention_fake),
+        "portable": _register(f"{name}_portable", schema, reference, portable, stateful_attention_fake),
     }
 
 
 IMPLEMENTATIONS = _register_stateful("skip_attention", SCHEMA, skip_attention_reference)
-IMPLEMENTATIONS["portable"] = _register(
-    "skip_attention_portable", SCHEMA, skip_attention_reference,
-    _cuda("skip_attention_forward", implementation="portable"), stateful_attention_fake,
-)  # fmt: skip
 RESIDUAL_IMPLEMENTATIONS = _register_stateful("residual_attention", RESIDUAL_SCHEMA, residual_attention_reference)
 ATTENTION: Any = _register("attention", DENSE_SCHEMA, attention_cpu, _cuda("attention_forward"), attention_fake)
 

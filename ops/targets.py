@@ -79,6 +79,11 @@ class Target:
         return self.sum_registers > 0
 
     @property
+    def converts_fp8(self) -> bool:
+        """Whether there are instructions that convert from and to e4m3: from Ada on."""
+        return min(self.capabilities, default=(0, 0)) >= (8, 9)
+
+    @property
     def symbol(self) -> str:
         """The name in names of functions."""
         return self.name.replace("_", "")

@@ -9,9 +9,9 @@ import torch
 
 from lite_attention.cute_kernels import launch
 from lite_attention.cute_kernels.aot import kernel_configs
-from lite_attention.cute_kernels.config import ChoiceConfig, KernelConfig, QuantizeConfig
+from lite_attention.cute_kernels.config import RESIDUAL_DTYPES, ChoiceConfig, KernelConfig, QuantizeConfig
 from lite_attention.ops.quantization import QUANTIZATIONS
-from lite_attention.ops.targets import SM89, SM90A, SM100
+from lite_attention.ops.targets import SM80, SM89, SM90A, SM100
 
 OTHER = dataclasses.replace(SM90A, name="sm_100a", tiles={"none": {64: (192, 128)}})
 
@@ -121,21 +121,19 @@ def test_why_no_kernel_runs_a_call(
     assert reason is None or (got is not None and got.startswith(reason))
 
 
-def test_the_portable_kernel_has_no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="residual: expected none of the portable kernel, got 'fp8'"):
-        KernelConfig("bf16", 128, *SM89.tile_shape(128), residual="fp8", target=SM89)
-    assert not any(isinstance(c, KernelConfig) and c.residual for c in kernel_configs(targets=(SM89,)))
-    monkeypatch.setattr(launch, "target_of", lambda *_: SM89)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+def test_the_portable_kernel_has_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [c.name for c in kernel_configs((128,), ("bf16",), targets=(SM80,))]
+    for name in ("residual_fp8_bf16_d128_128x64", "residual_fp8_bf16_d128_128x64_int8_k", "choose_tiles"):
+        assert f"lite_attention_sm80_{name}" in names
+    monkeypatch.setattr(launch, "target_of", lambda *_: SM80)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(launch, "has_compiler", lambda: True)
     monkeypatch.setattr(launch, "library", lambda: None)
     launch.unsupported_reason.cache_clear()
     about = (128, 128, torch.bfloat16, torch.device("cuda", 0))
-    assert launch.unsupported_reason(*about) is None
-    reason = "the Ada kernel has no residual; method 'votes' runs there"
-    assert launch.unsupported_reason(*about, residual="fp8") == reason
-    with pytest.raises(RuntimeError, match=f"lite_attention::residual_attention: {reason}"):
-        launch.check_supported("residual_attention", *about, residual="fp8")
+    for residual in RESIDUAL_DTYPES:
+        assert launch.unsupported_reason(*about, residual=residual) is None
+        launch.check_supported("residual_attention", *about, residual=residual)
     launch.unsupported_reason.cache_clear()
 
 

@@ -167,7 +167,7 @@ def test_a_quantization_that_is_none(implementation: str | None, device: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "triton"}, "implementation: expected None or 'reference', got 'triton'"),
+        ({"implementation": "triton"}, "implementation: expected None or 'reference' or 'portable', got 'triton'"),
         ({"quantization": "fp8"}, "quantization: expected 'none' or 'int8' or 'int8_fp8', got 'fp8'"),
         ({"key_lengths": torch.tensor([3])}, "key_lengths: expected shape (2,), got (1,)"),
         ({"scale": -0.5}, "scale: expected a number above 0, got -0.5"),

@@ -14,14 +14,19 @@ from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.plan import step_plan
 from lite_attention.ops.residual_state import ResidualState
+from lite_attention.ops.schema import RESIDUAL_IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div, diagonal_tile
-from tests.support.gpu_cases import OUT_ERROR, WEIGHT_ERROR, Case, make_case
+from tests.support.gpu_cases import OUT_ERROR, WEIGHT_ERROR, Case, implementation, make_case
 
-KERNEL = torch.ops.lite_attention.residual_attention.default
 REFERENCE = torch.ops.lite_attention.residual_attention_reference.default
 
 SAMPLE_EVERY = 16
 SATURATED = 8.0  # shares of a row, which a sample may have made too large, from which on a sum may be cut off
+
+
+def kernel() -> Any:
+    """The op that runs the kernel in question."""
+    return RESIDUAL_IMPLEMENTATIONS[implementation()]
 
 
 @dataclass
@@ -42,8 +47,8 @@ class ResidualCase:
         if mask is not None:
             mask = unpack_bits(mask, ceil_div(inputs.k.shape[1], inputs.state.tile_n))
         state = ResidualState.for_inputs(
-            inputs.q, inputs.k, inputs.v, quantization=inputs.quantization, plan=plan or step_plan(20),
-            initial_mask=mask, **of_state,
+            inputs.q, inputs.k, inputs.v, quantization=inputs.quantization, implementation=implementation(),
+            plan=plan or step_plan(20), initial_mask=mask, **of_state,
         )  # fmt: skip
         return cls(inputs, state, torch.Generator("cuda").manual_seed(seed + 1))
 
@@ -78,7 +83,7 @@ def check_residual_step(case: ResidualCase) -> None:
     """Run one step on the kernel and on the CPU kernel, and compare all that it computes and leaves."""
     x, state = case.inputs, case.state
     before, other = copy.deepcopy(state), copy.deepcopy(state)
-    out, lse = case.call(KERNEL, state)
+    out, lse = case.call(kernel(), state)
     want, want_lse = case.reference(other, torch.float64)
     low = case.reference(copy.deepcopy(before), torch.float32)[0].to(out.dtype)
     rounding = (want.to(out.dtype).double() - want.double()).abs().nan_to_num().max().item()
