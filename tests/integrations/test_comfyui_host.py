@@ -86,16 +86,18 @@ def model(comfy: Any) -> Any:
 STEPS = 12
 
 
-def sample(comfy: Any, model: Any, sampler: str = "euler") -> torch.Tensor:
+def sample(
+    comfy: Any, model: Any, sampler: str = "euler", cfg: float = 3.0, sides: tuple[int, ...] = (4, 16, 16)
+) -> torch.Tensor:
     """Return latents of 256 tokens after 12 steps with guidance."""
     numbers = torch.Generator().manual_seed(1)
-    noise = torch.randn(1, 16, 4, 16, 16, generator=numbers)
+    noise = torch.randn(1, 16, *sides, generator=numbers)
     positive, negative = ([[torch.randn(1, 8, 16, generator=numbers), {}]] for _ in range(2))
     sampling = comfy.samplers.KSampler(
         model, steps=STEPS, device=torch.device("cpu"), sampler=sampler, scheduler="simple", denoise=1.0
     )
     result: torch.Tensor = sampling.sample(
-        noise, positive, negative, cfg=3.0, latent_image=torch.zeros_like(noise), disable_pbar=True, seed=2
+        noise, positive, negative, cfg=cfg, latent_image=torch.zeros_like(noise), disable_pbar=True, seed=2
     )
     return result
 
@@ -173,6 +175,75 @@ def test_conditionings_that_do_not_fit_into_one_batch(
     apart = sample(comfy, patched(model))
     assert error(apart, together) < 1e-4
     assert len(seen.states) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "conditionings"),
+    [({}, 2), ({"dense_blocks": "1"}, 2), ({"preset": "votes"}, 2), ({"min_tokens": 257}, 0), ({}, 1)],
+    ids=["residual", "a dense block", "votes", "short", "no guidance"],
+)
+def test_room_is_left_for_the_memories(
+    comfy: Any, model: Any, monkeypatch: pytest.MonkeyPatch, seen: Seen, options: dict[str, Any], conditionings: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """ComfyUI is told as many bytes as the states have in the end."""
+    needed: list[tuple[float, float]] = []
+    load = comfy.model_management.load_models_gpu
+
+    def note(*args: Any, memory_required: float, minimum_memory_required: float, **kwargs: Any) -> Any:
+        needed.append((memory_required, minimum_memory_required))
+        return load(*args, memory_required=memory_required, minimum_memory_required=minimum_memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    cfg = 1.0 if conditionings == 1 else 3.0
+    with caplog.at_level("INFO", "lite_attention"):
+        sample(comfy, patched(model, **options), cfg=cfg)
+        sample(comfy, model, cfg=cfg)
+    taken = sum(state.nbytes for state in seen.states)
+    more = [with_node - without for with_node, without in zip(*needed, strict=True)]
+    assert more == pytest.approx([taken, taken], rel=0.02, abs=1024)  # tables of steps
+    said = [text for text in caplog.messages if "will take" in text]
+    assert len(said) == bool(conditionings)
+    assert all(f"{conditionings} conditioning(s)" in text for text in said)
+    assert "memory_required" not in vars(model.model)
+
+
+def test_two_models_have_nodes_of_their_own(comfy: Any, model: Any, seen: Seen) -> None:
+    """As Wan 2.2 has them: one begins, the other goes on; each begins with what it learns itself."""
+    high, low = patched(model, preset="fast"), patched(model, preset="quality")
+    alone = [sample(comfy, node) for node in (high, low)]
+    together = [sample(comfy, node) for node in (high, low, high)]
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+    assert torch.equal(together[2], alone[0])
+    assert len(seen) == 5
+
+
+def test_an_interrupted_sampling_leaves_nothing(comfy: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = patched(model)
+    latents = sample(comfy, node)
+    interrupted = comfy.model_management.InterruptProcessingException
+    calls, apply = iter(range(10**6)), type(model.model)._apply_model
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 5:
+            raise interrupted
+        return apply(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model), "_apply_model", stop)
+        with pytest.raises(interrupted):
+            sample(comfy, node)
+    assert torch.equal(sample(comfy, node), latents)
+
+
+def test_another_size_in_the_next_sampling(comfy: Any, model: Any, seen: Seen) -> None:
+    node = patched(model, preset="fast")
+    latents = sample(comfy, node)
+    other = sample(comfy, node, sides=(4, 24, 16))
+    assert error(other, sample(comfy, model, sides=(4, 24, 16))) < 0.1
+    assert torch.equal(sample(comfy, node), latents)
+    assert [run.memories and len(run.memories) for run in seen] == [4, 4, 4]
 
 
 def test_the_later_node_holds(comfy: Any, model: Any, seen: Seen) -> None:

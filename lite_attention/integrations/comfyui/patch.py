@@ -1,4 +1,4 @@
-"""`Patch`: what the node puts on a model, two wrappers."""
+"""`Patch`: what the node puts on a model, three wrappers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .options import NodeOptions
+from .reserve import conditionings_of, reserved
 from .run import FORWARD, Run, attention_override
 
 __all__ = ["KEY", "Patch"]
@@ -35,20 +36,31 @@ class Patch:
         from comfy.patcher_extension import WrappersMP
 
         clone = model.clone()
-        for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self._sample), (WrappersMP.APPLY_MODEL, self._apply_model)):
+        for kind, wrapper in (
+            (WrappersMP.OUTER_SAMPLE, self._sample),
+            (WrappersMP.PREPARE_SAMPLING, self._prepare),
+            (WrappersMP.APPLY_MODEL, self._apply_model),
+        ):
             clone.remove_wrappers_with_key(kind, KEY)
             clone.add_wrapper_with_key(kind, KEY, wrapper)
         return clone
 
     def _sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wrap a sampling run: it begins fresh, and nothing is kept behind it."""
-        outer, self._run = self._run, Run(self._options)
+        outer, self._run = self._run, Run(self._options, conditionings_of(getattr(executor, "class_obj", None)))
         try:
             result = executor(*args, **kwargs)
             self._run.finish()
             return result
         finally:
             self._run = outer
+
+    def _prepare(self, executor: Callable[..., Any], model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrap what loads the models for a sampling run."""
+        if self._run is None:
+            return executor(model, noise_shape, *args, **kwargs)
+        with reserved(model, noise_shape, self._options, self._run.conditionings):
+            return executor(model, noise_shape, *args, **kwargs)
 
     def _apply_model(
         self, executor: Any, x: Any, t: Any, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,

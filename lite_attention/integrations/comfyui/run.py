@@ -67,10 +67,11 @@ class Run:
 
     Args:
         options: of the node.
+        conditionings: that it runs in a step, as far as known.
     """
 
-    def __init__(self, options: NodeOptions) -> None:
-        self.options = options
+    def __init__(self, options: NodeOptions, conditionings: int = 1) -> None:
+        self.options, self.conditionings = options, conditionings
         self.dense_blocks = numbers_in("dense_blocks", options.dense_blocks)
         self.memories: dict[tuple[Call, Branch, Hashable], Memory | str] = {}  # a text is why there is none
         self.reasons: Counter[str] = Counter()  # why calls were dense
