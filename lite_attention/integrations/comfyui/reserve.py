@@ -72,7 +72,7 @@ def _tokens(net: nn.Module, noise_shape: Sequence[int]) -> int | None:
     if not isinstance(patch, (tuple, list)) or len(patch) > len(sides):
         return None
     patches = [1] * (len(sides) - len(patch)) + [*patch]
-    return math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True))
+    return int(math.prod(-(-side // size) for side, size in zip(sides, patches, strict=True)))
 
 
 @contextmanager
