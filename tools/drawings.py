@@ -9,9 +9,9 @@ __all__ = ["residual", "votes"]
 
 Tile = tuple[int, int]  # row of queries, column of keys
 
-_SIDE, _CELL, _GAP, _TOP = 8, 14, 40, 46
+_SIDE, _CELL, _GAP, _TOP = 8, 14, 56, 46
 _WIDE = _SIDE * _CELL
-_COMPUTED, _SKIPPED, _ADDED = "#f28e2b", "#d8d8d8", "#9fc5e8"
+_COMPUTED, _SKIPPED, _SMALL, _ADDED = "#f28e2b", "#d8d8d8", "#6fa8dc", "#d3e4f5"
 
 
 def votes() -> str:
@@ -19,7 +19,7 @@ def votes() -> str:
     draw = random.Random(1)
     tiles = [(row, column) for row in range(_SIDE) for column in range(_SIDE) if abs(row - column) > 1]
     draw.shuffle(tiles)
-    grids = [_grid(i, f"step {i}", tiles[: 14 * i], _SKIPPED) for i in range(4)]
+    grids = [_grid(i, f"step {i}", tiles[: 12 * i], _SKIPPED) for i in range(4)]
     between = [_arrow(i, "votes") for i in range(3)]
     return _svg(4, [*grids, *between], "orange: computed; gray: skipped, not even loaded")
 
@@ -30,12 +30,12 @@ def residual() -> str:
     near = [(row, column) for row in range(_SIDE) for column in range(_SIDE) if abs(row - column) <= 1]
     others = [(row, column) for row in range(_SIDE) for column in range(_SIDE) if (row, column) not in near]
     small = draw.sample(others, 40)
+    colors = {"full": _SMALL, "sparse": _ADDED}
     titles = ["full", "sparse", "sparse", "full"]
-    grids = [_grid(i, f"step {i + 1}: {title}", small, _ADDED) for i, title in enumerate(titles)]
-    outlines = [_outline(i) for i in (0, 3)]
+    grids = [_grid(i, f"step {i + 1}: {title}", small, colors[title]) for i, title in enumerate(titles)]
     between = [_arrow(0, "residual"), _arrow(1, "forecast"), _arrow(2, "")]
-    said = "orange: computed at every step; blue: computed at full steps (framed), else their residual is added"
-    return _svg(4, [*grids, *outlines, *between], said)
+    said = "orange: computed at every step; blue: computed at full steps; light: not computed, their residual is added"
+    return _svg(4, [*grids, *between], said)
 
 
 def _left(number: int) -> int:
@@ -54,13 +54,6 @@ def _grid(number: int, title: str, others: Collection[Tile], color: str) -> str:
     return "\n".join([_text(left + _WIDE / 2, _TOP - 10, title), *cells])
 
 
-def _outline(number: int) -> str:
-    left, side = _left(number) - 2, _WIDE + 3
-    return (
-        f'<rect x="{left}" y="{_TOP - 2}" width="{side}" height="{side}" fill="none" stroke="#555" stroke-width="2"/>'
-    )
-
-
 def _arrow(number: int, word: str) -> str:
     """Return an arrow from a grid to the next, with a word over it."""
     start, end, middle = _left(number) + _WIDE + 5, _left(number + 1) - 6, _TOP + _WIDE / 2
@@ -75,7 +68,7 @@ def _text(x: float, y: float, words: str, size: int = 12) -> str:
 
 def _svg(grids: int, parts: Sequence[str], legend: str) -> str:
     width, height = _left(grids) - _GAP + 10, _TOP + _WIDE + 34
-    top = _text(_left(0) + 24, 14, "rows: queries; columns: keys", 10).replace('"middle"', '"start"', 1)
-    top = top.replace(f'x="{_left(0) + 24:g}"', f'x="{_left(0)}"', 1)
-    body = "\n".join([top, *parts, _text(width / 2, height - 10, legend, 11)])
+    body = "\n".join(
+        [*parts, _text(width / 2, 14, "rows: queries; columns: keys", 10), _text(width / 2, height - 10, legend, 11)]
+    )
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">\n{body}\n</svg>\n'
