@@ -16,8 +16,8 @@ _NAMES = {
 _TOP = """# Cards
 
 `python -m lite_attention check` says which kernel runs on your card, and tries it. GPUs that are not here keep
-PyTorch's attention, and the report says why; so do AMD's. All kernels compute in bf16 and fp16. A CPU runs everything,
-in any dtype and head dim.
+PyTorch's attention, and the report says why; so do AMD's. All kernels have both methods, in bf16 and fp16. A CPU runs
+everything, in any dtype and head dim.
 
 Only H100 and H200 were at hand. The portable kernel passes its tests on an H200, and is timed there. **For its own
 cards it is compiled and checked without the card**: registers, spills and instructions in the machine code.
