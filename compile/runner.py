@@ -33,6 +33,9 @@ NOT_PICKLED = "model: expected one that is not enabled to pickle, copy to anothe
 # What models call the timestep, and the most dimensions that it has: samples, or samples and tokens.
 _TIMESTEPS = {"timestep": 2, "timesteps": 2, "t": 1, "time": 1, "sigma": 1, "sigmas": 1}
 
+# Which of several timesteps each row of a joint sequence has, as MiniMax-H3 is told; its video comes last.
+_ROWS = "timestep_indices"
+
 _NOT_EXPORTED = (
     "model: expected one that is not enabled to export; call lite_attention.disable(model) first, and give the program "
     "to lite_attention.make_skip_aware()"
@@ -155,7 +158,7 @@ class Runner:
             return None
         name, position = self._timestep
         value = kwargs.get(name, args[position] if position < len(args) else None)
-        return _number(value, _TIMESTEPS[name])
+        return _number(_of_last_row(value, kwargs.get(_ROWS)), _TIMESTEPS[name])
 
     def _look_back(self) -> None:
         """Say, once for each cause, what a forward did that the user may not expect."""
@@ -182,6 +185,13 @@ def timestep_of(model: nn.Module) -> tuple[str, int] | None:
     """Return the name and position of the argument that tells a model the timestep; None if it has none."""
     names = [*inspect.signature(type(model).forward).parameters][1:]
     return next(((name, names.index(name)) for name in _TIMESTEPS if name in names), None)
+
+
+def _of_last_row(timesteps: Any, rows: Any) -> Any:
+    """Return the timestep of the last row of a sequence, or the timesteps as they are where rows have none."""
+    if not (isinstance(rows, torch.Tensor) and rows.numel() and isinstance(timesteps, torch.Tensor)):
+        return timesteps
+    return timesteps if is_fake(timesteps) or timesteps.dim() != 1 else timesteps[rows.flatten()[-1:]]
 
 
 def _number(value: object, dims: int = 1) -> float | None:
