@@ -8,7 +8,9 @@ import math
 import re
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,9 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lite_attention
-from lite_attention import LiteAttention, ThresholdTable, masks
+from lite_attention import LiteAttention, ResidualState, ThresholdTable, masks
 from lite_attention.compile.other_attention import reason_of_op
 from lite_attention.ops.targets import SM80, SM90A
+from tools.reasons import MEANINGS, reasons
 
 __all__ = ["TROUBLES", "page"]
 
@@ -96,7 +99,7 @@ def _warning(run: Callable[[], Any]) -> str:
 
 def _error(run: Callable[[], Any]) -> str:
     try:
-        with torch.no_grad():
+        with _warned(), torch.no_grad():
             run()
     except Exception as error:  # of whatever kind it is
         return str(error)
@@ -162,10 +165,11 @@ def _pickled() -> None:
 
 
 def _of_another_length() -> None:
-    table = ThresholdTable({"": torch.tensor([[[-4.0]] * 20])}, num_steps=20)
+    table = ThresholdTable({"attn1": torch.tensor([[[-4.0]] * 20])}, num_steps=20)
     with tempfile.TemporaryDirectory() as folder:
         table.save(f"{folder}/thresholds.toml")
-        lite_attention.enable(Model(), num_steps=50, threshold=f"{folder}/thresholds.toml", **SMALL)(tokens())
+        block = nn.Sequential(OrderedDict(attn1=Model()))
+        lite_attention.enable(block, num_steps=50, threshold=f"{folder}/thresholds.toml", **SMALL)(tokens())
 
 
 def _another_grid() -> None:
@@ -180,6 +184,19 @@ def _traced() -> None:
 
 def _no_such_option() -> None:
     lite_attention.enable(Model(), treshold=-6.0)  # type: ignore[call-arg]
+
+
+def _no_memory() -> None:
+    sizes = {"batch": 1, "heads": 40, "seq_q": 75600, "seq_k": 75600, "tile_m": 192, "tile_n": 80}
+    with mock.patch("torch.zeros", side_effect=MemoryError):
+        ResidualState(**sizes, value_dim=128, plan=[2, 1, 0], keep=0.3, residual_dtype="fp8")
+
+
+def _two_threads() -> None:
+    attention = LiteAttention(num_steps=2)
+    attention(*torch.randn(3, 1, TOKENS, HEADS, 16))
+    with lite_attention.branch("cond"), ThreadPoolExecutor() as pool:
+        pool.submit(lambda: lite_attention.branch("uncond").__enter__()).result()
 
 
 def _gradients() -> None:
@@ -201,8 +218,6 @@ TROUBLES: dict[str, list[Trouble]] = {
                 "HunyuanVideo 1.5 makes it, is one of these, too."),
         Trouble(lambda: _reason(attn_mask=torch.zeros(1, 1, 1, TOKENS)), "Give the model a bool mask. A float one "
                 "may hold any bias."),
-        Trouble(lambda: _reason(is_causal=True), "Nothing: the method is for attention that looks both ways."),
-        Trouble(lambda: _reason(dropout_p=0.1), "Call `model.eval()`."),
         Trouble(lambda: _reason(grad=True), "As it says. Training through skipped tiles is not supported."),
         Trouble(_head_dim, "Head dims that a card's kernel has are in [the table of cards](reference/cards.md). "
                 "Others keep PyTorch's attention."),
@@ -211,7 +226,6 @@ TROUBLES: dict[str, list[Trouble]] = {
                 "[compiled ahead of time](how-to/ahead-of-time.md)."),
         Trouble(lambda: str(reason_of_op("flash_attn::_flash_attn_forward")), "Set the model's attention to "
                 "PyTorch's: in diffusers `model.set_attention_backend(\"native\")`."),
-        Trouble(lambda: str(reason_of_op("multi_head_attention_forward")), "As it says."),
     ],
     "A warning": [
         Trouble(lambda: _warning(_nothing_at_all), "As it says. If the report has rows, their reasons are above."),
@@ -234,9 +248,20 @@ TROUBLES: dict[str, list[Trouble]] = {
         Trouble(lambda: _error(lambda: lite_attention.enable(Model(), compile="blocks")), "Blocks are those that a "
                 "model of diffusers names. Take `compile=True`."),
         Trouble(lambda: _error(_traced), "As it says, before `torch.compile` or `torch.export`."),
+        Trouble(lambda: _error(_no_memory), "As it says. Votes take a bit a tile."),
+        Trouble(lambda: _error(_two_threads), "Use `enable`, where each thread has memories of its own."),
         Trouble(lambda: _error(_gradients), "Run it under `torch.no_grad()`."),
     ],
 }  # fmt: skip
+
+_ALL_REASONS = """## All reasons
+
+Of attention that a model or a graph shows, by the words of the report. Reasons of a card or a quantization are above.
+
+| reason | what to do |
+|---|---|
+{rows}
+"""
 
 _BESIDES = """## No message, but something is wrong
 
@@ -264,7 +289,8 @@ def page() -> str:
     for title, troubles in TROUBLES.items():
         rows = [f"> {_plain(trouble.say())}\n\n{trouble.do}\n" for trouble in troubles]
         sections.append(f"## {title}\n\n" + "\n".join(rows))
-    return "\n".join([_TOP, *sections, _BESIDES])
+    rows = "\n".join(f"| `{reason}` | {MEANINGS[reason]} |" for reason in reasons())
+    return "\n".join([_TOP, *sections, _ALL_REASONS.format(rows=rows), _BESIDES])
 
 
 def _plain(said: str) -> str:

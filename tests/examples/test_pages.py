@@ -10,6 +10,7 @@ import yaml
 
 from tools import pays
 from tools.pages import DOCS, PAGES
+from tools.reasons import MEANINGS, reasons
 
 CHECKOUT = Path(__file__).parents[2]
 ROOMS = ("lite_attention", "ops", "compile", "cute_kernels", "tests")
@@ -33,6 +34,12 @@ def test_environment_variables_are_all_there() -> None:
     used = {name for text in sources for name in re.findall(r'"(LITE_ATTENTION_[A-Z_]+)"', text)}
     page = (DOCS / "reference/environment.md").read_text()
     assert {*re.findall(r"`(LITE_ATTENTION_[A-Z_]+)`", page)} == used
+
+
+def test_every_reason_has_its_advice() -> None:
+    found = reasons()
+    assert {*found} == {*MEANINGS}
+    assert len(found) == len({*found}) > 20
 
 
 # ---- does it pay? ----------------------------------------------------------------------------------------------------
