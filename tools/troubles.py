@@ -187,7 +187,7 @@ def _no_such_option() -> None:
 
 
 def _no_memory() -> None:
-    sizes = {"batch": 1, "heads": 40, "seq_q": 75600, "seq_k": 75600, "tile_m": 192, "tile_n": 80}
+    sizes: dict[str, Any] = {"batch": 1, "heads": 40, "seq_q": 75600, "seq_k": 75600, "tile_m": 192, "tile_n": 80}
     with mock.patch("torch.zeros", side_effect=MemoryError):
         ResidualState(**sizes, value_dim=128, plan=[2, 1, 0], keep=0.3, residual_dtype="fp8")
 
@@ -289,8 +289,8 @@ def page() -> str:
     for title, troubles in TROUBLES.items():
         rows = [f"> {_plain(trouble.say())}\n\n{trouble.do}\n" for trouble in troubles]
         sections.append(f"## {title}\n\n" + "\n".join(rows))
-    rows = "\n".join(f"| `{reason}` | {MEANINGS[reason]} |" for reason in reasons())
-    return "\n".join([_TOP, *sections, _ALL_REASONS.format(rows=rows), _BESIDES])
+    advice = "\n".join(f"| `{reason}` | {MEANINGS[reason]} |" for reason in reasons())
+    return "\n".join([_TOP, *sections, _ALL_REASONS.format(rows=advice), _BESIDES])
 
 
 def _plain(said: str) -> str:
