@@ -80,7 +80,7 @@ class ModelSite:
         if self.record is not None:
             return [*self.record.states.values()]
         assert self.module is not None
-        return [] if self.module.state is None else [self.module.state]
+        return self.module.states
 
     @property
     def last(self) -> SiteState | None:

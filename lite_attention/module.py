@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,11 +12,8 @@ import torch
 from lite_attention.module_options import ModuleOptions
 from lite_attention.ops import DEFAULT_SLOTS, ResidualState, default_session, tile_shape
 from lite_attention.ops.arguments import check_choice, check_count, check_switch, require
-from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.quantization import quantization_of
-from lite_attention.ops.residual_settings import ResidualSettings
-from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor
 from lite_attention.ops.validate import check_inputs, is_bshd
@@ -77,6 +74,8 @@ class LiteAttention(SiteModule):
         process_group: ranks that share the tokens of a sequence, and exchange them for heads around each call, which is
             a collective then, see `lite_attention.parallel`. Options are of the whole; `state` is of this rank.
         key_group: ranks that gather keys instead, or besides, where heads are too few.
+        parts: with a process group: compute the heads of a rank in so many, each with a state, so that the exchange of
+            one runs beside attention of another.
         balance: with a process group and method "votes", deal heads to ranks by what they cost. What is saved with
             `persistent_state` keeps them as they come.
 
@@ -110,6 +109,7 @@ class LiteAttention(SiteModule):
         memory: Literal["device", "host"] | None = None,
         process_group: ProcessGroup | None = None,
         key_group: ProcessGroup | None = None,
+        parts: int = 1,
         balance: bool = True,
     ) -> None:
         super().__init__()
@@ -131,12 +131,12 @@ class LiteAttention(SiteModule):
         self.skipping_enabled = enable_skipping
         self.quantization = quantization_of(use_int8, use_fp8, quantization)
         self.implementation = implementation
-        self._is_told = False  # somebody says where generations begin
-        if process_group is not None or key_group is not None:
+        require(parts == 1 or not persistent_state, "parts", "1 where a state is saved", parts)
+        if process_group is not None or key_group is not None or parts != 1:
             from lite_attention.parallel.module_exchange import ModuleExchange  # most run in one process
 
             balance = balance and method == "votes" and not persistent_state  # residuals cost as much on each rank
-            self.exchange = ModuleExchange(process_group, key_group, balance)
+            self.exchange = ModuleExchange(process_group, key_group, parts, balance)
 
     def allocate(
         self,
@@ -181,12 +181,14 @@ class LiteAttention(SiteModule):
     ) -> None:
         head_dim = check_count("head_dim", head_dim)
         tile_m, tile_n = tile_shape(head_dim, dtype, device, self.quantization, self.implementation)
-        options = self._options
-        if self.exchange is not None:
-            options = self.exchange.own_options(options, sizes["seq_k"], tile_m)
-        self._adopt(options.new_state({**sizes, "tile_m": tile_m, "tile_n": tile_n}, value_dim, device))
-        if self.exchange is not None:
-            self.exchange.hold(self._options, self.state)
+        sizes, exchange = {**sizes, "tile_m": tile_m, "tile_n": tile_n}, self.exchange
+        if exchange is None:
+            self._adopt([self._options.new_state(sizes, value_dim, device)])
+            return
+        seq_k = sizes["seq_k"]
+        options = [exchange.own_options(self._options, part, seq_k, tile_m) for part in range(exchange.parts)]
+        self._adopt([of_part.new_state(sizes, value_dim, device) for of_part in options])
+        exchange.hold(self._options, self.states)
 
     def forward(
         self,
@@ -236,14 +238,15 @@ class LiteAttention(SiteModule):
         if self.state is None and torch.compiler.is_compiling():
             raise RuntimeError(_NOT_ALLOCATED)
         attend = partial(self._attend, **options)
-        result = self.exchange.attend(attend, query, key, value, self.state, seq_len, return_softmax_lse)
-        self.exchange.learn_from(self.state)
+        result = self.exchange.attend(attend, query, key, value, self.states, seq_len, return_softmax_lse)
+        self.exchange.learn_from(self.states)
         return result
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: Keys | None = None, **options: Any
-    ) -> Any:
-        state = self.state
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: int = 0, keys: Keys | None = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        state = self.state if part == 0 else self.states[part]
         if state is None or not self._fits(state, query, key, value):
             if torch.compiler.is_compiling():
                 raise RuntimeError(_NOT_ALLOCATED)
@@ -288,12 +291,6 @@ class LiteAttention(SiteModule):
         assert self.state is not None
         return self.state
 
-    def reset_skip_state(self) -> None:
-        """Forget everything: the next call begins a new generation."""
-        self._is_told = True
-        if self.state is not None:
-            self.state.reset()
-
     def set_threshold(self, threshold: float | torch.Tensor) -> None:
         """Set the threshold, in place on the device: neither a recompile nor a new graph.
 
@@ -313,52 +310,21 @@ class LiteAttention(SiteModule):
 
     def check_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
         """Raise what `set_threshold` or `set_keep` would raise, and change nothing."""
-        self._options.check_value(name, self._own(name, value), self.state)
+        self._options.check_value(name, self._own(name, value, 0), self.state)
 
     def set_value(self, name: Literal["threshold", "keep"], value: float | torch.Tensor) -> None:
         """Set the threshold, or the share to keep."""
         self.check_value(name, value)
         self._options.remember(value)
-        self._options.write(self._own(name, value), self.state)
+        for part, state in enumerate(self.states):
+            self._options.write(self._own(name, value, part), state)
         if self.exchange is not None:
-            self.exchange.hold(self._options, self.state)
+            self.exchange.hold(self._options, self.states)
 
-    def _own(self, name: str, value: float | torch.Tensor) -> Any:
-        """Return the part of a threshold that is of the heads of the state."""
+    def _own(self, name: str, value: float | torch.Tensor, part: int) -> Any:
+        """Return what of a threshold is of the heads of a state."""
         exchange = None if self.state is None or name != "threshold" else self.exchange
-        return value if exchange is None else exchange.own(name, value)
-
-    def enable_skip_optimization(self, enable: bool = True) -> None:
-        """Turn skipping on or off, on the device; while off, everything is computed and the state stays as it is."""
-        check_switch("enable", enable)
-        self.skipping_enabled = enable
-        if self.state is not None:
-            self.state.set_flag(FLAG_DENSE, not enable)
-
-    def site(self, name: str) -> Site:
-        """Return what is known of it as a site of that name; sizes are those of the state, 0 before there is one."""
-        batch, heads, seq_q, seq_k = (0, 0, 0, 0) if self.state is None else self.state.capacity
-        if self.exchange is not None:
-            heads, seq_q = heads * self.exchange.group.ranks, seq_k
-        tiles = None if self.state is None else (self.state.tile_m, self.state.tile_n)
-        device = torch.device("cpu") if self.state is None else self.state.control.device
-        q_shape, k_shape = (batch, seq_q, heads, 0), (batch, seq_k, 0, 0)
-        kind = type(self).__name__
-        return Site(name, kind, 0, q_shape, k_shape, k_shape, torch.get_default_dtype(), device, tile_shape=tiles)
-
-    @property
-    def num_steps(self) -> int | None:
-        """Denoising steps of a generation, as given."""
-        return self._options.num_steps
-
-    @property
-    def residual(self) -> ResidualSettings | None:
-        """The options of method "residual"; None = the other one."""
-        return self._options.residual
-
-    def sparsity(self, per: str | Collection[str] = ()) -> torch.Tensor:
-        """Return the share of tiles that the next call skips, see `SiteState.sparsity`; 0 before the first call."""
-        return torch.zeros(()) if self.state is None else self.state.sparsity(per)
+        return value if exchange is None else exchange.own(name, value, part)
 
     def extra_repr(self) -> str:
         """Return the options that matter most."""

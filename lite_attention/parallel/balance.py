@@ -49,7 +49,7 @@ def _is_due(calls: int) -> bool:
 
 
 def _propose(
-    proposed: torch.Tensor, calls: torch.Tensor, skip_mask: torch.Tensor, order: torch.Tensor, kv_heads: int,
+    proposed: torch.Tensor, calls: torch.Tensor, skip_masks: list[torch.Tensor], order: torch.Tensor, kv_heads: int,
     ranks: int, group: str, key_ranks: int, key_group: str,
 ) -> None:  # fmt: skip
     if proposed.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -57,7 +57,8 @@ def _propose(
     calls += 1
     if not _is_due(int(calls)):
         return
-    skipped = arrived(all_gather(count_bits(skip_mask).sum((0, 1, 3, 4)), ranks, group))
+    skipped = torch.cat([count_bits(mask).sum((0, 1, 3, 4)) for mask in skip_masks])
+    skipped = arrived(all_gather(skipped, ranks, group))
     by_head = torch.empty_like(skipped)
     by_head[order] = skipped
     if key_ranks > 1:  # which have the same heads, and other queries
@@ -68,7 +69,7 @@ def _propose(
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
-    "propose_deal(Tensor(a!) proposed, Tensor(b!) calls, Tensor skip_mask, Tensor order, int kv_heads,"
+    "propose_deal(Tensor(a!) proposed, Tensor(b!) calls, Tensor[] skip_masks, Tensor order, int kv_heads,"
     " int ranks, str group, int key_ranks, str key_group) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -77,7 +78,7 @@ torch.library.register_fake(f"{NAMESPACE}::propose_deal", lambda *_: None, lib=_
 
 
 def propose_deal(
-    proposed: torch.Tensor, calls: torch.Tensor, skip_mask: torch.Tensor, order: torch.Tensor, kv_heads: int,
+    proposed: torch.Tensor, calls: torch.Tensor, skip_masks: list[torch.Tensor], order: torch.Tensor, kv_heads: int,
     group: Group, key_group: Group,
 ) -> None:  # fmt: skip
     """Count a call, and at some calls write a new deal into `proposed`; an op, so that compiled code does so, too.
@@ -85,7 +86,7 @@ def propose_deal(
     Args:
         proposed: int64 (heads,), as `deal` returns it, of query heads.
         calls: int64 (1,) on the CPU, the calls so far: the same on all ranks.
-        skip_mask: int32 (slots, B, heads of this rank, q_tiles, k_words), of the heads that `order` names.
+        skip_masks: of the heads of this rank, in their order, int32 (slots, B, some of them, q_tiles, k_words).
         order: int64 (heads,), the deal in use.
         kv_heads: heads of the keys, which are dealt whole.
         group: whose heads are dealt.
@@ -93,4 +94,4 @@ def propose_deal(
     """
     propose = getattr(torch.ops, NAMESPACE).propose_deal
     of_groups = (group.ranks, group.name, key_group.ranks, key_group.name)
-    propose(proposed, calls, skip_mask, order, kv_heads, *of_groups)
+    propose(proposed, calls, skip_masks, order, kv_heads, *of_groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from lite_attention.module_options import ModuleOptions
 from lite_attention.ops import SkipState
 from lite_attention.ops import control as c
-from lite_attention.ops.arguments import require
+from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.memory import Memory
 from lite_attention.ops.shard import rows_of_queries
@@ -31,6 +32,7 @@ class ModuleExchange(Memory):
     Args:
         process_group: the ranks that exchange heads for tokens; None = none do.
         key_group: the ranks that gather keys; None = none do.
+        parts: the heads of a rank are computed in so many, with a state each.
         balance: deal heads by what they cost.
     """
 
@@ -39,11 +41,12 @@ class ModuleExchange(Memory):
     thresholds: torch.Tensor | None  # float32 (slots, steps, heads), where they differ by head
     initial_mask: torch.Tensor | None  # int32 (batch or 1, heads, q_tiles, k_words), likewise
 
-    def __init__(self, process_group: Any, key_group: Any, balance: bool) -> None:
+    def __init__(self, process_group: Any, key_group: Any, parts: int, balance: bool) -> None:
         super().__init__()
         self.group = ALONE if process_group is None else Group.of(process_group)
         self.key_group = ALONE if key_group is None else Group.of(key_group, "key_group")
-        self.balance = balance and self.group.ranks > 1
+        self.parts, self.balance = check_count("parts", parts), balance and self.group.ranks > 1
+        require(parts == 1 or process_group is not None, "parts", "1 where no heads are exchanged", parts)
         self.kv_heads = 0
         self._agreed: dict[Any, Tokens] = {}
         with torch.inference_mode(False):
@@ -56,44 +59,46 @@ class ModuleExchange(Memory):
     def anew(self) -> ModuleExchange:
         """Return one that has learned nothing, on the CPU."""
         twin = self.__new__(type(self))
-        ModuleExchange.__init__(twin, self.group, self.key_group, self.balance)
+        ModuleExchange.__init__(twin, self.group, self.key_group, self.parts, self.balance)
         return twin
 
     # ---- calls ------------------------------------------------------------------------------------------------------
 
     def attend(
-        self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SiteState | None,
+        self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Sequence[SiteState],
         seq_len: int | None, return_lse: bool,
     ) -> Any:  # fmt: skip
         """Exchange, attend, exchange.
 
         Args:
-            attend: attention by the module's state, which is told `keys` where they are gathered.
+            attend: attention by the module's states, which is told `part`, and `keys` where they are gathered.
             q: of the tokens here, as are the others.
             k: keys.
             v: values.
-            state: what there is before the call.
+            states: what there are before the call, one of each part of the heads of this rank, or none.
             seq_len: tokens of all ranks; None = as many on each.
             return_lse: also return the log-sum-exp.
 
         Raises:
             ValueError: the call does not fit, here or on another rank.
         """
-        tokens = self._tokens(q, k, v, seq_len, state)
-        order = self.order_for(state)
-        return exchanged_attention([partial(attend, keys=tokens.keys)], q, k, v, tokens, order, return_lse)
+        tokens = self._tokens(q, k, v, seq_len, states)
+        order = self.order_for(states)
+        attends = [partial(attend, part=part, keys=tokens.keys) for part in range(self.parts)]
+        return exchanged_attention(attends, q, k, v, tokens, order, return_lse)
 
     def _tokens(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, state: SiteState | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, states: Sequence[SiteState]
     ) -> Tokens:
         """Return where the tokens of a call are; a call of a new size is compared with those of the other ranks."""
         if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or isinstance(q, FakeTensor):
-            return tokens_of(q, k, v, self.group, self.key_group, seq_len)
+            return tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
         call = (*(getattr(x, "shape", None) for x in (q, k, v)), q.dtype, q.device, seq_len)
         if call not in self._agreed:
             self._agreed[call] = self._agree(q, k, v, seq_len)
-            if self._prepare(q.shape[2], k.shape[2], q.device) and state is not None:
-                state.start_fresh()  # its heads are others now
+            if self._prepare(q.shape[2], k.shape[2], q.device):
+                for state in states:
+                    state.start_fresh()  # its heads are others now
         return self._agreed[call]
 
     def _agree(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None) -> Tokens:
@@ -101,7 +106,7 @@ class ModuleExchange(Memory):
         tokens: Tokens | None = None
         refusal: ValueError | None = None
         try:
-            tokens = tokens_of(q, k, v, self.group, self.key_group, seq_len)
+            tokens = tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
         except ValueError as error:
             refusal = error
         named = {} if tokens is None else _numbers(q, k, v, tokens)
@@ -114,16 +119,17 @@ class ModuleExchange(Memory):
         return tokens
 
     def prepare(self, heads: int, kv_heads: int, seq_len: int, device: torch.device | str) -> tuple[int, int]:
-        """Get ready for calls of so many heads and tokens; return the heads and queries of the state of a rank.
+        """Get ready for calls of so many heads and tokens; return the heads and queries of a state.
 
         Raises:
             ValueError: they do not divide.
         """
-        ranks = self.group.ranks
-        require(kv_heads % ranks == 0, "kv_heads", f"a multiple of {ranks} ranks", kv_heads)
+        states = self.group.ranks * self.parts
+        dealt = f"a multiple of {self.group.ranks} ranks x {self.parts} parts"
+        require(kv_heads % states == 0, "kv_heads", dealt, kv_heads)
         require(heads % kv_heads == 0, "heads", f"a multiple of those of k, {kv_heads}", heads)
         self._prepare(heads, kv_heads, torch.empty(0, device=device).device)
-        return heads // ranks, sum(spread(self.group, self.key_group, seq_len).lengths)
+        return heads // states, sum(spread(self.group, self.key_group, seq_len).lengths)
 
     def _prepare(self, heads: int, kv_heads: int, device: torch.device) -> bool:
         """Return whether heads were others before; they are dealt as they come then."""
@@ -135,41 +141,48 @@ class ModuleExchange(Memory):
             self.order, self.proposed = (torch.arange(heads, device=device) for _ in range(2))
         return had_others
 
-    def order_for(self, state: SiteState | None) -> torch.Tensor | None:
+    def order_for(self, states: Sequence[SiteState]) -> torch.Tensor | None:
         """Return the order of the heads of this call, a new one if the generation begins; None = as they come."""
         if not self.balance:
             return None
-        if isinstance(state, SkipState):
-            self._adopt(state)
+        votes = [state for state in states if isinstance(state, SkipState)]
+        if votes:
+            self._adopt(votes)
         return self.order
 
-    def _adopt(self, state: SkipState) -> None:
-        blocks = state.control[c.slot_word(0, 0) :].view(state.slots, c.SLOT_WORDS)
-        step = blocks[:, c.STEP].index_select(0, state.control[c.SLOT : c.SLOT + 1])
-        is_dense = state.control[c.FLAGS : c.FLAGS + 1] & c.FLAG_DENSE
+    def _adopt(self, states: list[SkipState]) -> None:
+        control = states[0].control
+        slots = [state.control[c.slot_word(0, 0) :].view(state.slots, c.SLOT_WORDS) for state in states]
+        step = slots[0][:, c.STEP].index_select(0, control[c.SLOT : c.SLOT + 1])
+        is_dense = control[c.FLAGS : c.FLAGS + 1] & c.FLAG_DENSE
         begins = (step == 0) & (is_dense == 0) & (self.order != self.proposed).any()
         self.order.copy_(torch.where(begins, self.proposed, self.order))
-        blocks[:, c.FRESH].bitwise_or_(begins.to(blocks.dtype))  # of other branches, too: these are other heads now
-        if self.thresholds is not None:
-            state.threshold.copy_(self.thresholds.index_select(2, self.own_heads))
-        if self.initial_mask is not None and state.initial_mask is not None:
-            state.initial_mask.copy_(self.initial_mask.index_select(1, self.own_heads))
+        for words in slots:  # of other branches, too: these are other heads now
+            words[:, c.FRESH].bitwise_or_(begins.to(words.dtype))
+        for part, state in enumerate(states):
+            if self.thresholds is not None:
+                state.threshold.copy_(self.thresholds.index_select(2, self._heads_of(part)))
+            if self.initial_mask is not None and state.initial_mask is not None:
+                state.initial_mask.copy_(self.initial_mask.index_select(1, self._heads_of(part)))
 
-    def learn_from(self, state: SiteState | None) -> None:
+    def learn_from(self, states: Sequence[SiteState]) -> None:
         """Propose a deal after some calls; a collective then, which waits for nothing."""
-        if self.balance and isinstance(state, SkipState):
-            deals = (self.proposed, self.calls, state.skip_mask, self.order, self.kv_heads)
-            propose_deal(*deals, self.group, self.key_group)
+        masks = [state.skip_mask for state in states if isinstance(state, SkipState)]
+        if self.balance and masks:
+            propose_deal(self.proposed, self.calls, masks, self.order, self.kv_heads, self.group, self.key_group)
 
     # ---- what is of the heads here ----------------------------------------------------------------------------------
 
     @property
     def own_heads(self) -> torch.Tensor:
-        """The heads of this rank, int64 (heads / ranks,), in the order of its state."""
+        """The heads of this rank, int64 (heads / ranks,), in the order of its states."""
         return self.order.view(self.group.ranks, -1)[self.group.rank]
 
-    def own(self, name: str, table: Any, dim: int = -1) -> Any:
-        """Return the part of a tensor that is of the heads here; one for all heads, or a number, as it is.
+    def _heads_of(self, part: int) -> torch.Tensor:
+        return self.own_heads.view(self.parts, -1)[part]
+
+    def own(self, name: str, table: Any, part: int, dim: int = -1) -> Any:
+        """Return what of a tensor is of the heads of a state; one for all heads, or a number, as it is.
 
         Raises:
             ValueError: it has another number of heads.
@@ -178,16 +191,16 @@ class ModuleExchange(Memory):
             return table
         heads = len(self.order)
         require(table.shape[dim] == heads, f"heads of {name}", f"1 or {heads}, those of all ranks", table.shape[dim])
-        return table.index_select(dim, self.own_heads.to(table.device))
+        return table.index_select(dim, self._heads_of(part).to(table.device))
 
-    def own_options(self, options: ModuleOptions, seq_len: int, tile_m: int) -> ModuleOptions:
+    def own_options(self, options: ModuleOptions, part: int, seq_len: int, tile_m: int) -> ModuleOptions:
         """Return the options of a state of this rank, for so many tokens of all ranks."""
         own = options.copy()
         if "threshold" in own.of_state:
-            own.of_state["threshold"] = self.own("threshold", own.of_state["threshold"])
+            own.of_state["threshold"] = self.own("threshold", own.of_state["threshold"], part)
         mask = own.of_state["initial_mask"]
         if mask is not None:
-            own.of_state["initial_mask"] = self.own("initial_mask", self._own_rows(mask, seq_len, tile_m), 1)
+            own.of_state["initial_mask"] = self.own("initial_mask", self._own_rows(mask, seq_len, tile_m), part, 1)
         return own
 
     def _own_rows(self, mask: torch.Tensor, seq_len: int, tile_m: int) -> torch.Tensor:
@@ -197,8 +210,9 @@ class ModuleExchange(Memory):
             return mask
         return rows_of_queries(mask, tokens.keys.query_start, sum(tokens.lengths), seq_len, tile_m)
 
-    def hold(self, options: ModuleOptions, state: SiteState | None) -> None:
+    def hold(self, options: ModuleOptions, states: Sequence[SiteState]) -> None:
         """Keep what is given by head, which follows heads as they are dealt anew."""
+        state = states[0] if states else None
         if not self.balance or not isinstance(state, SkipState):
             return
         threshold, initial_mask = options.of_state["threshold"], options.of_state["initial_mask"]

@@ -58,7 +58,7 @@ def test_bits_are_counted() -> None:
 
 def _exchange_and_state() -> tuple[ModuleExchange, SkipState]:
     """Return those of rank 1 of 2, to whom heads 0 and 1 are proposed in place of 2 and 3."""
-    exchange = ModuleExchange(Group("none", 1, 2), None, balance=True)
+    exchange = ModuleExchange(Group("none", 1, 2), None, 1, balance=True)
     assert exchange.prepare(4, 4, 8, "cpu") == (2, 8)
     exchange.proposed.copy_(torch.tensor([2, 3, 0, 1]))
     return exchange, SkipState(batch=1, heads=2, seq_q=8, seq_k=8, tile_m=4, tile_n=4)
@@ -67,10 +67,10 @@ def _exchange_and_state() -> tuple[ModuleExchange, SkipState]:
 def test_a_deal_is_adopted_where_a_generation_begins_and_by_all_branches() -> None:
     exchange, state = _exchange_and_state()
     state.set_step(3)
-    assert exchange.order_for(state) is exchange.order
+    assert exchange.order_for([state]) is exchange.order
     assert exchange.own_heads.tolist() == [2, 3]
     state.set_step(0, slot=0)
-    exchange.order_for(state)
+    exchange.order_for([state])
     assert exchange.own_heads.tolist() == [0, 1]
     fresh = [int(state.control[c.slot_word(slot, c.FRESH)]) for slot in (0, 1)]
     assert fresh == [1, 1]  # slot 1, at its step 3, has learned of other heads
@@ -79,10 +79,11 @@ def test_a_deal_is_adopted_where_a_generation_begins_and_by_all_branches() -> No
 def test_while_skipping_is_off_heads_stay_with_what_was_learned_of_them() -> None:
     exchange, state = _exchange_and_state()
     state.set_flag(c.FLAG_DENSE, True)
-    exchange.order_for(state)
+    exchange.order_for([state])
     assert exchange.own_heads.tolist() == [2, 3]
 
 
+BY_HEAD = torch.arange(256).view(1, 4, 8, 8) % 7 % 3 == 1
 WAYS: dict[str, dict[str, Any]] = {
     "by steps": {},
     "by reset": {"reset": True},
@@ -90,10 +91,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "uneven": {"tokens_of_all": 517},
     "grouped queries": {"kv_heads": 2},
     "traced": {"backend": "aot_eager"},
+    "two parts": {"parts": 2},
+    "two parts, two branches, traced": {"parts": 2, "branches": ("cond", "uncond"), "backend": "aot_eager", "count": 2},
+    "two parts, a mask by head": {
+        "parts": 2,
+        "options": {"initial_mask": torch.arange(256).view(1, 4, 8, 8) % 7 % 3 == 1},
+    },
     "one threshold": {"options": {"threshold": -3.5}},
     "refreshed": {"options": {"refresh": 3}},
     "int8": {"options": {"use_int8": True}},
-    "a mask by head": {"options": {"initial_mask": torch.arange(256).view(1, 4, 8, 8) % 7 % 3 == 1}},
+    "a mask by head": {"options": {"initial_mask": BY_HEAD}},
 }
 
 

@@ -42,14 +42,17 @@ def test_all_ranks_are_told_and_none_waits(two: Ranks, kind: str) -> None:
         assert then == "fits"
 
 
-def test_what_is_set_and_copied_follows_the_heads(two: Ranks) -> None:
-    found = two.run(modules.by_hand)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_set_and_copied_follows_the_heads(two: Ranks, parts: int) -> None:
+    found = two.run(modules.by_hand, parts)
     for of_rank in found:
         assert of_rank["heads later"] == [of_rank["heads later"][0]] * 4
         assert of_rank["written"]
         assert of_rank["still there"]
         assert of_rank["told"] == "heads of threshold: expected 1 or 4, those of all ranks, got 2"
         assert of_rank["dense"]
+        assert of_rank["by head"] == 2
+        assert of_rank["off"]
         assert of_rank["site"] == (2, 512, 4, 0)
         assert of_rank["from meta"]
     assert found[0]["heads"] != [0, 1]
@@ -64,6 +67,12 @@ def test_what_is_no_group_is_refused() -> None:
         LiteAttention(process_group=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="balance: expected True or False, got 1"):
         LiteAttention(balance=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="parts: expected 1 where no heads are exchanged, got 2"):
+        LiteAttention(parts=2)
+    with pytest.raises(ValueError, match="parts: expected 1 where a state is saved, got 2"):
+        LiteAttention(parts=2, persistent_state=True)
+    with pytest.raises(ValueError, match="parts: expected at least 1, got 0"):
+        LiteAttention(parts=0)
     q = torch.randn(1, 64, 2, 16)
     with pytest.raises(ValueError, match="seq_len: expected None without a process group, got 64"):
         LiteAttention()(q, q, q, seq_len=64)

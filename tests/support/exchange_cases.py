@@ -201,13 +201,15 @@ class Learned(NamedTuple):
 def generations(
     count: int = 3, tokens_of_all: int = 512, backend: str = "", branches: tuple[str, ...] = ("",),
     reset: bool = False, options: dict[str, Any] | None = None, kv_heads: int = HEADS, key_ranks: int = 1,
+    parts: int = 1,
 ) -> Learned:  # fmt: skip
     """Run some generations of `LiteAttention` on ranks and in one process."""
     group, key_group = groups(key_ranks)
     case = Case(count=tokens_of_all, kv_heads=kv_heads)
     num_steps = None if reset else STEPS
     options = {"threshold": THRESHOLDS.view(1, 1, HEADS), "num_steps": num_steps, **(options or {})}
-    single, ours = LiteAttention(**options), LiteAttention(**options, process_group=group, key_group=key_group)
+    single = LiteAttention(**options)
+    ours = LiteAttention(**options, process_group=group, key_group=key_group, parts=parts)
     default_session.clear()
     ours.allocate(BATCH, case.count, HEADS, DIM, kv_heads=kv_heads)
     run: Any = ours
@@ -226,13 +228,12 @@ def generations(
                     got = run(*map(part, x), seq_len=case.count)
                 errors.append(float((got - part(expected)).abs().max()))
         assert isinstance(single.state, SkipState)
-        assert isinstance(ours.state, SkipState)
         assert ours.exchange is not None
         own = ours.exchange.own_heads
-        q_tiles = ours.state.tiles[0]
+        q_tiles = ours.states[0].tiles[0]
         first = dist.get_rank() * key_ranks // dist.get_world_size() * q_tiles
         of_single = single.state.skip_mask[:, :, own, first : first + q_tiles]
-        same = same and torch.equal(ours.state.skip_mask, of_single)
+        same = same and torch.equal(torch.cat([state.skip_mask for state in ours.states], 2), of_single)
         heads.append(own.tolist())
-        kept.append(float((1 - ours.state.sparsity("head")).sum()))
+        kept.append(float((1 - ours.sparsity("head")).sum()))
     return Learned(max(errors), same, heads, kept, float(single.sparsity()))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from lite_attention import LiteAttention
 from lite_attention.ops import ResidualState, SkipState
+from lite_attention.ops import control as c
 from tests.support.exchange_cases import BATCH, DIM, HEADS, STEPS, THRESHOLDS, Case, part, tokens
 
 CASE = Case(count=512)
@@ -66,14 +67,14 @@ def refused(kind: str) -> list[str]:
     return told
 
 
-def by_hand() -> dict[str, Any]:
+def by_hand(parts: int) -> dict[str, Any]:
     """Return what options, copies and files make of a module that has run a generation and a half."""
-    module = new_module(threshold=THRESHOLDS.view(1, 1, HEADS))
+    module = new_module(threshold=THRESHOLDS.view(1, 1, HEADS), parts=parts)
     run = STEPS + STEPS // 2
     for step in range(run):
         module(*local(step % STEPS))
-    assert isinstance(module.state, SkipState)
     assert module.exchange is not None
+    assert len(module.states) == parts
     file = io.BytesIO()
     pickle.dump(module, file)
     file.seek(0)
@@ -85,10 +86,10 @@ def by_hand() -> dict[str, Any]:
             assert torch.equal(twin(*local(step % STEPS)), expected)
     found["heads later"] = [m.exchange.own_heads.tolist() for m in (module, *twins)]
     module.set_threshold(10 * THRESHOLDS)
-    own = module.exchange.own_heads
-    found["written"] = torch.equal(module.state.threshold[0, 0], 10 * THRESHOLDS[own])
-    module(*local(0))
-    found["still there"] = torch.equal(module.state.threshold[0, 0], 10 * THRESHOLDS[module.exchange.own_heads])
+    for name in ("written", "still there"):
+        thresholds = torch.cat([s.threshold[0, 0] for s in module.states if isinstance(s, SkipState)])
+        found[name] = torch.equal(thresholds, 10 * THRESHOLDS[module.exchange.own_heads])
+        module(*local(0))
     try:
         module.set_threshold(THRESHOLDS[:2])  # as many as a rank has
     except ValueError as error:
@@ -97,8 +98,12 @@ def by_hand() -> dict[str, Any]:
     module.reset_skip_state()
     out = [module(*local(step)) for step in (0, 1)]
     found["dense"] = float(module.sparsity()) == 0.0
+    found["by head"] = module.sparsity("head").shape[0]
+    module.enable_skip_optimization(False)
+    words = [int(s.control[c.FLAGS]) & c.FLAG_DENSE for s in module.states]
+    found["off"] = words == [c.FLAG_DENSE] * parts
     found["site"] = module.site("attn").q_shape
-    on_meta = new_module().allocate(BATCH, CASE.count, HEADS, DIM).to("meta").to_empty(device="cpu")
+    on_meta = new_module(parts=parts).allocate(BATCH, CASE.count, HEADS, DIM).to("meta").to_empty(device="cpu")
     found["from meta"] = torch.allclose(on_meta(*local(0)), out[0], atol=0.2)
     return found
 
