@@ -15,6 +15,7 @@ from lite_attention.compile.store import StateStore
 from lite_attention.ops.site import Site
 
 __all__ = [
+    "NATIVE_BACKENDS",
     "attention_modules",
     "note_other_backends",
     "on_other_backends",
@@ -32,7 +33,7 @@ _REASONS = {
     "flex_attention": "another attention backend: FlexAttention",
 }
 # Of diffusers; they call scaled_dot_product_attention. The last is of `lite_attention.integrations.diffusers`.
-_NATIVE = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "lite_attention")
+NATIVE_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "lite_attention")
 
 
 @functools.cache  # asked at every call of torch, run eagerly
@@ -110,5 +111,5 @@ def on_other_backends(attention: Sequence[tuple[str, nn.Module]]) -> Iterator[tu
         if hasattr(processor, "_attention_backend"):
             backend = processor._attention_backend or active
             name = str(getattr(backend, "value", backend))
-            if backend is not None and name not in _NATIVE:
+            if backend is not None and name not in NATIVE_BACKENDS:
                 yield path, module, f"another attention backend: {name}"

@@ -199,6 +199,7 @@ def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
     wiring.undo.append(hooks.take_off_compiled(model))
     wiring.undo.append(hooks.mark(model))
     wiring.undo.append(hooks.follow_cache_context(model, wiring.session))
+    wiring.undo.append(hooks.follow_parallelism(model))
     if how.token_order is not None:
         reordered = order.TokenOrder(model, how.token_order, how.settings.tile_shape, how.settings.quantization)
         wiring.undo.append(lambda _: reordered.detach())

@@ -21,6 +21,7 @@ from lite_attention.ops.torch_internals import override, override_of
 __all__ = [
     "Undo",
     "follow_cache_context",
+    "follow_parallelism",
     "follow_progress",
     "let_dynamo_see",
     "mark",
@@ -158,6 +159,39 @@ def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> Un
             yield
 
     return _override(model, "cache_context", cache_context)
+
+
+def follow_parallelism(model: nn.Module) -> Undo:
+    """Let attention that diffusers splits over a ring of processes be one that can skip, split before or after this."""
+    detach = [_gather_keys(model)]
+    inner = getattr(model, "enable_parallelism", None)
+    if inner is None:
+        return lambda _: None
+
+    def enable_parallelism(*args: Any, **kwargs: Any) -> None:
+        inner(*args, **kwargs)
+        detach.append(_gather_keys(model))
+
+    take_off = _override(model, "enable_parallelism", enable_parallelism)
+
+    def undo(model: nn.Module) -> None:
+        take_off(model)
+        for function in reversed(detach):
+            function()
+
+    return undo
+
+
+def _gather_keys(model: nn.Module) -> Callable[[], None]:
+    """Let the keys of a ring be gathered, if there is one, and return what undoes it."""
+    from lite_attention.parallel.shard import context_parallel_of
+
+    split = context_parallel_of(model, "_parallel_config")
+    if split is None or split.ring_degree == 1:
+        return lambda: None
+    from lite_attention.parallel.diffusers_member import attach
+
+    return attach(model)
 
 
 def follow_progress(pipe: Any, begin: Callable[[int | None], None]) -> Undo:

@@ -17,6 +17,7 @@ from lite_attention.module import LiteAttention
 from lite_attention.ops import SkipState
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.residual_settings import ResidualSettings
+from lite_attention.ops.shard import WHOLE, Shard
 from lite_attention.ops.site import Site, SiteKeep, SiteThreshold
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import unwrapped
@@ -115,10 +116,15 @@ class ModelSite:
         return None if self.last is None else self.last.slots
 
     @property
+    def shard(self) -> Shard:
+        """Which part of the model's attention is here."""
+        return WHOLE if self.store is None else self.store.shard
+
+    @property
     def heads(self) -> int | None:
-        """Query heads; None = not known before the first call."""
+        """Query heads, of the whole model; None = not known before the first call."""
         if self.record is not None:
-            return int(self.record.site.q_shape[2])
+            return self.shard.all_heads(int(self.record.site.q_shape[2]))
         return None if self.last is None else self.last.capacity[1]
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Grid", "arguments_of", "grid_of", "grid_of_call"]
+__all__ = ["Grid", "arguments_of", "grid_of", "grid_of_call", "parameters_of"]
 
 Grid = tuple[int, int, int]  # frames, height, width, in tokens
 
@@ -77,9 +77,10 @@ def grid_of_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 def arguments_of(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model's `forward` is called with, by name."""
-    return {**dict(zip(_parameters(type(model).forward), args, strict=False)), **kwargs}
+    return {**dict(zip(parameters_of(type(model).forward), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _parameters(forward: Callable[..., Any]) -> list[str]:
+def parameters_of(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments of a `forward`."""
     return list(inspect.signature(forward).parameters)[1:]  # without self

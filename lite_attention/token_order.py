@@ -9,7 +9,7 @@ the tokens are permuted once, behind the patch embedding, and put back once, beh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lite_attention.ops.targets import target_of
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.tiles import tile_shape
+from lite_attention.token_grid import parameters_of
 
 __all__ = ["TokenOrder", "block_of", "check", "tile3d_order", "tile3d_rank"]
 
@@ -112,14 +113,41 @@ class _Video:
     grid: Grid = (1, 1, 1)
     block: Block = (1, 1, 1)
 
+    @property
+    def tokens(self) -> int:
+        frames, height, width = self.grid
+        return frames * height * width
+
+    def there(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Return tokens in the new order."""
+        if tokens.shape[dim] != self.tokens:
+            frames, height, width = self.grid
+            raise ValueError(
+                f"token_order: expected {frames} x {height} x {width} = {self.tokens} tokens, got {tokens.shape[dim]}"
+            )
+        return tokens.index_select(dim, tile3d_order(*self.grid, self.block, tokens.device))
+
+    def back(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return (batch, tokens, channels) in their own order."""
+        return tokens.index_select(1, tile3d_rank(*self.grid, self.block, tokens.device))
+
 
 class _Hooks:
-    """The hooks of one model. All is computed from the sizes of the call, so compiled code may have dynamic shapes."""
+    """The hooks of one model. All is computed from the sizes of the call, so compiled code may have dynamic shapes.
+
+    Where processes share the sequence, the model splits it: what it is given, and what its patch embedding and its last
+    projection return, is whole. Its rotary embedding alone returns a part.
+    """
+
+    modules: tuple[str, ...]  # whose outputs are changed, by the method of that name
 
     def __init__(
-        self, token_order: str | Sequence[int], tiles: tuple[int, int] | None, head_dim: int, quantization: str
+        self, token_order: str | Sequence[int], tiles: tuple[int, int] | None, model: Any, quantization: str
     ) -> None:
-        self.token_order, self.tiles, self.head_dim, self.quantization = token_order, tiles, head_dim, quantization
+        self.token_order, self.tiles, self.quantization = token_order, tiles, quantization
+        self.head_dim = model.config.attention_head_dim
+        self.place = (0, 1)  # rank and number of the processes that share the sequence
+        self._arguments = parameters_of(type(model).forward)
         self._of_thread = PerThread(_Video)
         self._compiled = _Video()
 
@@ -128,75 +156,89 @@ class _Hooks:
         # Dynamo does not trace what belongs to a thread; a graph reads what was written in the same run.
         return self._compiled if torch.compiler.is_compiling() else self._of_thread()
 
-    def begin(self, hidden_states: torch.Tensor, grid: Grid) -> None:
-        """Note what the call is about; `rope` is the first that runs."""
+    def arguments(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the arguments of a call with what is by token in the new order."""
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        changed = self.reordered(model, given)
+        return ((), {**given, **changed}) if changed else (args, kwargs)
+
+    def reordered(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the arguments that are by token, in the new order."""
+        raise NotImplementedError
+
+    def block_for(self, hidden_states: torch.Tensor) -> Block:
+        """Return the block that suits the tiles of a call."""
         device, dtype = hidden_states.device, hidden_states.dtype
         # What no kernel quantizes so is left dense, in any order.
         quantizes = target_of(device).quantizes(self.head_dim, self.quantization)
         quantization = self.quantization if quantizes else "none"
         tile_m, _ = self.tiles or tile_shape(self.head_dim, dtype, device, quantization)
-        self.video.grid, self.video.block = grid, block_of(self.token_order, tile_m)
+        return block_of(self.token_order, tile_m)
 
-    def there(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """Return tokens in the new order."""
-        frames, height, width = self.video.grid
-        if tokens.shape[dim] != frames * height * width:
-            raise ValueError(
-                f"token_order: expected {frames} x {height} x {width} = {frames * height * width} tokens, "
-                f"got {tokens.shape[dim]}"
-            )
-        return tokens.index_select(dim, tile3d_order(*self.video.grid, self.video.block, tokens.device))
+    def positions(
+        self, module: Any, args: tuple[Any, ...], output: tuple[torch.Tensor, ...], grid: Grid
+    ) -> tuple[torch.Tensor, ...]:
+        """Note what the call is about, and return rotary positions (..., tokens, ...) along dim 1 in the new order."""
+        video, (rank, ranks) = self.video, self.place
+        video.grid, video.block = grid, self.block_for(args[0])
+        if ranks == 1 or output[0].shape[1] == video.tokens:
+            return tuple(video.there(x) for x in output)
+        whole = type(module).forward(module, *args)  # without what splits it
+        return tuple(video.there(x).tensor_split(ranks, 1)[rank] for x in whole)
 
-    def back(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """Put the tokens of an output (batch, tokens, channels) back in their places."""
-        return output.index_select(1, tile3d_rank(*self.video.grid, self.video.block, output.device))
+    def proj_out(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return self.video.back(output)
 
 
 class _Wan(_Hooks):
     """Of `WanTransformer3DModel`: the patch embedding is a convolution, and its output is flattened afterwards."""
 
+    modules = ("rope", "patch_embedding", "proj_out")
+
+    def reordered(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        hidden_states, timestep = given["hidden_states"], given["timestep"]
+        if timestep.dim() != 2:  # one for the whole video
+            return {}
+        video = _Video(_grid_of_latents(hidden_states, model.config.patch_size), self.block_for(hidden_states))
+        return {"timestep": video.there(timestep)}
+
     def rope(self, module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        sizes, patch = args[0].shape[2:], module.patch_size
-        self.begin(args[0], (sizes[0] // patch[0], sizes[1] // patch[1], sizes[2] // patch[2]))
-        return tuple(self.there(part) for part in output)
+        return self.positions(module, args, output, _grid_of_latents(args[0], module.patch_size))
 
-    def embed(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return self.there(output.flatten(2), 2).view(output.shape)
+    def patch_embedding(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return self.video.there(output.flatten(2), 2).view(output.shape)
 
-    def time(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        count = kwargs.get("timestep_seq_len")
-        if count is None:  # one for the whole video
-            return args, kwargs
-        timestep, *rest = args
-        return (self.there(timestep.view(-1, count)).flatten(), *rest), kwargs
+
+def _grid_of_latents(latents: torch.Tensor, patch: Sequence[int]) -> Grid:
+    frames, height, width = latents.shape[2:]
+    return frames // patch[0], height // patch[1], width // patch[2]
 
 
 class _LTX(_Hooks):
     """Of `LTXVideoTransformer3DModel`: tokens come in as a sequence, with the sizes of the grid beside them."""
 
+    modules = ("rope", "proj_out")
+
+    def reordered(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        tokens, timestep = given["hidden_states"], given["timestep"]
+        grid = [given.get(name) for name in ("num_frames", "height", "width")]
+        video = _Video(self._checked(grid), self.block_for(tokens))
+        if timestep.numel() != len(tokens):  # one for each token, not for the video
+            timestep = video.there(timestep.reshape(len(tokens), -1))
+        return {"hidden_states": video.there(tokens), "timestep": timestep}
+
     def rope(self, module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden_states, *grid = args[:4]
+        return self.positions(module, args, output, self._checked(args[1:4]))
+
+    @staticmethod
+    def _checked(grid: Sequence[Any]) -> Grid:
         if None in grid:
-            raise ValueError(f"token_order: expected a call with num_frames, height and width, got {grid}")
-        self.begin(hidden_states, (grid[0], grid[1], grid[2]))
-        return tuple(self.there(part) for part in output)
-
-    def embed(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return self.there(output)
-
-    def time(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        timestep, *rest = args
-        batch = kwargs["batch_size"]
-        if timestep.shape[0] == batch:  # one for the whole video
-            return args, kwargs
-        return (self.there(timestep.view(batch, -1)).flatten(), *rest), kwargs
+            raise ValueError(f"token_order: expected a call with num_frames, height and width, got {[*grid]}")
+        frames, height, width = grid
+        return frames, height, width
 
 
-# By class: hooks, and the modules that make tokens and look at the timestep. Both have a `rope` and a `proj_out`.
-_SUPPORTED: dict[str, tuple[type[_Wan] | type[_LTX], str, str]] = {
-    "WanTransformer3DModel": (_Wan, "patch_embedding", "condition_embedder"),
-    "LTXVideoTransformer3DModel": (_LTX, "proj_in", "time_embed"),
-}
+_SUPPORTED: dict[str, type[_Wan] | type[_LTX]] = {"WanTransformer3DModel": _Wan, "LTXVideoTransformer3DModel": _LTX}
 
 
 def _supported_class(model: nn.Module) -> str:
@@ -235,15 +277,14 @@ class TokenOrder:
         quantization: str = "none",
     ) -> None:
         check(token_order)
-        kind, embed, time = _SUPPORTED[_supported_class(model)]
-        hooks = kind(token_order, tiles, model.config.attention_head_dim, quantization)
+        self._of_model = hooks = _SUPPORTED[_supported_class(model)](token_order, tiles, model, quantization)
         self._model = weakref.ref(model)
         self._hooks: dict[str, Callable[[nn.Module], RemovableHandle]] = {
-            "rope": lambda module: module.register_forward_hook(hooks.rope),
-            embed: lambda module: module.register_forward_hook(hooks.embed),
-            time: lambda module: module.register_forward_pre_hook(hooks.time, with_kwargs=True),
-            "proj_out": lambda module: module.register_forward_hook(hooks.back),
+            "": lambda module: module.register_forward_pre_hook(hooks.arguments, with_kwargs=True)
         }
+        for name in hooks.modules:
+            hook = getattr(hooks, name)
+            self._hooks[name] = lambda module, hook=hook: module.register_forward_hook(hook)  # type: ignore[misc]
         self._attached: dict[str, tuple[weakref.ref[nn.Module], RemovableHandle]] = {}
         self._attach()
 
@@ -260,16 +301,13 @@ class TokenOrder:
                 self._attached[name] = weakref.ref(module), register(module)
 
     def check(self, args: Any, kwargs: Any) -> None:
-        """Prepare a forward of the model.
+        """Prepare a forward of the model."""
+        from lite_attention.parallel.shard import context_parallel_of
 
-        Raises:
-            ValueError: its tokens are split over processes.
-        """
-        if getattr(self._model(), "_parallel_config", None) is not None:
-            raise ValueError(
-                "token_order: expected None with context parallelism, which splits the tokens before they could be "
-                "reordered"
-            )
+        split = context_parallel_of(self._model())
+        if split is not None:
+            rank = split._ring_local_rank * split.ulysses_degree + split._ulysses_local_rank
+            self._of_model.place = (rank, split.ring_degree * split.ulysses_degree)
         self._attach()
 
     def detach(self) -> None:

@@ -90,6 +90,10 @@ class Shard:
             return None
         return rank * (seq_k // ranks) + min(rank, seq_k % ranks)
 
+    def all_queries(self, seq_q: Any, seq_k: Any) -> Any:
+        """Return how many queries a site has in the whole model."""
+        return seq_k if self.is_gathered(seq_q, seq_k) else seq_q
+
     def own_queries(self, mask: torch.Tensor, seq_q: int, seq_k: int, tile_m: int) -> torch.Tensor:
         """Return the rows of an initial mask (..., q_tiles, k_tiles), True = skipped, that are of the queries here.
 
@@ -112,9 +116,8 @@ class Shard:
         (batch, seq_q, heads, head_dim), (_, seq_k, kv_heads, _), (_, _, v_heads, value_dim) = (
             site.q_shape, site.k_shape, site.v_shape,
         )  # fmt: skip
-        rows = seq_k if self.is_gathered(seq_q, seq_k) else seq_q
         return replace(
-            site, q_shape=(batch, rows, self.all_heads(heads), head_dim),
+            site, q_shape=(batch, self.all_queries(seq_q, seq_k), self.all_heads(heads), head_dim),
             k_shape=(batch, seq_k, self.all_heads(kv_heads), head_dim),
             v_shape=(batch, seq_k, self.all_heads(v_heads), value_dim),
         )  # fmt: skip

@@ -16,8 +16,7 @@ name is the model's own; diffusers makes others that of all models that name non
 keeps its options, and stays enabled whatever is reset. `enable(pipe)` also knows the pipeline's loop and scheduler.
 
 Attention that runs outside of a model's call, as a VAE's, is PyTorch's. Within the context, so is that of what
-`torch.compile(model)` returned; `configure(compile=True)` compiles. With `enable_parallelism` either way raises
-ValueError.
+`torch.compile(model)` returned; `configure(compile=True)` compiles. `enable_parallelism` may come before or after.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ from lite_attention.compile.settings import OtherOptions, SkipSettings
 from lite_attention.enabled import Wiring, wirings
 from lite_attention.exact_tokens import check_exact_tokens
 from lite_attention.ops.arguments import require
+from lite_attention.parallel.diffusers_member import MEMBER, NAME
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,9 +51,7 @@ if TYPE_CHECKING:
     from lite_attention.ops.site import SiteKeep, SiteThreshold
     from lite_attention.threshold_table import ThresholdTable
 
-__all__ = ["NAME", "Options", "configure"]
-
-NAME = "lite_attention"
+__all__ = ["MEMBER", "NAME", "Options", "configure"]
 
 
 class Options(OtherOptions, total=False):
@@ -123,7 +121,7 @@ def _is_ours(model: nn.Module) -> bool:
 
 def _is_wanted(model: nn.Module) -> bool:
     """Return whether a model that is about to run is one for the context's backend, and not enabled yet."""
-    if _registry._active_backend is not _MEMBER or torch.compiler.is_compiling():
+    if _registry._active_backend is not MEMBER or torch.compiler.is_compiling():
         return False
     return not _is_inside.get() and model not in wirings and _follows_context(model)
 
@@ -147,48 +145,9 @@ def _inside() -> Iterator[None]:
         _is_inside.reset(token)
 
 
-# ---- what diffusers calls: all that is private of it is here ---------------------------------------------------------
+# ---- what diffusers calls: what is private of it is here and in `parallel.diffusers_member` --------------------------
 
 _registry = dispatch._AttentionBackendRegistry
-_native = _registry._backends[dispatch.AttentionBackendName.NATIVE]
-
-
-def _new_member() -> Any:
-    """Return a member that diffusers' closed enumeration of backends did not have."""
-    names: Any = dispatch.AttentionBackendName
-    member = str.__new__(names, NAME)
-    member._name_, member._value_ = NAME.upper(), NAME
-    names._member_map_[member._name_] = names._value2member_map_[NAME] = member
-    names._member_names_.append(member._name_)
-    type.__setattr__(names, member._name_, member)
-    return member
-
-
-_MEMBER = _new_member()
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    return_lse: bool = False,
-    _parallel_config: Any = None,
-) -> torch.Tensor:
-    """Call scaled_dot_product_attention as diffusers does: in an enabled model, the swap is there."""
-    if _parallel_config is not None:
-        raise ValueError(
-            f"attention backend: expected another one than {NAME!r} with enable_parallelism(): its memory of tiles "
-            "would be of tokens and heads that ranks exchange"
-        )
-    return _native(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)  # type: ignore[no-any-return]
-
-
-_registry.register(_MEMBER)(_attend)
 
 
 def _over(cls: type, name: str) -> Callable[[Callable[..., Any]], None]:
@@ -226,7 +185,7 @@ def _reset_backend(method: Callable[..., None], model: nn.Module) -> None:
 def _call(method: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if _is_wanted(model):
         _switch_on(model, _within)
-    if _registry._active_backend is not _MEMBER or torch.compiler.is_compiling() or model not in wirings:
+    if _registry._active_backend is not MEMBER or torch.compiler.is_compiling() or model not in wirings:
         return method(model, *args, **kwargs)
     with _inside():
         return method(model, *args, **kwargs)
@@ -245,7 +204,7 @@ _set_active = _registry.set_active_backend
 
 def _set_active_backend(backend: Any) -> None:
     _set_active(backend)
-    for model in [] if backend is _MEMBER else [*_within]:
+    for model in [] if backend is MEMBER else [*_within]:
         _switch_off(model, _within)
 
 

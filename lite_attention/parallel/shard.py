@@ -37,9 +37,14 @@ def shard_of(model: nn.Module, process_group: ProcessGroup | None = None) -> Cal
     return lambda: _shard_by_config(of())
 
 
-def context_parallel_of(model: Any) -> Any:
-    """Return the context parallel configuration of a model of diffusers, or under cache-dit; None if it has none."""
-    for name in ("_cp_config", "_parallel_config"):
+def context_parallel_of(model: Any, *names: str) -> Any:
+    """Return the context parallel configuration of a model of diffusers, or under cache-dit; None if it has none.
+
+    Args:
+        model: any.
+        names: attributes that may hold it; by default those of both.
+    """
+    for name in names or ("_cp_config", "_parallel_config"):
         config = getattr(model, name, None)
         config = getattr(config, "context_parallel_config", config)
         if hasattr(config, "ulysses_degree"):

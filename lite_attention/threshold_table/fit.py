@@ -54,9 +54,9 @@ def _facts_of(model_or_pipe: Any) -> list[_Facts]:
 
 
 def _tokens(site: ModelSite) -> frozenset[int]:
-    """Return how many queries a site was called with."""
+    """Return how many queries a site was called with, those of all ranks."""
     if site.module is None:
-        return frozenset(state.capacity[2] for state in site.states)
+        return frozenset(site.shard.all_queries(*state.capacity[2:]) for state in site.states)
     # A module's state may be larger than its calls.
     words = [state.control[slot_word(slot, SEQ_Q)] for state in site.states for slot in range(state.slots)]
     return frozenset(int(word) for word in words) - {0}

@@ -343,22 +343,6 @@ def test_beside(name: str, is_first: bool) -> None:
     assert any(skipped(pipe.transformer).values())
 
 
-@pytest.mark.parametrize("method", ["set", "context"])
-def test_parallel_is_refused(method: str) -> None:
-    model = dm.WAN.model()
-    for module in model.modules():
-        if hasattr(module, "processor"):
-            module.processor._parallel_config = object()
-    if method == "set":
-        with pytest.raises(ValueError, match="'lite_attention' does not support context parallelism"):
-            model.set_attention_backend("lite_attention")
-        assert store_of(model) is None
-        assert backends(model) == {None}
-    else:
-        with with_backend("lite_attention"), pytest.raises(ValueError, match="another one than 'lite_attention' with"):
-            dm.run(model, dm.WAN.inputs(0, 0))
-
-
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 

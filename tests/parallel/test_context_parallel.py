@@ -1,0 +1,149 @@
+"""diffusers' context parallelism and `enable`: ranks compute, and learn, what one process does.
+
+Masks are the single process's bits: its heads under Ulysses, its rows in a ring.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import context_parallel_cases as cases
+from tests.support.context_parallel_cases import Found
+from tests.support.ranks import Ranks, ranks_of
+
+ULYSSES, RING = {"ulysses_degree": 2}, {"ring_degree": 2}
+BOTH = pytest.mark.parametrize("degrees", [ULYSSES, RING], ids=["ulysses", "ring"])
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with ranks_of(2) as ranks:
+        yield ranks
+
+
+def check(found: list[Found], error: float = 0.0) -> None:
+    for of_rank in found:
+        assert of_rank.error <= error
+        assert of_rank.same_masks
+        assert of_rank.same_names
+    assert min(of_rank.skipped for of_rank in found) > 0.03
+    assert min(of_rank.moved for of_rank in found) > 1e-3  # so that skipping shows
+
+
+@BOTH
+@pytest.mark.parametrize("order", ["split first", "split last", "split after a run"])
+def test_eager_in_either_order(two: Ranks, order: str, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.in_order, degrees, {}, order))
+
+
+@BOTH
+@pytest.mark.parametrize("order", ["split first", "split after a run"])
+def test_blocks_compiled(two: Ranks, order: str, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.in_order, degrees, {"compile": "blocks"}, order))
+
+
+@BOTH
+def test_compiled_whole(two: Ranks, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.in_order, degrees, {"compile": True}, "split last"))
+
+
+@BOTH
+def test_callables_and_initial_masks_are_of_the_whole_model(two: Ranks, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.callables, degrees))
+
+
+@BOTH
+def test_patterns_are_of_the_whole_video(two: Ranks, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.pattern, degrees))
+
+
+@BOTH
+def test_thresholds_that_are_set_later(two: Ranks, degrees: dict[str, Any]) -> None:
+    refused, found = zip(*two.run(cases.set_later, degrees), strict=True)
+    check([*found])
+    assert [len(of_rank) for of_rank in refused] == [2, 2]
+    if degrees is ULYSSES:
+        assert all("threshold: expected one for all heads, or 4, those of the whole" in text for text in refused[0])
+
+
+@BOTH
+def test_one_file_is_for_any_number_of_ranks(two: Ranks, degrees: dict[str, Any], tmp_path: Path) -> None:
+    for found in zip(*two.run(cases.from_file, degrees, str(tmp_path / "table.toml")), strict=True):
+        check([*found])
+
+
+def test_a_file_of_a_ranks_heads_is_refused_by_all(two: Ranks, tmp_path: Path) -> None:
+    for said in two.run(cases.foreign_file, ULYSSES, str(tmp_path / "table.toml")):
+        assert re.search("heads: 2 in the file, 4 in the model", said), said
+
+
+@BOTH
+@pytest.mark.parametrize("compile", [False, "blocks"])
+def test_tokens_in_blocks(two: Ranks, compile: bool | str, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.in_order, degrees, {"token_order": (1, 4, 4), "compile": compile}, "split last"))
+    if not compile:
+        check(two.run(cases.in_order, degrees, {"token_order": (1, 4, 4), "compile": compile}, "split first"))
+
+
+@BOTH
+def test_tokens_in_blocks_with_timesteps_of_their_own(two: Ranks, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.in_order, degrees, {"token_order": (1, 4, 4)}, "split first", "timesteps"))
+
+
+@pytest.mark.parametrize("degrees", [{**ULYSSES, "ulysses_anything": True}, {**RING, "ring_anything": True}])
+def test_lengths_that_do_not_divide(two: Ranks, degrees: dict[str, Any]) -> None:
+    if "ring_degree" in degrees:  # tiles of a part of 68 queries are not the whole's
+        for of_rank, skips in zip(*(two.run(cases.uneven, degrees, t) for t in (-torch.inf, -4.0)), strict=True):
+            assert of_rank.error < 2e-6
+            assert of_rank.same_names
+            assert skips.skipped > 0.02
+    else:
+        check(two.run(cases.uneven, degrees, -4.0), 2e-6)
+
+
+def test_heads_that_do_not_divide(two: Ranks) -> None:
+    check(two.run(cases.uneven_heads), 2e-6)
+
+
+@pytest.mark.parametrize(("degrees", "capacity"), [(ULYSSES, (1, 2, 96, 96)), (RING, (1, 4, 48, 96))])
+def test_the_residual_is_of_the_ranks_heads_and_queries(
+    two: Ranks, degrees: dict[str, Any], capacity: tuple[int, ...]
+) -> None:
+    for rank, found in enumerate(two.run(cases.residual, degrees)):
+        assert found.error < 1e-4
+        assert found.capacity == capacity
+        assert found.query_start == (48 * rank if degrees is RING else None)
+        assert 0.25 < found.kept < 0.4
+        assert found.diagonal
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["LTX", "Flux"])
+def test_other_models_that_skip_nothing_are_dense(two: Ranks, name: str, degrees: dict[str, Any]) -> None:
+    """LTX has a mask for its text, which diffusers exchanges in a ring alone."""
+    for error, sites in two.run(cases.by_name, name, degrees):
+        assert error < 2e-5
+        assert sites
+
+
+def test_heads_in_one_group_and_queries_in_the_other() -> None:
+    with ranks_of(4) as four:
+        check(four.run(cases.two_dimensions))
+
+
+def test_what_is_put_on_is_taken_off(two: Ranks) -> None:
+    for found, said in two.run(cases.taken_off):
+        assert found == [{"lite_attention"}, {None}] * 2
+        assert "does not support return_lse" in said  # as diffusers' own ring says
+
+
+@BOTH
+@pytest.mark.parametrize("way", ["set", "context"])
+def test_by_the_name_of_a_backend(two: Ranks, way: str, degrees: dict[str, Any]) -> None:
+    check(two.run(cases.by_backend, way, degrees))
