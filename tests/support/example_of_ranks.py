@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import lite_attention
 
-__all__ = ["run_example"]
+__all__ = ["run_example", "run_program"]
 
 
 def run_example(example: str, folder: str, arguments: list[str]) -> Any:
@@ -35,3 +35,11 @@ def run_example(example: str, folder: str, arguments: list[str]) -> Any:
         ),
     ):
         return runpy.run_path(example, run_name="__main__")["video"]
+
+
+def run_program(code: str) -> tuple[int, ...]:
+    """Run a program of a page in a rank of a group that is there; return the shape of its output."""
+    names: dict[str, Any] = {}
+    with mock.patch.object(dist, "init_process_group"), mock.patch.object(dist, "destroy_process_group"):
+        exec(code, names)
+    return tuple(names["out"].shape)
