@@ -24,7 +24,7 @@ MODULE = re.compile(r"(?<![\w./])(?:lite_attention|benchmarks|examples|tests)(?:
 LINK = re.compile(r"\]\((?!http)([^)#]+)")
 
 MADE_BY_COMMANDS = re.compile(
-    r"build/|FILE\.png|(thresholds|registry|shares|calibration|sparsity|maps|bench|weights|checkpoint)\.(png|toml|pt)"
+    r"build/|program\.py|FILE\.png|(thresholds|registry|shares|calibration|sparsity|maps|bench|weights|checkpoint)\.(png|toml|pt)"
 )
 YET_TO_COME = re.compile(r"`[^`\n]+` \(new\)|\S*(NAME|XX)\S*")
 
