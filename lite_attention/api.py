@@ -16,7 +16,7 @@ from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
-from lite_attention.exact_tokens import ExactTokens, check_exact_tokens
+from lite_attention.exact_tokens import ExactTokens, check_exact_tokens, needs_care
 from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, sites_of
 from lite_attention.ops import Session, default_session
@@ -207,7 +207,7 @@ def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
     if isinstance(how.settings.initial_mask, Pattern):
         checks.append(_check_of_grid(model, how.settings.initial_mask))
     run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
-    if how.exact_tokens is not None:
+    if needs_care(how.exact_tokens, model):
         exact = ExactTokens(model, wiring.store, how.exact_tokens)
         checks.append(exact.look)
         run = exact.around(run)

@@ -37,6 +37,7 @@ __all__ = [
     "exact_slices",
     "exactly",
     "keep_exact",
+    "needs_care",
 ]
 
 _Slices = Sequence[Sequence[int | None]]
@@ -121,6 +122,12 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any], int | None], Layout | None]] = 
     "LTX2VideoTransformer3DModel": _alone,  # its audio is a sequence of its own
     "MiniMaxH3Transformer3DModel": _minimax_h3,
 }
+
+
+def needs_care(option: ExactTokenOption | None, model: nn.Module) -> bool:
+    """Return whether a model may have exact tokens."""
+    is_known = any(cls.__name__ in _LAYOUTS for cls in type(model).__mro__)
+    return option is not None and (option != "auto" or is_known)
 
 
 def layout_of_call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout | None:

@@ -167,6 +167,20 @@ def test_each_sampling_starts_fresh() -> None:
     assert_close(host.forward(0.5), dense(0, 0.5))
 
 
+def test_noise_levels_may_be_copied_from_step_to_step() -> None:
+    host = Host(one_block, options())
+    outs = host.sample(lambda: [host.forward(sigma, sigmas=SIGMAS.clone()) for sigma in SIGMAS[:-1].tolist()])
+    assert all(torch.equal(*each) for each in zip(outs, by_hand(0).values(), strict=True))
+    other = torch.linspace(1.0, 0.0, 5)  # a second stage in the same run
+
+    def stages() -> torch.Tensor:
+        host.forward(1.0)
+        host.forward(float(SIGMAS[1]))
+        return host.forward(float(other[1]), sigmas=other)
+
+    assert_close(host.sample(stages), dense(0, float(other[1])))
+
+
 def test_votes() -> None:
     """A method without residuals, by the same steps and conditionings."""
 

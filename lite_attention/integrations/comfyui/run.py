@@ -90,7 +90,7 @@ class Run:
         if sigmas is None or sigma is None or len(sigmas) < 2:
             self.say("the sampler does not tell its steps (sample_sigmas, sigmas)")
             return None
-        if sigmas is not self._sigmas:
+        if not self._are_sampled(sigmas):
             self._begin(sigmas, sampling)
         level = float(sigma[0])
         step = self.schedule.step(level)
@@ -98,6 +98,11 @@ class Run:
             self.say("outside of start_percent to end_percent")
             return None
         return Forward(self, step, level, self._branches(told, level, step), told)
+
+    def _are_sampled(self, sigmas: torch.Tensor) -> bool:
+        """Return whether these are the noise levels of this run; who wraps a sampler may hand copies on."""
+        known = self._sigmas
+        return known is sigmas or (known is not None and torch.equal(known.to(sigmas.device), sigmas))
 
     def _begin(self, sigmas: torch.Tensor, sampling: Any) -> None:
         highest, lowest = (
