@@ -69,3 +69,22 @@ def test_modules_and_what_they_hold_are_there(page: Path) -> None:
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
+
+
+# ---- the README is easy to read ------------------------------------------------------------------------------------
+
+
+def test_lines_of_the_readme_fit_a_screen() -> None:
+    lines = (CHECKOUT / "README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_sentences_of_the_readme_are_short() -> None:
+    text = re.sub(
+        r"```.*?```|^\|.*?$|^#.*?$", "\n\n", (CHECKOUT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = re.split(r"\n\s*\n|\n(?=\* )", text)
+    sentences = [sentence for part in paragraphs for sentence in re.split(r"(?<=[.:;])\s+", part)]
+    assert len(sentences) > 20
+    assert [sentence for sentence in sentences if len(sentence.split()) > 30] == []
