@@ -105,18 +105,39 @@ def tokens_of(
 
 
 def begin_scatter(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens, parts: int = 1, part: int = 0
-) -> torch.Tensor:
-    """Begin to send each rank its heads, or one of so many parts of them, of the tokens here."""
-    rows = [_heads_by_rank(x, tokens.group.ranks, parts, part).flatten(3) for x in (q, k, v)]
-    packed = torch.cat(rows, -1).flatten(0, 1)  # ranks * tokens, B, what a token has for a rank
-    return all_to_all(packed, tokens.of_each, tokens.lengths, tokens.group.name)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens, order: torch.Tensor | None = None,
+    parts: int = 1, part: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """Begin to send each rank its heads, or one of so many parts of them, of the tokens here; order is of q's heads."""
+    shared, ranks = q.shape[2] // k.shape[2], tokens.group.ranks
+    orders = (order, *[None if order is None else order[::shared] // shared] * 2)
+    if order is None or torch.compiler.is_compiling():  # which makes one copy of two
+        dealt = (x if heads is None else x.index_select(2, heads) for x, heads in zip((q, k, v), orders, strict=True))
+        packed = torch.cat([_heads_by_rank(x, ranks, parts, part).flatten(3) for x in dealt], -1)
+    else:
+        packed = _packed((q, k, v), [_by_rank(heads, ranks, parts, part) for heads in orders if heads is not None])
+    return all_to_all(packed.flatten(0, 1), tokens.of_each, tokens.lengths, tokens.group.name)
 
 
 def _heads_by_rank(x: torch.Tensor, ranks: int, parts: int, part: int) -> torch.Tensor:
     """Return a view (ranks, tokens, B, heads of a part, D) of (B, tokens, H, D)."""
     by_rank: torch.Tensor = x.unflatten(2, (ranks, parts, -1))[:, :, :, part]
     return by_rank.permute(2, 1, 0, 3, 4)
+
+
+def _by_rank(order: torch.Tensor, ranks: int, parts: int, part: int) -> torch.Tensor:
+    """Return which heads are of a part of each rank, (ranks, heads of a part)."""
+    return order.view(ranks, parts, -1)[:, part]
+
+
+def _packed(qkv: Sequence[torch.Tensor], heads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return (ranks, tokens, B, what a token has for a rank), of the heads (ranks, heads of a rank) of q, k and v."""
+    widths = [of_ranks.shape[1] * x.shape[3] for x, of_ranks in zip(qkv, heads, strict=True)]
+    packed = qkv[0].new_empty(len(heads[0]), qkv[0].shape[1], qkv[0].shape[0], sum(widths))
+    for x, of_ranks, into in zip(qkv, heads, packed.split(widths, -1), strict=True):
+        for of_rank, place in zip(of_ranks, into.unflatten(-1, (-1, x.shape[3])), strict=True):
+            torch.index_select(x.transpose(0, 1), 2, of_rank, out=place)
+    return packed
 
 
 def end_scatter(begun: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
@@ -131,15 +152,22 @@ def begin_gather(out: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     return all_to_all(out.transpose(0, 1).contiguous(), tokens.lengths, tokens.of_each, tokens.group.name)
 
 
-def end_gather(begun: Sequence[torch.Tensor], tokens: Tokens) -> torch.Tensor:
+def end_gather(begun: Sequence[torch.Tensor], tokens: Tokens, order: torch.Tensor | None = None) -> torch.Tensor:
     """Return (B, tokens here, H, ...) of all heads, from all parts of the heads of each rank."""
-    by_rank = [arrived(x).unflatten(0, (tokens.group.ranks, -1)).transpose(0, 2) for x in begun]
-    joined: torch.Tensor = by_rank[0] if len(by_rank) == 1 else torch.cat(by_rank, 3)
-    return joined.flatten(2, 3)
+    parts = [arrived(x).unflatten(0, (tokens.group.ranks, -1)).transpose(0, 2) for x in begun]
+    if order is None or torch.compiler.is_compiling():
+        joined: torch.Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+        whole: torch.Tensor = joined.flatten(2, 3)
+        return whole if order is None else whole.index_select(2, order.argsort())
+    batch, here, ranks, _, *dims = parts[0].shape
+    whole = parts[0].new_empty((batch, here, len(order), *dims))
+    for i, x in enumerate(parts):
+        for of_rank, heads in zip(x.unbind(2), _by_rank(order, ranks, len(parts), i), strict=True):
+            whole.index_copy_(2, heads, of_rank)
+    return whole
 
 
-def gather_lse(lse: Sequence[torch.Tensor], tokens: Tokens) -> torch.Tensor:
+def gather_lse(lse: Sequence[torch.Tensor], tokens: Tokens, order: torch.Tensor | None = None) -> torch.Tensor:
     """Return (B, H, tokens here), from (B, heads of a part, S)."""
     begun = [begin_gather(x.transpose(1, 2), tokens) for x in lse]
-    gathered = end_gather(begun, tokens).transpose(1, 2)
-    return gathered.contiguous()
+    return end_gather(begun, tokens, order).transpose(1, 2).contiguous()

@@ -103,24 +103,15 @@ def exchanged_attention(
     """Exchange, attend, exchange; each of `attends` gets its part of the heads of this rank."""
     if tokens.group.ranks == 1 and len(attends) == 1:
         return attends[0](*_with_all_keys((q, k, v), tokens), return_lse=return_lse)
-    shared = q.shape[2] // k.shape[2]
     shapes = [(x.shape[2] // (tokens.group.ranks * len(attends)), x.shape[3]) for x in (q, k, v)]
-    if order is not None:
-        kv_order = order[::shared] // shared
-        q, k, v = q.index_select(2, order), k.index_select(2, kv_order), v.index_select(2, kv_order)
-    coming = [begin_scatter(q, k, v, tokens, len(attends), part) for part in range(len(attends))]
+    coming = [begin_scatter(q, k, v, tokens, order, len(attends), part) for part in range(len(attends))]
     going, lse = [], []
     for attend, begun in zip(attends, coming, strict=True):
         out, of_part = attend(*_with_all_keys(end_scatter(begun, shapes), tokens), return_lse=True)
         going.append(begin_gather(out, tokens))
         lse.append(of_part)
-    results = [end_gather(going, tokens)]
-    if return_lse:
-        results.append(gather_lse(lse, tokens))
-    if order is not None:
-        back = order.argsort()
-        results = [x.index_select(dim, back) for x, dim in zip(results, (2, 1), strict=False)]
-    return tuple(results) if return_lse else results[0]
+    whole = end_gather(going, tokens, order)
+    return (whole, gather_lse(lse, tokens, order)) if return_lse else whole
 
 
 def _with_all_keys(qkv: Sequence[torch.Tensor], tokens: Tokens) -> Sequence[torch.Tensor]:

@@ -60,6 +60,13 @@ def test_two_ranks_compute_what_one_process_does(two: Ranks, case: Case) -> None
     check(two.run(cases.generation, case))
 
 
+@pytest.mark.parametrize("name", ["votes", "uneven", "dealt", "wider values", "dealt, uneven, two parts"])
+def test_each_element_is_copied_once(two: Ranks, name: str) -> None:
+    """To pack q, k and v, and to unpack the output; one by one, with copies before and after, it would be twice."""
+    for elements, least in two.run(cases.copied, CASES[name]):
+        assert least <= elements <= least + 64  # and the numbers of heads
+
+
 @pytest.mark.parametrize("name", ["votes", "residual, uneven", "dealt, uneven, two parts", "int8", "keys"])
 def test_traced_whole_it_is_the_same(two: Ranks, name: str) -> None:
     check(two.run(cases.generation, CASES[name]._replace(backend="aot_eager")))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lite_attention
 from lite_attention import LiteAttention
@@ -171,6 +172,36 @@ def refused(case: Case, change: str) -> str:
     except ValueError as error:
         return str(error)
     return "nothing was refused"
+
+
+class Copies(TorchDispatchMode):
+    """Counts the elements that ops other than attention and collectives write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_ours = func.namespace in ("lite_attention", "_c10d_functional")
+        is_copy = any(name in str(func) for name in ("copy", "clone", "cat", "index", "pad", "contiguous"))
+        if is_copy and not is_ours:
+            written = args[3] if "index_copy" in str(func) else result  # a part of what it returns
+            self.elements += written.numel()
+        return result
+
+
+def copied(case: Case) -> tuple[int, int]:
+    """Return how many elements a call copies, and how many there are in q, k, v and the output."""
+    order = None if case.order is None else torch.tensor(case.order)
+    heads = part(torch.arange(HEADS) if order is None else order, 0)
+    states = [new_state(case, of_part) for of_part in heads.tensor_split(case.parts)]
+    local = [part(x).contiguous() for x in tokens(case, 0)]
+    attend = functools.partial(ulysses_attention, group=dist.group.WORLD, seq_len=case.count, order=order)
+    attend(*local, states)  # the first call is fresh
+    with Copies() as copies:
+        out = attend(*local, states)
+    return copies.elements, sum(x.numel() for x in (*local, out))
 
 
 def without_one() -> str:
