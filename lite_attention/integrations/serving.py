@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.index = layer_index(self.name)
+        self.is_of_audio = re.search(r"(?:^|[._])audio", self.name) is not None  # as LTX-2 has beside those of video
 
 
 @dataclass
@@ -140,7 +142,8 @@ class ServedAttention:
             out (batch, seq_q, heads, value_dim), and with `return_lse` lse float32 (batch, heads, seq_q), natural log;
             or None.
         """
-        if not self._here().skips or layer.index in self.options.dense_layers:
+        is_exact = layer.is_of_audio and self.options.exact_tokens == "auto"
+        if not self._here().skips or is_exact or layer.index in self.options.dense_layers:
             return None
         if return_lse and self.options.exact_tokens not in ("auto", ()):
             self.store.say("parts of a sequence do not tell which tokens they are of: exact_tokens does not hold there")

@@ -38,7 +38,7 @@ class ServingOptions:
         dense_steps: so many steps at the beginning are dense, and neither vote nor skip.
         dense_layers: numbers of the layers that stay dense.
         exact_tokens: slices of the sequence that are never skipped, and whose own attention skips nothing; "auto" is
-            what is not of the picture, where a host tells.
+            what is not of the picture, where a host tells, and layers whose name has "audio" in it.
         preset: whose options depend on the number of steps of a request; None = all is said.
     """
 

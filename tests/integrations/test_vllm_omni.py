@@ -286,6 +286,18 @@ def test_what_stands_beside_the_video_is_exact(start: Start, kind: str) -> None:
     assert kept[..., 0].all() == (kind in ("prefix", "spans"))
 
 
+@pytest.mark.parametrize(("exact", "is_dense"), [("auto", True), ([], False)])
+def test_layers_of_audio_are_exact(start: Start, exact: Any, is_dense: bool) -> None:
+    worker = start(threshold=THRESHOLD, exact_tokens=exact)
+    layers = {name: worker.layer(prefix=f"transformer_blocks.0.{name}") for name in ("audio_attn1", "attn1")}
+    with worker.context.set_forward_context():
+        for step in range(3):
+            for layer in layers.values():
+                layer.forward(*inputs(0, "cond", step), None)
+    names = {record.site.name for record in layers["attn1"]._served.store.records}
+    assert names == {f"transformer_blocks.0.{name}" for name in layers if name == "attn1" or not is_dense}
+
+
 SPANS = [[(64, TOKENS)]]  # causal before
 
 
