@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
     from lite_attention.exact_tokens import ExactTokenOption
+    from lite_attention.ops.shard import Ranks
     from lite_attention.ops.site import SiteKeep, SiteThreshold
 
 __all__ = ["branch", "default_session", "disable", "enable", "reset"]
@@ -106,9 +107,9 @@ def enable(
         The argument, changed in place.
 
     Raises:
-        ValueError: nothing in it can be enabled, a setting is out of range, there is no such file, a table was found
-            with other settings, or a model's tokens cannot be reordered. While running: a table, or a pattern, does not
-            fit the model or the video.
+        ValueError: nothing in it can be enabled, a setting is out of range, there is no such file or group, a table was
+            found with other settings, or a model's tokens cannot be reordered. While running: a table, or a pattern,
+            does not fit the model or the video.
         TypeError: a setting that there is not.
         OSError: the file of a table cannot be read.
     """
@@ -129,6 +130,7 @@ def enable(
     check_exact_tokens(exact_tokens)
     if token_order is not None:
         require(exact_tokens in (None, "auto"), "exact_tokens", "'auto' or None with token_order", repr(exact_tokens))
+    head_ranks = _ranks_of(process_group)
     keep = loaded("keep", keep)
     known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
     if isinstance(keep, ThresholdTable):
@@ -138,7 +140,7 @@ def enable(
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
     how = _How(
-        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, process_group,
+        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, head_ranks,
         exact_tokens,
     )  # fmt: skip
     is_open = all(given is None for given in (keep, settings.get("num_steps"), settings.get("full_every")))
@@ -179,6 +181,12 @@ def chosen_options(
     return chosen
 
 
+def _ranks_of(process_group: ProcessGroup | None) -> Ranks | None:
+    from lite_attention.parallel.shard import ranks_of
+
+    return None if process_group is None else ranks_of(process_group)
+
+
 @dataclass(frozen=True)
 class _How:
     """What `enable` was asked to do with each model."""
@@ -188,7 +196,7 @@ class _How:
     compile_arguments: dict[str, Any]
     inner: str | Callable[..., Any]
     token_order: str | Sequence[int] | None
-    process_group: ProcessGroup | None
+    head_ranks: Ranks | None
     exact_tokens: ExactTokenOption | None
 
 
@@ -232,7 +240,7 @@ def _store(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> StateSto
     from lite_attention.compile.store import StateStore
     from lite_attention.parallel.shard import shard_of
 
-    return StateStore(how.settings, wiring.session, model, prefix, shard_of(model, how.process_group))
+    return StateStore(how.settings, wiring.session, model, prefix, shard_of(model, how.head_ranks))
 
 
 def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:

@@ -163,7 +163,7 @@ class Recorder(Measurement):
         voted = None if voted is None else voted.to(q.device)
         found = measure_tiles(
             q, k, v, call.skipped, voted, must_do, key_mask, thresholds=self.thresholds, metric=self.metric,
-            stride=stride, apart=apart, **call.kwargs,
+            query_start=call.control.query_start, stride=stride, apart=apart, **call.kwargs,
         )  # fmt: skip
         self._check_finite(call, dense)
         tiles = float(call.skipped[:, 0].numel())

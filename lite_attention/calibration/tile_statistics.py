@@ -107,6 +107,7 @@ def measure_tiles(
     tile_m: int,
     tile_n: int,
     quantization: str = "none",
+    query_start: int | None = None,
     stride: int = 1,
     apart: int = 1,
 ) -> TileStatistics:
@@ -131,6 +132,7 @@ def measure_tiles(
         tile_m: query rows of a tile.
         tile_n: keys of a tile.
         quantization: as for the op, and for the dense output too; weights are not rounded.
+        query_start: the key at which the first query stands, of a part of the queries.
         stride: only every so many rows of tiles are measured; rows do not depend on each other.
         apart: errors are of every so many queries of these; votes are of all.
     """
@@ -143,7 +145,9 @@ def measure_tiles(
     dtype = torch.promote_types(q.dtype, torch.float32)
     if not scale > 0:  # row maxima are taken before scores are scaled
         q, scale = q.to(dtype) * scale, 1.0
-    rows, order, grid = _constants((seq_q, seq_k), (tile_m, tile_n), stride, tuple(thresholds), q.device, dtype)
+    rows, order, grid = _constants(
+        (seq_q, seq_k, query_start), (tile_m, tile_n), stride, tuple(thresholds), q.device, dtype
+    )
     never = len(thresholds) + 1
     some_allowed, free = _of_keys(must_do, key_mask, tile_n, order.shape[1])
 
@@ -178,7 +182,7 @@ def measure_tiles(
 
 @functools.lru_cache(maxsize=64)
 def _constants(
-    lengths: tuple[int, int],
+    lengths: tuple[int, int, int | None],
     tile: tuple[int, int],
     stride: int,
     thresholds: tuple[float, ...],
@@ -190,11 +194,11 @@ def _constants(
     The queries measured, [rows of tiles, tile_m], the last perhaps past the end; the visiting order of their tiles,
     [rows of tiles, k_tiles]; the thresholds in natural units.
     """
-    (seq_q, seq_k), (tile_m, tile_n) = lengths, tile
+    (seq_q, seq_k, query_start), (tile_m, tile_n) = lengths, tile
     measured = range(0, ceil_div(seq_q, tile_m), stride)
     with torch.device("cpu"):  # whatever the default is
         rows = torch.tensor(measured).unsqueeze(1) * tile_m + torch.arange(tile_m)
-        order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n) for i in measured])
+        order = torch.tensor([visit_order(i, seq_q, seq_k, tile_m, tile_n, query_start) for i in measured])
         grid = torch.tensor(thresholds, dtype=torch.float64) / LOG2_E
     return rows.to(device), order.to(device), grid.to(device, dtype)
 

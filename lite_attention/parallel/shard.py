@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lite_attention.ops.shard import Ranks, Shard
+from lite_attention.parallel.group import Group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -16,23 +17,28 @@ if TYPE_CHECKING:
 __all__ = ["Ranks", "Shard", "context_parallel_of", "ranks_of", "shard_of"]
 
 
-def ranks_of(group: ProcessGroup) -> Ranks:
-    """Return the place of this process in a group."""
-    return Ranks(group.rank(), group.size())
+def ranks_of(process_group: ProcessGroup) -> Ranks:
+    """Return the place of this process in a group.
+
+    Raises:
+        ValueError: no group, or one without this process.
+    """
+    group = Group.of(process_group)
+    return Ranks(group.rank, group.ranks)
 
 
-def shard_of(model: nn.Module, process_group: ProcessGroup | None = None) -> Callable[[], Shard]:
+def shard_of(model: nn.Module, head_ranks: Ranks | None = None) -> Callable[[], Shard]:
     """Return a function that tells the part of a model's attention that is here, as the model is when it is asked.
 
     So parallelism may be enabled before or after `lite_attention.enable`. It does not keep the model alive.
 
     Args:
         model: with the configuration of diffusers' `enable_parallelism`, or of cache-dit, or with none.
-        process_group: over which heads are exchanged where the model does not tell, as with ParaAttention.
+        head_ranks: over which heads are exchanged where the model does not tell, as with ParaAttention.
     """
-    if process_group is not None:
-        by_group = Shard(ranks_of(process_group))
-        return lambda: by_group
+    if head_ranks is not None:
+        told = Shard(head_ranks)
+        return lambda: told
     of = weakref.ref(model)
     return lambda: _shard_by_config(of())
 

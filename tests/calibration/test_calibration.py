@@ -79,10 +79,20 @@ def plain_loss(out: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", CALLS)
 def test_statistics_are_those_of_the_oracle(name: str, metric: str, quantization: str) -> None:
     """Each candidate votes the oracle's tiles out, and its error is that of the oracle without them."""
+    check_statistics(name, metric, quantization)
+
+
+@pytest.mark.parametrize("start", [0, 40, 64])
+def test_statistics_of_a_part_of_the_queries_are_those_of_the_oracle(start: int) -> None:
+    check_statistics("uneven", "L1", "none", start)
+
+
+def check_statistics(name: str, metric: str, quantization: str, query_start: int | None = None) -> None:
     tile = {"tile_m": 16, "tile_n": 16}
     candidates = (-9.0, -4.5, -2.0, -0.5, 0.0)
     (q, k, v), others = case(name)
     state = SkipState.for_inputs(q, k, slots=1, threshold=-4.0, **tile)
+    state.query_start = query_start
     first = skip_attention_oracle(q, k, v, state.skip_mask, state.control, state.threshold, **others, **tile)
     (q, k, v), _ = case(name, step=1)  # the tiles dropped at another step are left out of all that follows
     k_tiles = math.ceil(k.shape[1] / 16)
@@ -97,6 +107,7 @@ def test_statistics_are_those_of_the_oracle(name: str, metric: str, quantization
         **others,
         **tile,
     }
+    options["query_start"] = query_start
     votes = measure_tiles(q, k, v, before, **options).votes(before)
     found = measure_tiles(q, k, v, before, votes, **options)  # as if the next call had the same queries and keys
     scale = None

@@ -58,6 +58,10 @@ def test_callables_and_initial_masks_are_of_the_whole_model(two: Ranks, degrees:
     check(two.run(cases.callables, degrees))
 
 
+def test_a_group_tells_where_the_model_does_not(two: Ranks) -> None:
+    check(two.run(cases.told_by_a_group, {"threshold": cases.by_site, "initial_mask": cases.initial_mask}))
+
+
 @BOTH
 def test_patterns_are_of_the_whole_video(two: Ranks, degrees: dict[str, Any]) -> None:
     check(two.run(cases.pattern, degrees))

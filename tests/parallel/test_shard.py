@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+import lite_attention
 from lite_attention.compile.settings import SkipSettings
 from lite_attention.compile.store import StateStore
+from lite_attention.enabled import store_of
 from lite_attention.ops import Session, SkipState
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.shard import WHOLE, Ranks, Shard
 from lite_attention.ops.site import Site
 from lite_attention.parallel.shard import shard_of
+from tests.support import toys
 
 
 def of_heads(rank: int, ranks: int, heads: int | None = None) -> Shard:
@@ -174,6 +177,32 @@ def test_uneven_heads_are_told_by_the_model() -> None:
     model = nn.Linear(1, 1)
     model.__dict__.update(_parallel_config=Config((1, 2), anything=True), config=Whole(num_attention_heads=5))
     assert shard_of(model)().own_heads("threshold", torch.arange(5), 2).tolist() == [3, 4]
+
+
+def test_a_tensor_parallel_model_has_its_heads() -> None:
+    class Mesh:
+        def get_local_rank(self) -> int:
+            return 1
+
+        def size(self) -> int:
+            return 4
+
+    model = nn.Linear(1, 1)
+    split = Whole(context_parallel_config=None, tensor_parallel_config=Whole(_mesh=Mesh()))
+    model.__dict__["_parallel_config"] = split
+    assert shard_of(model)() == of_heads(1, 4)
+
+
+def test_what_is_told_goes_before_the_model() -> None:
+    assert shard_of(nn.Linear(1, 1), Ranks(1, 2))() == of_heads(1, 2)
+
+
+def test_no_group_is_refused_before_anything_is_changed() -> None:
+    model = lite_attention.enable(toys.Toy(1), compile=False)
+    before = store_of(model)
+    with pytest.raises(ValueError, match=r"process_group: expected a torch.distributed.ProcessGroup, got int"):
+        lite_attention.enable(model, compile=False, process_group=2)  # type: ignore[arg-type]
+    assert store_of(model) is before is not None
 
 
 def test_a_model_that_is_gone_has_no_part() -> None:

@@ -194,7 +194,23 @@ def window() -> Any:
 
 
 def callables(degrees: dict[str, Any]) -> Found:
-    return shared(degrees, {"threshold": by_site, "initial_mask": initial_mask})
+    return shared(degrees, {"threshold": by_site, "initial_mask": initial_mask, "select": whole_only})
+
+
+def whole_only(site: Any) -> bool | None:
+    assert site.q_shape[1:3] == (96, HEADS) or "attn2" in site.name, site.q_shape
+    return None
+
+
+def told_by_a_group(options: dict[str, Any]) -> Found:
+    """Heads are exchanged, and the model does not tell."""
+    with diffusers_on_cpus():
+        dense, one = generation(wan()), enable(wan(), **options)
+        want = generation(one)
+        model = split(wan(), ulysses_degree=2)
+        model._parallel_config = None
+        enable(model, process_group=dist.group.WORLD, **options)
+        return compared(generation(model), model, want, one, Part.of({"ulysses_degree": 2}), dense)
 
 
 def pattern(degrees: dict[str, Any]) -> Found:
