@@ -14,8 +14,6 @@ from diffusers import WanPipeline
 import lite_attention
 from lite_attention import LiteAttentionBackend
 from tests.support import pipelines
-from tests.support.example_of_ranks import run_program
-from tests.support.ranks import ranks_of
 from tests.support.toys import Attention
 
 CHECKOUT = Path(__file__).parents[2]
@@ -115,10 +113,3 @@ def test_the_threshold_file_is_as_the_page_has_it(tmp_path: Path) -> None:
     page = CHECKOUT / "docs/reference/threshold-file.md"
     run_page(page)
     assert f"```toml\n{(tmp_path / 'thresholds.toml').read_text()}```" in page.read_text()
-
-
-def test_the_program_of_several_processes_runs() -> None:
-    text = (CHECKOUT / "docs/how-to/parallel.md").read_text()
-    (program,) = re.findall(r"^```py\n(import torch\n.*?)^```", text, re.DOTALL | re.MULTILINE)
-    with ranks_of(2) as ranks:
-        assert ranks.run(run_program, program) == [(1, 2048, 8, 64)] * 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 import lite_attention
 from lite_attention import LiteAttentionBackend, ThresholdTable
 from tests.support import pipelines
-from tests.support.example_of_ranks import run_example
-from tests.support.ranks import ranks_of
+from tests.support.example_of_ranks import run_example, run_program
+from tests.support.ranks import Ranks, ranks_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = {"tile_shape": (16, 16)}
@@ -81,15 +82,25 @@ def test_export(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pyte
     assert ": skips" in capsys.readouterr().out
 
 
-def test_two_gpus(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with ranks_of(2) as ranks:
+        yield ranks
+
+
+def test_two_gpus(two: Ranks, tmp_path: Path) -> None:
     """Both processes end with the whole video; one of them writes it."""
     arguments = [*saved(pipelines.wan, tmp_path / "wan"), *WAN]
-    example, folder = str(EXAMPLES / "two_gpus.py"), str(tmp_path)
-    with ranks_of(2) as ranks:
-        videos = ranks.run(run_example, example, folder, arguments)
+    videos = two.run(run_example, str(EXAMPLES / "two_gpus.py"), str(tmp_path), arguments)
     assert (tmp_path / "wan.mp4").read_bytes() == b"video"
     assert videos[0].shape == (5, 32, 16, 3)
     assert (videos[0] == videos[1]).all()
+
+
+def test_the_program_of_the_page_of_several_gpus(two: Ranks) -> None:
+    text = (EXAMPLES.parent / "docs/how-to/parallel.md").read_text()
+    (program,) = re.findall(r"^```py\n(import torch\n.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert two.run(run_program, program) == [(1, 2048, 8, 64)] * 2
 
 
 def test_none_is_left_out() -> None:
