@@ -118,14 +118,17 @@ class ModelSite:
     @property
     def shard(self) -> Shard:
         """Which part of the model's attention is here."""
-        return WHOLE if self.store is None else self.store.shard
+        if self.store is not None:
+            return self.store.shard
+        exchange = None if self.module is None else self.module.exchange
+        return WHOLE if exchange is None else exchange.shard
 
     @property
     def heads(self) -> int | None:
         """Query heads, of the whole model; None = not known before the first call."""
         if self.record is not None:
             return self.shard.all_heads(int(self.record.site.q_shape[2]))
-        return None if self.last is None else self.last.capacity[1]
+        return None if self.last is None else int(self.site.q_shape[2])
 
     @property
     def tile_shape(self) -> tuple[int, int] | None:

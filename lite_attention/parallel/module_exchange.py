@@ -15,7 +15,7 @@ from lite_attention.ops import control as c
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.memory import Memory
-from lite_attention.ops.shard import rows_of_queries
+from lite_attention.ops.shard import Ranks, Shard, rows_of_queries
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor
 from lite_attention.parallel.balance import propose_deal
@@ -170,6 +170,11 @@ class ModuleExchange(Memory):
         masks = [state.skip_mask for state in states if isinstance(state, SkipState)]
         if self.balance and masks:
             propose_deal(self.proposed, self.calls, masks, self.order, self.kv_heads, self.group, self.key_group)
+
+    @property
+    def shard(self) -> Shard:
+        """How many ranks share heads and queries; which heads are here is `own_heads`, since they are dealt."""
+        return Shard(*(Ranks(group.rank, group.ranks) for group in (self.group, self.key_group)))
 
     # ---- what is of the heads here ----------------------------------------------------------------------------------
 

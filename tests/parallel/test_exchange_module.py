@@ -58,6 +58,12 @@ def test_what_is_set_and_copied_follows_the_heads(two: Ranks, parts: int) -> Non
     assert found[0]["heads"] != [0, 1]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_model_has_all_heads_for_those_who_ask_its_sites(two: Ranks, parts: int) -> None:
+    for rank, found in enumerate(two.run(modules.in_a_model, parts)):
+        assert found == {"heads": [4, 4], "written": True, "states": parts, "shard": (rank, 2)}
+
+
 def test_a_persistent_state_keeps_its_heads(two: Ranks) -> None:
     assert two.run(modules.saved) == [True, True]
 

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from lite_attention import LiteAttention
+import lite_attention
+from lite_attention import LiteAttention, ThresholdTable
+from lite_attention.model_sites import sites_of
 from lite_attention.ops import ResidualState, SkipState
 from lite_attention.ops import control as c
+from lite_attention.ops.site import Site
 from tests.support.exchange_cases import BATCH, DIM, HEADS, STEPS, THRESHOLDS, Case, part, tokens
 
 CASE = Case(count=512)
@@ -117,3 +121,25 @@ def saved() -> bool:
     assert module.exchange.own_heads.tolist() == part(torch.arange(HEADS), 0).tolist()
     other.load_state_dict(module.state_dict())
     return torch.equal(module(*local(STEPS - 1)), other(*local(STEPS - 1)))
+
+
+def in_a_model(parts: int) -> dict[str, Any]:
+    """Return what those see who ask a model for its sites, and set the thresholds of all heads by them."""
+    model = nn.ModuleDict({"attn": new_module(parts=parts)})
+    module: Any = model["attn"]
+    module(*local(0))
+    (site,) = sites_of(model)
+    heads: list[int] = []
+
+    def by_site(site: Site) -> torch.Tensor:
+        heads.append(site.q_shape[2])
+        return THRESHOLDS
+
+    lite_attention.set_threshold(model, by_site)
+    table = ThresholdTable({"attn": THRESHOLDS.view(1, 1, HEADS).expand(2, STEPS, HEADS)}, {})
+    table.apply(model)
+    thresholds = torch.cat([state.threshold[1, 2] for state in module.states])
+    return {
+        "heads": [site.heads, *heads], "written": torch.equal(thresholds, THRESHOLDS[module.exchange.own_heads]),
+        "states": len(site.states), "shard": site.shard.head_ranks,
+    }  # fmt: skip
