@@ -174,7 +174,8 @@ class ModuleExchange(Memory):
     @property
     def shard(self) -> Shard:
         """How many ranks share heads and queries; which heads are here is `own_heads`, since they are dealt."""
-        return Shard(*(Ranks(group.rank, group.ranks) for group in (self.group, self.key_group)))
+        heads, keys = (Ranks(group.rank, group.ranks) for group in (self.group, self.key_group))
+        return Shard(heads, keys)
 
     # ---- what is of the heads here ----------------------------------------------------------------------------------
 
