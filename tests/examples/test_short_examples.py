@@ -23,6 +23,7 @@ SMALL = {"tile_shape": (16, 16)}
 WAN = ["--size", "5", "32", "16", "--steps", "4"]
 LTX = ["--size", "17", "64", "32", "--steps", "4"]
 
+together = pytest.mark.xdist_group("two processes")  # begun once, not once a worker
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
@@ -88,6 +89,7 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
+@together
 def test_two_gpus(two: Ranks, tmp_path: Path) -> None:
     """Both processes end with the whole video; one of them writes it."""
     arguments = [*saved(pipelines.wan, tmp_path / "wan"), *WAN]
@@ -97,6 +99,7 @@ def test_two_gpus(two: Ranks, tmp_path: Path) -> None:
     assert (videos[0] == videos[1]).all()
 
 
+@together
 def test_the_program_of_the_page_of_several_gpus(two: Ranks) -> None:
     text = (EXAMPLES.parent / "docs/how-to/parallel.md").read_text()
     (program,) = re.findall(r"^```py\n(import torch\n.*?)^```", text, re.DOTALL | re.MULTILINE)
