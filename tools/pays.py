@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lite_attention.ops.plan import DECIDING, FULL, SPARSE, step_plan
 from lite_attention.presets import PRESETS
 
-__all__ = ["MODELS", "Measured", "Model", "attention_share", "page", "preset_ratio", "seconds"]
+__all__ = ["MODELS", "Measured", "Model", "attention_share", "memory", "page", "preset_ratio", "seconds"]
 
 
 class Measured(NamedTuple):
@@ -32,7 +32,11 @@ class Ratios(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A transformer and a video: `feed_forward` is the inner width, `passes` are those of a step."""
+    """A transformer and a video.
+
+    `feed_forward` is the inner width, `passes` are those of a step, `projections` those of a layer: queries, keys, values
+    and output, and two more where there is cross-attention.
+    """
 
     name: str
     video: str
@@ -43,6 +47,7 @@ class Model(NamedTuple):
     feed_forward: int
     steps: int
     passes: int
+    projections: int = 6
 
     @property
     def width(self) -> int:
@@ -54,13 +59,19 @@ MEASURED, RATIOS = Measured(), Ratios()
 _WAN_14B = Model("Wan 14B", "", MEASURED.tokens, 40, 40, 128, 13824, 50, 2)
 _WAN_1B = Model("Wan 1.3B", "", MEASURED.tokens, 30, 12, 128, 8960, 50, 2)
 _LTX = Model("LTX-Video 2B", "", 0, 28, 32, 64, 8192, 50, 2)
+_HUNYUAN = Model("HunyuanVideo", "", 0, 60, 24, 128, 12288, 50, 1, projections=4)
+_COG = Model("CogVideoX 5B", "", 0, 42, 48, 64, 12288, 50, 2, projections=4)
+_FLUX = Model("FLUX.1", "", 0, 57, 24, 128, 12288, 28, 1, projections=4)
 MODELS = [
     _WAN_14B._replace(video="480 x 832, 81 frames"),
     _WAN_14B._replace(video="720 x 1280, 81 frames", tokens=75600),
     _WAN_14B._replace(video="720 x 1280, 81 frames, 8 steps, no guidance", tokens=75600, steps=8, passes=1),
     _WAN_1B._replace(video="480 x 832, 81 frames"),
+    _HUNYUAN._replace(video="720 x 1280, 129 frames", tokens=33 * 45 * 80 + 256),
+    _COG._replace(video="480 x 720, 49 frames", tokens=13 * 30 * 45 + 226),
     _LTX._replace(video="512 x 704, 161 frames", tokens=21 * 16 * 22),
     _LTX._replace(video="704 x 1216, 257 frames", tokens=33 * 22 * 38),
+    _FLUX._replace(video="1024 x 1024, an image", tokens=64 * 64 + 512),
 ]
 
 _TOP = """# Does it pay for me?
@@ -73,12 +84,13 @@ sequences.
 Of the transformer alone, on one {card}, compiled; without text encoder and decoder. **These are estimates**, from one
 measurement of two layers, by the assumptions below. "Attention" is its share of the time with PyTorch's own attention.
 
-| model | video | tokens | steps | attention | PyTorch | nothing skipped | quality | balanced | fast |
-|---|---|---|---|---|---|---|---|---|---|
+| model | video | tokens | steps | attention | PyTorch | nothing skipped | quality | balanced | fast | memory |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 _REST = """
-Numbers behind the presets are seconds, and how many times as fast as with PyTorch's attention.
+Under the presets are seconds, and how many times as fast as with PyTorch's attention. "Memory" is what a preset keeps for
+each branch of a step.
 
 ## When it does not pay
 
@@ -88,8 +100,8 @@ Numbers behind the presets are seconds, and how many times as fast as with PyTor
   neighbors are far apart. At 4 steps it saves next to nothing.
 * **Where fewer steps are good enough.** On the small model that is measured here, they were as good below 46 % of the
   attention of 20 steps. At 50 steps the residual was ahead by little. See [results](results.md).
-* **Where memory is short.** Presets keep two residuals for each layer and branch. For Wan 14B at 720p that is 34 GB for
-  each of two branches. `memory="host"` keeps them in the host's memory; votes need next to nothing.
+* **Where memory is short.** Presets keep two residuals for each layer and branch. `memory="host"` keeps them in the
+  host's memory, `forecast=False` halves them, and votes need next to nothing.
 * **On a CPU**, unless more than half of the tiles are skipped.
 * **On B200 and B300**: the kernel there is a fallback, see [cards](reference/cards.md).
 
@@ -137,7 +149,12 @@ def _row(model: Model) -> str:
     cells = [f"{time:.0f} ({dense / time:.2f} x)" for time in presets]
     share = f"{attention_share(model):.0%}"
     about = [model.name, model.video, f"{model.tokens:,}", f"{model.steps}", share, f"{dense:.0f}", f"{nothing:.0f}"]
-    return f"| {' | '.join([*about, *cells])} |"
+    return f"| {' | '.join([*about, *cells, f'{memory(model) / 1e9:.1f} GB'])} |"
+
+
+def memory(model: Model) -> float:
+    """Return the bytes that a preset keeps for a branch: two residuals a layer, in FP8 with a scale a row of a head."""
+    return 2 * model.layers * model.tokens * model.heads * (model.head_dim + 4)
 
 
 def seconds(model: Model, ratio: float | None = None) -> float:
@@ -179,5 +196,5 @@ def _layer(model: Model) -> tuple[float, float, float]:
 
 
 def _linear_work(model: Model) -> int:
-    """Return multiplications of a layer: four projections of attention, two of cross-attention, the feed-forward."""
-    return model.tokens * model.width * (6 * model.width + 2 * model.feed_forward)
+    """Return multiplications of a layer: its projections and its feed-forward."""
+    return model.tokens * model.width * (model.projections * model.width + 2 * model.feed_forward)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from lite_attention import ResidualState
 from tools import pays
 from tools.pages import DOCS, PAGES
 from tools.reasons import MEANINGS, reasons
@@ -66,3 +68,10 @@ def test_the_ratio_of_a_preset_is_that_of_its_steps() -> None:
     ratio = pays.RATIOS
     full = ratio.fresh + ratio.full + ratio.deciding + ratio.full
     assert pays.preset_ratio("balanced", 9) == pytest.approx((full + 5 * (0.3 + ratio.beside_kept)) / 9)
+
+
+def test_the_memory_of_a_preset_is_that_of_its_states() -> None:
+    sizes: dict[str, Any] = {"batch": 1, "heads": 3, "seq_q": 960, "seq_k": 960, "tile_m": 192, "tile_n": 80}
+    told = ResidualState.nbytes_of(**sizes, value_dim=64, slots=1, forecast=True, residual_dtype="fp8")
+    model = pays.MODELS[0]._replace(layers=1, tokens=960, heads=3, head_dim=64)
+    assert pays.memory(model) == told.residual + told.scale
