@@ -34,8 +34,8 @@ class Ratios(NamedTuple):
 class Model(NamedTuple):
     """A transformer and a video.
 
-    `feed_forward` is the inner width, `passes` are those of a step, `projections` those of a layer: queries, keys, values
-    and output, and two more where there is cross-attention.
+    `feed_forward` is the inner width, `passes` are those of a step. `projections` are those of a layer: queries, keys,
+    values and output, and two more where there is cross-attention.
     """
 
     name: str
@@ -89,8 +89,8 @@ measurement of two layers, by the assumptions below. "Attention" is its share of
 """
 
 _REST = """
-Under the presets are seconds, and how many times as fast as with PyTorch's attention. "Memory" is what a preset keeps for
-each branch of a step.
+Under the presets are seconds, and how many times as fast as with PyTorch's attention. "Memory" is what a preset keeps
+for each branch of a step.
 
 ## When it does not pay
 
@@ -146,10 +146,14 @@ def page() -> str:
 def _row(model: Model) -> str:
     dense, nothing = seconds(model), seconds(model, 1.0)
     presets = [seconds(model, preset_ratio(name, model.steps)) for name in PRESETS]
-    cells = [f"{time:.0f} ({dense / time:.2f} x)" for time in presets]
+    cells = [f"{_said(time)} ({dense / time:.2f} x)" for time in presets]
     share = f"{attention_share(model):.0%}"
-    about = [model.name, model.video, f"{model.tokens:,}", f"{model.steps}", share, f"{dense:.0f}", f"{nothing:.0f}"]
+    about = [model.name, model.video, f"{model.tokens:,}", f"{model.steps}", share, _said(dense), _said(nothing)]
     return f"| {' | '.join([*about, *cells, f'{memory(model) / 1e9:.1f} GB'])} |"
+
+
+def _said(time: float) -> str:
+    return f"{time:.0f}" if time >= 10 else f"{time:.1f}"
 
 
 def memory(model: Model) -> float:
