@@ -69,7 +69,11 @@ class ResidualCase:
         else:
             x = dataclasses.replace(x, q=x.q.to(dtype), k=x.k.to(dtype), v=x.v.to(dtype))
         out, lse = self.call(REFERENCE, state, x)
-        return out, lse if lse_shift is None else lse + lse_shift.where(~lse.isneginf(), 0)
+        if lse_shift is None:
+            return out, lse
+        left = state.row_lse[:, 1:, : x.q.shape[0], :, : x.q.shape[1]]
+        left += lse_shift.where(left == lse, 0).where(~lse.isneginf(), 0)  # all of it: no key was kept
+        return out, lse + lse_shift.where(~lse.isneginf(), 0)
 
     def drift(self, amount: float = 0.05) -> None:
         """Go on to the next step: inputs change a little."""
