@@ -49,28 +49,47 @@ def _is_due(calls: int) -> bool:
 
 
 def _propose(
-    proposed: torch.Tensor, calls: torch.Tensor, skip_masks: list[torch.Tensor], order: torch.Tensor, kv_heads: int,
-    ranks: int, group: str, key_ranks: int, key_group: str,
+    proposed: torch.Tensor, calls: torch.Tensor, apart: torch.Tensor, skip_masks: list[torch.Tensor],
+    order: torch.Tensor, kv_heads: int, ranks: int, group: str, key_ranks: int, key_group: str,
 ) -> None:  # fmt: skip
     if proposed.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # a replay would not count
     calls += 1
     if not _is_due(int(calls)):
         return
-    skipped = torch.cat([count_bits(mask).sum((0, 1, 3, 4)) for mask in skip_masks])
-    skipped = arrived(all_gather(skipped, ranks, group))
-    by_head = torch.empty_like(skipped)
-    by_head[order] = skipped
+    _require_together(apart)
+    heads = len(order)
+    own = torch.cat([count_bits(mask).sum((0, 1, 3, 4)) for mask in skip_masks])
+    rows = arrived(all_gather(torch.cat([own, order]), ranks, group)).view(ranks, -1)
+    skipped, orders = rows.split([len(own), heads], 1)
+    differ = (orders != orders[0]).any()
+    by_head = torch.empty_like(order)
+    by_head[orders[0]] = skipped.flatten()  # so that all propose the same whatever they have
     if key_ranks > 1:  # which have the same heads, and other queries
-        by_head = arrived(all_gather(by_head, key_ranks, key_group)).view(key_ranks, -1).sum(0)
+        own = torch.cat([by_head, order, differ.view(1)])
+        rows = arrived(all_gather(own, key_ranks, key_group)).view(key_ranks, -1)
+        by_head = rows[:, :heads].sum(0)
+        differ = (rows[:, heads:-1] != rows[0, heads:-1]).any() | rows[:, -1].any()
     cost = -by_head.view(kv_heads, -1).sum(1)  # less what all cost if nothing is skipped
-    proposed.copy_(expanded(deal(cost, ranks), len(order) // kv_heads))
+    proposed.copy_(expanded(deal(cost, ranks), heads // kv_heads))
+    apart.copy_(differ, non_blocking=True)  # read at a later call, when it has come
+    _require_together(apart)
+
+
+def _require_together(apart: torch.Tensor) -> None:
+    """Raise RuntimeError where ranks were seen to have dealt heads apart; what they computed since is of no use."""
+    if int(apart):
+        apart.zero_()  # for those who reset and go on
+        raise RuntimeError(
+            "process_group: expected ranks that begin generations at the same call, got heads that were dealt apart, "
+            "so what was computed since is wrong: reset all ranks, or none"
+        )
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define(
-    "propose_deal(Tensor(a!) proposed, Tensor(b!) calls, Tensor[] skip_masks, Tensor order, int kv_heads,"
-    " int ranks, str group, int key_ranks, str key_group) -> ()",
+    "propose_deal(Tensor(a!) proposed, Tensor(b!) calls, Tensor(c!) apart, Tensor[] skip_masks, Tensor order,"
+    " int kv_heads, int ranks, str group, int key_ranks, str key_group) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("propose_deal", _propose, "CompositeExplicitAutograd")
@@ -78,20 +97,24 @@ torch.library.register_fake(f"{NAMESPACE}::propose_deal", lambda *_: None, lib=_
 
 
 def propose_deal(
-    proposed: torch.Tensor, calls: torch.Tensor, skip_masks: list[torch.Tensor], order: torch.Tensor, kv_heads: int,
-    group: Group, key_group: Group,
+    proposed: torch.Tensor, calls: torch.Tensor, apart: torch.Tensor, skip_masks: list[torch.Tensor],
+    order: torch.Tensor, kv_heads: int, group: Group, key_group: Group,
 ) -> None:  # fmt: skip
     """Count a call, and at some calls write a new deal into `proposed`; an op, so that compiled code does so, too.
 
     Args:
         proposed: int64 (heads,), as `deal` returns it, of query heads.
         calls: int64 (1,) on the CPU, the calls so far: the same on all ranks.
+        apart: int64 (1,) on the CPU, pinned: whether ranks were seen to have different deals in use.
         skip_masks: of the heads of this rank, in their order, int32 (slots, B, some of them, q_tiles, k_words).
         order: int64 (heads,), the deal in use.
         kv_heads: heads of the keys, which are dealt whole.
         group: whose heads are dealt.
         key_group: whose keys are gathered; they have the same heads.
+
+    Raises:
+        RuntimeError: they have; on a GPU this is said at a later proposal than the one that saw it.
     """
     propose = getattr(torch.ops, NAMESPACE).propose_deal
     of_groups = (group.ranks, group.name, key_group.ranks, key_group.name)
-    propose(proposed, calls, skip_masks, order, kv_heads, *of_groups)
+    propose(proposed, calls, apart, skip_masks, order, kv_heads, *of_groups)

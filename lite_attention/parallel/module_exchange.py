@@ -50,7 +50,8 @@ class ModuleExchange(Memory):
         self.kv_heads = 0
         self._agreed: dict[Any, Tokens] = {}
         with torch.inference_mode(False):
-            self.calls = torch.zeros(1, dtype=torch.int64, device="cpu")  # no buffer: it stays there
+            # No buffers: these stay on the CPU.
+            self.calls, self.apart = (torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(2))
             for name in ("order", "proposed"):
                 self.register_buffer(name, torch.empty(0, dtype=torch.int64, device="cpu"), persistent=False)
         for name in ("thresholds", "initial_mask"):
@@ -139,6 +140,7 @@ class ModuleExchange(Memory):
         self.kv_heads = kv_heads
         with torch.inference_mode(False):
             self.order, self.proposed = (torch.arange(heads, device=device) for _ in range(2))
+            self.apart = self.apart.pin_memory() if device.type == "cuda" else self.apart
         return had_others
 
     def order_for(self, states: Sequence[SiteState]) -> torch.Tensor | None:
@@ -169,7 +171,8 @@ class ModuleExchange(Memory):
         """Propose a deal after some calls; a collective then, which waits for nothing."""
         masks = [state.skip_mask for state in states if isinstance(state, SkipState)]
         if self.balance and masks:
-            propose_deal(self.proposed, self.calls, masks, self.order, self.kv_heads, self.group, self.key_group)
+            counted = (self.proposed, self.calls, self.apart)
+            propose_deal(*counted, masks, self.order, self.kv_heads, self.group, self.key_group)
 
     @property
     def shard(self) -> Shard:

@@ -58,6 +58,22 @@ def test_what_is_set_and_copied_follows_the_heads(two: Ranks, parts: int) -> Non
     assert found[0]["heads"] != [0, 1]
 
 
+def _check_told(of_rank: list[str]) -> None:
+    assert [bool(told) for told in of_rank] == [False] * 7 + [True] + [False] * 8
+    assert of_rank[7].startswith("process_group: expected ranks that begin generations at the same call")
+
+
+def test_ranks_that_begin_generations_apart_are_told(two: Ranks) -> None:
+    for of_rank in two.run(modules.reset_by_one, 1):
+        _check_told(of_rank)
+
+
+def test_so_are_those_that_gather_keys() -> None:
+    with ranks_of(4) as four:
+        for of_rank in four.run(modules.reset_by_one, 2):
+            _check_told(of_rank)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_model_has_all_heads_for_those_who_ask_its_sites(two: Ranks, parts: int) -> None:
     for rank, found in enumerate(two.run(modules.in_a_model, parts)):

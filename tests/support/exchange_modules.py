@@ -18,7 +18,7 @@ from lite_attention.model_sites import sites_of
 from lite_attention.ops import ResidualState, SkipState
 from lite_attention.ops import control as c
 from lite_attention.ops.site import Site
-from tests.support.exchange_cases import BATCH, DIM, HEADS, STEPS, THRESHOLDS, Case, part, tokens
+from tests.support.exchange_cases import BATCH, DIM, HEADS, STEPS, THRESHOLDS, Case, groups, part, tokens
 
 CASE = Case(count=512)
 
@@ -143,3 +143,19 @@ def in_a_model(parts: int) -> dict[str, Any]:
         "heads": [site.heads, *heads], "written": torch.equal(thresholds, THRESHOLDS[module.exchange.own_heads]),
         "states": len(site.states), "shard": site.shard.head_ranks,
     }  # fmt: skip
+
+
+def reset_by_one(key_ranks: int) -> list[str]:
+    """Return what each call says where rank 0 alone begins a generation, and so has other heads; then all do."""
+    group, key_group = groups(key_ranks)
+    module = new_module(num_steps=None, process_group=group, key_group=key_group)
+    told = []
+    for call in range(16):
+        if call == 8 or (call == 4 and dist.get_rank() == 0):
+            module.reset_skip_state()
+        try:
+            module(*local(call))
+            told.append("")
+        except RuntimeError as error:
+            told.append(str(error))
+    return told
