@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import lite_attention
 from benchmarks.diffusers_small import CONFIGS, build, run
+from lite_attention.exact_tokens import layout_of_call
 from lite_attention.token_grid import grid_of_call
 from lite_attention.token_order import check
 
@@ -71,7 +72,8 @@ Attention is found by data flow, so a class that is not here may well do.
 * **Left alone**: the others. Most are cross-attention, which has few keys. What is no softmax attention, as the
   linear one of Sana, is no site.
 * **Order**: `token_order="tile3d"` reorders its tokens. **Patterns**: those of `lite_attention.masks` are held
-  against the video's size.
+  against the video's size. **Exact**: by itself, `enable` leaves out of skipping what is not of the picture; in others,
+  `exact_tokens` names it.
 * **Tested**: *numbers* means step by step against states held by hand, *pipeline* a real pipeline of tiny parts. All
   others are held to dense at threshold -inf, eager and compiled, by the same command without `--page`.
 
@@ -90,14 +92,14 @@ def page() -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = [_row(name, tested) for name in sorted(CONFIGS)]
-    table = tabulate(rows, ["class", "skips", "left alone", "order", "patterns", "tested"], "github")
+    table = tabulate(rows, ["class", "skips", "left alone", "order", "patterns", "exact", "tested"], "github")
     others = ", ".join(f"`{name}`" for name in _classes() if name not in CONFIGS)
     return _TEXT.format(version=diffusers.__version__, table=table, others=others)
 
 
 def _row(name: str, tested: dict[str, set[str]]) -> list[str]:
     model, inputs = build(name)
-    has_grid = grid_of_call(model, (), inputs) is not None
+    has_grid, has_layout = (told(model, (), inputs) is not None for told in (grid_of_call, layout_of_call))
     lite_attention.enable(model, compile=False, threshold=-math.inf, tile_shape=TILE)
     run(model, inputs)
     report = lite_attention.report(model, file=io.StringIO())
@@ -106,7 +108,7 @@ def _row(name: str, tested: dict[str, set[str]]) -> list[str]:
         if row.reason is not None:
             reasons[row.reason.partition(", shape")[0]].add(".".join(re.sub(r"\.\d+", "", row.name).split(".")[-2:]))
     left = "; ".join(f"{', '.join(sorted(names))}: {reason}" for reason, names in reasons.items())
-    marks = ["tile3d" if _can_reorder(model) else "", "yes" if has_grid else ""]
+    marks = ["tile3d" if _can_reorder(model) else "", "yes" if has_grid else "", "yes" if has_layout else ""]
     return [f"`{name}`", f"{len(report.swapped)} of {len(report.rows)}", left, *marks, ", ".join(sorted(tested[name]))]
 
 

@@ -117,10 +117,12 @@ def _text_first(given: Mapping[str, Any], tokens: int | None) -> Layout | None:
 
 _LAYOUTS: dict[str, Callable[[Mapping[str, Any], int | None], Layout | None]] = {
     "CogVideoXTransformer3DModel": _text_first,
+    "ConsisIDTransformer3DModel": _text_first,
     "HunyuanVideo15Transformer3DModel": _text_behind,
     "HunyuanVideoTransformer3DModel": _text_behind,
     "LTX2VideoTransformer3DModel": _alone,  # its audio is a sequence of its own
     "MiniMaxH3Transformer3DModel": _minimax_h3,
+    "MochiTransformer3DModel": _text_behind,
 }
 
 

@@ -64,6 +64,7 @@ LTX2_INPUTS = functools.partial(dm.LTX2.inputs, audio=80)  # type: ignore[call-a
         (dm.HUNYUAN15, dm.HUNYUAN15.inputs, {12: 0, 118: 96}),
         (dm.LTX2, LTX2_INPUTS, {96: 96, 80: 0}),
         (dm.MINIMAX_H3, dm.MINIMAX_H3.inputs, {24: 0, 160: 104}),
+        (dm.MOCHI, dm.MOCHI.inputs, {105: 96}),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

@@ -90,7 +90,8 @@ def reserved(model: Any, noise_shape: Sequence[int], options: NodeOptions, condi
         yield
         return
     device, host = (conditionings * nbytes for nbytes in each)
-    _say(device, host, conditionings, model.load_device)
+    if device + host >= 1 << 20:
+        _say(device, host, conditionings, model.load_device)
     needed = model.model.memory_required
     model.model.memory_required = lambda *args, **kwargs: needed(*args, **kwargs) + device
     try:
