@@ -44,6 +44,9 @@ __all__ = ["branch", "default_session", "disable", "enable", "reset"]
 
 _Target = TypeVar("_Target")
 
+# Distilled to run once a step: room for a second pass would be for nothing, and with residuals it is much.
+_ONE_PASS = {"MiniMaxH3Transformer3DModel"}
+
 # Of models that were freed while they were enabled: the classes of their modules, and the backend. Dynamo forgets them
 # at the next `enable`, since it may be compiling when garbage is collected.
 _freed: list[tuple[set[type[nn.Module]], object]] = []
@@ -101,7 +104,7 @@ def enable(
             such as [(0, 226), (-256, None)]; or a callable that is given a `Site` and returns one of these, or None.
             Slices go with no `token_order`.
         settings: see `lite_attention.compile.SkipSettings`: `method`, `num_steps` and so on. Here `slots` is 3
-            unless given, and 2 with method "residual".
+            unless given, and 2 with method "residual"; of MiniMax-H3, which runs once a step, it is 1.
 
     Returns:
         The argument, changed in place.
@@ -131,6 +134,8 @@ def enable(
     if token_order is not None:
         require(exact_tokens in (None, "auto"), "exact_tokens", "'auto' or None with token_order", repr(exact_tokens))
     head_ranks = _ranks_of(process_group)
+    if all(type(model).__name__ in _ONE_PASS for model in parts_of(model_or_pipe).values()):
+        settings.setdefault("slots", 1)
     keep = loaded("keep", keep)
     known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
     if isinstance(keep, ThresholdTable):

@@ -74,7 +74,7 @@ def test_it_is_dense_where_nothing_is_skipped(dense: torch.Tensor, compile: bool
 
 def test_each_generation_skips_anew(dense: torch.Tensor) -> None:
     pipe = pipeline()
-    lite_attention.enable(pipe, compile=False, tile_shape=dm.TILE, threshold=0.0, slots=1)
+    lite_attention.enable(pipe, compile=False, tile_shape=dm.TILE, threshold=0.0)
     first = generate(pipe)
     assert 0 < float((first - dense).norm() / dense.norm()) < 0.2
     generate(pipe, seed=1)
@@ -83,6 +83,7 @@ def test_each_generation_skips_anew(dense: torch.Tensor) -> None:
     assert "exact tokens, which are never skipped: 0:24 of 24 (1 sites); 0:56 of 160 (2 sites)" in str(report)
     assert all(row.state is not None and row.state.step(0) == STEPS for row in report.swapped)
     assert wirings[pipe.transformer].clock().generation == 3
+    assert {row.state.slots for row in report.swapped if row.state is not None} == {1}  # it runs once a step
 
 
 def test_the_flows_time_is_that_of_the_video(dense: torch.Tensor) -> None:
@@ -95,6 +96,6 @@ def test_the_flows_time_is_that_of_the_video(dense: torch.Tensor) -> None:
         times.append(float(state.times[0, 0]))
 
     pipe.transformer.register_forward_hook(note)
-    lite_attention.enable(pipe, compile=False, tile_shape=dm.TILE, method="residual", keep=0.5, slots=1)
+    lite_attention.enable(pipe, compile=False, tile_shape=dm.TILE, method="residual", keep=0.5)
     assert float((generate(pipe) - dense).norm() / dense.norm()) < 0.05
     assert times[1:] == pytest.approx(pipe.scheduler.timesteps.tolist()[1:])
