@@ -199,8 +199,8 @@ def _may_skip(state: SiteState, ranges: Ranges, shard: Shard) -> torch.Tensor:
     keys = torch.zeros(seq_k, dtype=torch.bool, device="cpu")
     for start, end in ranges:
         keys[start:end] = True
-    first = shard.query_start(seq_q, seq_k) or 0
-    queries = keys[first : first + seq_q] if first or seq_q == seq_k else keys.new_zeros(seq_q)
+    first = 0 if seq_q == seq_k else shard.query_start(seq_q, seq_k)
+    queries = keys.new_zeros(seq_q) if first is None else keys[first : first + seq_q]
     rows, columns = _any_of(queries, state.tile_m), _any_of(keys, state.tile_n)
     words = pack_bits(~(rows[:, None] | columns)).to(device)
     _made[state] = _Made(ranges, shard, words)

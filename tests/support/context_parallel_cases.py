@@ -119,8 +119,9 @@ def compared(got: torch.Tensor, model: Any, want: torch.Tensor, one: Any, part: 
         error=float((got - want).abs().max()),
         same_masks=len(here) == len(there) > 0
         and all(
-            torch.equal(mine.skip_mask, whole.skip_mask[:, :, part.heads, part.rows])
-            for mine, whole in zip(here.values(), there.values(), strict=True)
+            torch.equal(here[name].skip_mask, there[name].skip_mask[:, :, part.heads, part.rows])
+            for name in set(here) & set(there)
+            if "refiner" not in name  # of text, which every rank has
         ),
         same_names=list(here) == list(there),
         skipped=sum(float(state.sparsity()) for state in here.values()) / len(here),
@@ -315,7 +316,44 @@ def of_dense(case: dm.Case, degrees: dict[str, Any]) -> tuple[float, list[str]]:
 
 
 def by_name(name: str, degrees: dict[str, Any]) -> tuple[float, list[str]]:
-    return of_dense(next(case for case in dm.SUPPORTED if case.name == name), degrees)
+    return of_dense(next(case for case in [*dm.SUPPORTED, dm.MINIMAX_H3] if case.name == name), degrees)
+
+
+def minimax(degrees: dict[str, Any], keep_text: bool) -> Found:
+    """One sequence of text, references and video, of which the exact tokens are known."""
+    case = dm.MINIMAX_H3
+    options = {"threshold": -4.0, "exact_tokens": "auto" if keep_text else None}
+    return shared(degrees, options, inputs=lambda step: case.inputs(step, 0), build=case.model, heads=2, tokens=160)
+
+
+def of_pipeline(degrees: dict[str, Any]) -> tuple[float, float, list[bool]]:
+    """Latents of a whole pipeline: what they are off by, and by skipping; and whether masks of both branches match."""
+    from tests.support import pipelines
+
+    with diffusers_on_cpus():
+        found, states = [], []
+        for prepare in (lambda _: None, _enabled, lambda pipe: _enabled(_split_pipe(pipe, degrees))):
+            pipe = pipelines.wan()
+            prepare(pipe)
+            found.append(pipelines.generate(pipe, steps=STEPS))
+            states.append(named_states(pipe).values())
+        dense, one, shared_by_ranks = found
+        part = Part.of(degrees, heads=2)
+        same = [
+            torch.equal(mine.skip_mask, whole.skip_mask[:, :, part.heads, part.rows])
+            and bool(mine.sparsity("slot")[:2].all())
+            for mine, whole in zip(states[2], states[1], strict=True)
+        ]
+    return float((shared_by_ranks - one).abs().max()), float((one - dense).abs().max()), same
+
+
+def _enabled(pipe: Any) -> Any:
+    return enable(pipe, threshold=-4.0, num_steps=None)
+
+
+def _split_pipe(pipe: Any, degrees: dict[str, Any]) -> Any:
+    split(pipe.transformer, **degrees)
+    return pipe
 
 
 # ---- what is taken off again -----------------------------------------------------------------------------------------
