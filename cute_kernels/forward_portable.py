@@ -80,7 +80,7 @@ class PortableAttentionForward:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         allocator = cutlass.memory.SmemAllocator()
         shared = views(self.config, *(allocator.allocate(struct) for struct in self.storage), layouts)
-        place, sizes = self.place(gq), (gq.shape[0], gk.shape[0])
+        place, sizes = self.place(gq, gk), (gq.shape[0], gk.shape[0])
         sources = self.begin_copies(gq, gk, gv, shared, place, thread)
         if warp == 0:
             self.list_tiles(state, masks, residual, shared, place, (*sizes, gq.shape[3]), scale)
@@ -100,17 +100,17 @@ class PortableAttentionForward:
             if warp == 0:
                 self.end(state, residual, shared, (*sizes, gq.shape[3]))
 
-    def place(self, gq) -> Place:
+    def place(self, gq, gk) -> Place:
         """Of this CTA: q-tiles of a head follow each other, and share K and V."""
         job, _, _ = cute.arch.block_idx()
         q_tiles, heads = cute.ceil_div(gq.shape[0], self.config.tile_m), gq.shape[2]
         head = job // q_tiles % heads
-        return Place(job % q_tiles, head, job // q_tiles // heads)
+        return Place(job % q_tiles, head, job // q_tiles // heads, head // (heads // gk.shape[2]))
 
     def begin_copies(self, gq, gk, gv, shared: Shared, place: Place, thread) -> Sources:
         """Start to load the queries, and say what is to be loaded of K and V."""
-        loop, kv_head = self.mainloop, place.head // (gq.shape[2] // gk.shape[2])
-        parts = ((loop.copy_q, gq, place.head), (loop.copy_k, gk, kv_head), (loop.copy_v, gv, kv_head))
+        loop = self.mainloop
+        parts = ((loop.copy_q, gq, place.head), (loop.copy_k, gk, place.kv_head), (loop.copy_v, gv, place.kv_head))
         q, k, v = (copy.source(x[None, None, head, place.batch], thread) for copy, x, head in parts)
         # One register for all, where rows are as wide: only what is added to it differs.
         first = Int32(shared.q.iterator.toint())
@@ -146,7 +146,7 @@ class PortableAttentionForward:
             cute.arch.sync_warp()
             parts = (shared.visited[None, part] for part in range(2))
             count, rest = self.walk.find_parts(
-                state, shared.call, slot, place, flags, *parts, shared.partial, lane, (seq_q, seq_k), k_tiles
+                state, shared.call, slot, place[:3], flags, *parts, shared.partial, lane, (seq_q, seq_k), k_tiles
             )
         else:
             row, initial_row = mask_rows(state, slot, place.batch, place.head, place.q_tile)
@@ -158,7 +158,7 @@ class PortableAttentionForward:
                 shared.kept[at] = Int32(0)
         if lane == 0:
             shared.call[COUNT], shared.call[REST] = count, rest
-            shared.call[Q_TILE], shared.call[HEAD], shared.call[BATCH] = place
+            shared.call[Q_TILE], shared.call[HEAD], shared.call[BATCH], _ = place
             shared.call[DIAGONAL] = self.walk.diagonal(place.q_tile, seq_q, seq_k, k_tiles, state.control)
             if const_expr(self.config.residual):
                 shared.call[MASSES] = Int32(residual.mass.layout((place.batch, place.head, place.q_tile, 0)))
@@ -172,8 +172,7 @@ class PortableAttentionForward:
         seq_q, seq_k = sizes
         k_scales, k_norms = None, None
         if scales.k is not None:
-            kv_head = place.head // (scales.q.shape[1] // scales.k.shape[1])
-            k_scales, k_norms = (x[place.batch, kv_head, None] for x in (scales.k, scales.k_norms))
+            k_scales, k_norms = (x[place.batch, place.kv_head, None] for x in (scales.k, scales.k_norms))
         count = shared.call[COUNT]
         if self.config.residual:
             count += shared.call[REST]
@@ -211,7 +210,7 @@ class PortableAttentionForward:
     def write_back(self, state: State, shared: Shared, slot: Int32, dense: Boolean, seq_k: Int32):
         """The first warp: write the votes back."""
         if ~dense:
-            q_tile, head, batch = self.store.place(shared)
+            q_tile, head, batch, _ = self.store.place(shared)
             row, initial_row = mask_rows(state, slot, batch, head, q_tile)
             self.walk.write_back_bits(
                 row, initial_row, state.must_do, shared.visited, shared.kept, cute.arch.lane_idx(),

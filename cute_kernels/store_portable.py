@@ -23,6 +23,7 @@ class Place(NamedTuple):
     q_tile: Any
     head: Any
     batch: Any
+    kv_head: Any = None  # where keys and values are read
 
 
 class Outputs(NamedTuple):
