@@ -215,11 +215,11 @@ class Mainloop:
             votes = Votes(None, score_threshold, row < job.seq_q, row + 8 < job.seq_q)
             unit = self.softmax.prepare(x, unit, partial, j * self.tile_n, job.keys)
             moved, voted, slope = self.softmax.step(x, block.rows, unit, bound, partial, votes)
-            if const_expr(self.config.residual):
-                self.weigh_masses(block.rows, job, b, moved)
             self.softmax.convert(x, words, block.rows, slope)
             self.softmax.add_up(words, block.rows)
             self.softmax.rescale_output(out, block.rows, moved)
+            if const_expr(self.config.residual):
+                self.weigh_masses(block.rows, job, b, moved)
             keep = keep | voted
         return keep
 
@@ -227,13 +227,13 @@ class Mainloop:
     def weigh_masses(self, rows: Rows, job: Job, block: cutlass.Constexpr, moved: Boolean):
         """Let masses heed that shifts have moved."""
         if moved:
-            if job.decides:
+            if job.decides[0] != 0:
                 self.masses.weigh(rows, self.masses.of_block(job.q_tile.references, block))
 
     @cute.jit
     def add_masses(self, blocks, job: Job, tile: Int32):
         """Add what a tile has, where that is asked for."""
-        if job.decides:
+        if job.decides[0] != 0:
             mass = Float32(0.0)
             for b in cutlass.range_constexpr(self.budget.blocks):
                 mass = self.masses.mass(blocks[b].rows, self.masses.of_block(job.q_tile.references, b), mass)

@@ -41,8 +41,10 @@ class Parts:
             end = cute.arch.make_warp_uniform(call[COUNT])
             if part > first:
                 end = job.count
-            decides = call[residual_call.DECIDES + (1 - part) * call[residual_call.SAMPLES]]
-            of_part = job._replace(q_tile=q_tile, decides=cute.arch.make_warp_uniform(decides) != 0)
+            decides = cute.make_tensor(
+                call.iterator + residual_call.DECIDES + (1 - part) * call[residual_call.SAMPLES], cute.make_layout(1)
+            )
+            of_part = job._replace(q_tile=q_tile, decides=decides)
             self.mainloop.visit(operands, acc, blocks, sources, shared, of_part, ahead, done, end)
             done = end
             if part == 0:

@@ -15,8 +15,7 @@ from lite_attention.cute_kernels.tile_iterator import TileIterator
 class Walk(NamedTuple):
     """Where a walk is: register tensors of one."""
 
-    part: Any  # with the residual there are two
-    turn: Any
+    turn: Any  # with the residual, those of the second part follow
     word: Any  # number of the word
     left: Any  # its bits that are still to be visited now
 
@@ -26,7 +25,7 @@ class TileWalk(TileIterator):
 
     def begin(self) -> Walk:
         """A walk that has visited nothing."""
-        walk = Walk(*(cute.make_rmem_tensor(1, dtype) for dtype in (Int32, Int32, Int32, Uint32)))
+        walk = Walk(*(cute.make_rmem_tensor(1, dtype) for dtype in (Int32, Int32, Uint32)))
         for x in walk:
             x.fill(0)
         return walk
@@ -34,16 +33,16 @@ class TileWalk(TileIterator):
     @cute.jit
     def next(self, walk: Walk, shared: Shared, seq_k: Int32) -> Int32:
         """The next tile, of which there must be one."""
-        part, turn, at, word = walk.part[0], walk.turn[0], walk.word[0], walk.left[0]
+        turn, at, word = walk.turn[0], walk.word[0], walk.left[0]
         while word == 0:
-            last, bits = cute.ceil_div(seq_k, self.config.tile_n) - 1, shared.visited
+            last, bits, of_part = cute.ceil_div(seq_k, self.config.tile_n) - 1, shared.visited, turn
             if const_expr(self.config.residual):
-                if turn == self.turns(last // 32 + 1):
-                    part, turn = Int32(1), Int32(0)
+                part, turns = Int32(0), self.turns(last // 32 + 1)
+                if turn >= turns:
+                    part, of_part = Int32(1), turn - turns
                 bits = shared.visited[None, part]
-            at, word = self.turn(bits, turn, shared.call[DIAGONAL], last)
+            at, word = self.turn(bits, of_part, shared.call[DIAGONAL], last)
             turn += 1
-        walk.part[0] = part
         bit = 31 - Int32(cute.arch.clz(word))
         walk.turn[0], walk.word[0] = turn, at
         walk.left[0] = word & ~(Uint32(1) << Uint32(bit))
