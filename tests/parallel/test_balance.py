@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,13 +15,7 @@ from lite_attention.parallel.group import Group
 from lite_attention.parallel.module_exchange import ModuleExchange
 from tests.support import exchange_cases as cases
 from tests.support.exchange_cases import Learned
-from tests.support.ranks import Ranks, ranks_of
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks_of(2) as ranks:
-        yield ranks
+from tests.support.ranks import Ranks
 
 
 def greedy(cost: list[int], ranks: int) -> list[list[int]]:
@@ -129,15 +122,14 @@ BOTH: dict[str, dict[str, Any]] = {
 }
 
 
-def test_heads_are_dealt_where_keys_are_gathered_too() -> None:
-    with ranks_of(4) as four:
-        for name, way in BOTH.items():
-            found: list[Learned] = four.run(_generations, way)
-            assert max(of_rank.error for of_rank in found) < 1e-6, name
-            assert all(of_rank.same_masks for of_rank in found), name
-            moved = [of_rank.heads[0] != of_rank.heads[-1] for of_rank in found]
-            assert moved == [name != "keys"] * 4, name
-            assert found[0].heads[-1] == found[2].heads[-1], name
+@pytest.mark.parametrize("name", BOTH)
+def test_heads_are_dealt_where_keys_are_gathered_too(four: Ranks, name: str) -> None:
+    found: list[Learned] = four.run(_generations, BOTH[name])
+    assert max(of_rank.error for of_rank in found) < 1e-6
+    assert all(of_rank.same_masks for of_rank in found)
+    moved = [of_rank.heads[0] != of_rank.heads[-1] for of_rank in found]
+    assert moved == [name != "keys"] * 4
+    assert found[0].heads[-1] == found[2].heads[-1]
 
 
 def _generations(way: dict[str, Any]) -> Learned:

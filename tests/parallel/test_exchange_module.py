@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from lite_attention import LiteAttention
 from tests.support import exchange_modules as modules
-from tests.support.ranks import Ranks, ranks_of
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks_of(2) as ranks:
-        yield ranks
+from tests.support.ranks import Ranks
 
 
 def test_residuals_are_of_the_heads_of_a_rank(two: Ranks) -> None:
@@ -68,10 +60,9 @@ def test_ranks_that_begin_generations_apart_are_told(two: Ranks) -> None:
         _check_told(of_rank)
 
 
-def test_so_are_those_that_gather_keys() -> None:
-    with ranks_of(4) as four:
-        for of_rank in four.run(modules.reset_by_one, 2):
-            _check_told(of_rank)
+def test_so_are_those_that_gather_keys(four: Ranks) -> None:
+    for of_rank in four.run(modules.reset_by_one, 2):
+        _check_told(of_rank)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

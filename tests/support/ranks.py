@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lite_attention.ops import default_session
+
 __all__ = ["Ranks", "ranks_of"]
 
 _CONTEXT = mp.get_context("forkserver")
@@ -77,6 +79,7 @@ def _serve(pipe: Any, rank: int, count: int, store: str, timeout: float) -> None
 
 def _result_of(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     torch.manual_seed(0)
+    default_session.clear()
     try:
         return function(*args)
     except Exception as error:
