@@ -71,6 +71,24 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
 
 
+COMMAND = re.compile(r"python -m ((?:lite_attention|benchmarks|examples|tools)[\w.]*)((?:[^`\n]|\\\n)*)")
+
+
+@each_page
+def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
+    """A command that prints a figure must be one that runs."""
+    unknown = []
+    for module, rest in COMMAND.findall(page.read_text()):
+        if module == "lite_attention":
+            known = " ".join(file.read_text() for file in (CHECKOUT / "lite_attention/cli").glob("*.py"))
+        else:
+            path = CHECKOUT / module.replace(".", "/")
+            known = " ".join(file.read_text() for file in path.parent.glob("*.py"))
+        flags = re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)
+        unknown += [f"{module} {flag}" for flag in flags if f'"{flag}"' not in known and flag != "--help"]
+    assert unknown == []
+
+
 # ---- the README is easy to read ------------------------------------------------------------------------------------
 
 
