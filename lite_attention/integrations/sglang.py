@@ -11,6 +11,8 @@ context: a step is a number from 0 on there, or, as Helios has it, a timestep. T
 of the step. Cross-attention, causal attention, and all that runs outside of a request's denoising stay with the backend
 that SGLang takes by itself.
 
+Exact tokens are by themselves what stands beside the video of MiniMax-H3; elsewhere the configuration names them.
+
 Some pipelines of SGLang 0.5.23 put no request into the context, so their attention is dense, and a warning says so
 once: LTX-2, Cosmos 3 and its simulation, the refiner of SANA-WM, and the painting of Hunyuan3D.
 """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, pairwise
 from numbers import Integral, Real
@@ -20,12 +22,14 @@ from sglang.multimodal_gen.runtime.server_args import get_global_server_args
 from lite_attention.integrations.serving import Layer, Moment, ServedAttention
 from lite_attention.integrations.serving_options import ServingOptions
 from lite_attention.integrations.sglang import backend_member
+from lite_attention.integrations.wrap import wrap_once
 from lite_attention.ops import attention
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import uncompiled
 
 __all__ = ["LiteAttentionBackend", "LiteAttentionImpl"]
 
+_MINIMAX_H3 = "sglang.multimodal_gen.runtime.models.dits.minimax_h3"
 _unnamed = count()  # layers that SGLang gives no path
 
 
@@ -78,6 +82,7 @@ class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
     ) -> None:
         self._may_skip = not (causal or is_cross_attention)
         self._served = _served()
+        _watch_minimax_h3()
         self._layer = Layer(prefix.removesuffix(".impl") or f"attention[{next(_unnamed)}]", softmax_scale)
         self._dense = _dense_backend(head_size).get_impl_cls()(
             num_heads=num_heads, head_size=head_size, softmax_scale=softmax_scale, causal=causal,
@@ -120,9 +125,13 @@ class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
             )
         bounds = cu_seqlens.tolist() if cu_seqlens_host is None else cu_seqlens_host
         out = query.new_zeros(*query.shape[:2], value.shape[2])
+        picture = _video_of_minimax_h3()
         for start, end in pairwise(bounds):
             if start < end:
-                out[start:end] = self.forward(*(x[None, start:end] for x in (query, key, value)))[0]
+                part = [x[None, start:end] for x in (query, key, value)]
+                is_there = picture is not None and start == 0 and picture[1] <= end
+                one = self._served.attend(self._layer, *part, picture=picture if is_there else None)
+                out[start:end] = (self._dense.forward(*part, None) if one is None else one)[0]
         return out
 
     @uncompiled
@@ -137,6 +146,49 @@ class LiteAttentionImpl(AttentionImpl):  # type: ignore[misc]
         if not (self._may_skip and self._served.follow()):
             return None
         return self._served.attend(self._layer, query, key, value, return_lse=return_lse)
+
+
+# ---- where the video of MiniMax-H3 stands ----------------------------------------------------------------------------
+
+
+@dataclass
+class _Video:
+    """Where the video stands in the packed sequence of the model."""
+
+    rows: torch.Tensor | None = None  # the positions that the forward is to predict; None outside of one
+    read: tuple[torch.Tensor, tuple[int, int] | None] | None = None  # positions, and (start, end) if they are a range
+
+
+_video: PerThread[_Video] = PerThread(_Video)
+
+
+def _watch_minimax_h3() -> None:
+    """Note which rows each forward of the model is to predict: its layers are not told, nor is the context."""
+    model = getattr(sys.modules.get(_MINIMAX_H3), "MiniMaxH3DiTModel", None)
+    if model is not None:
+        wrap_once(model, "forward", _noting_the_video)
+
+
+def _noting_the_video(forward: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return forward(model, *args, **kwargs)
+    told, here = kwargs.get("img_pos_for_infer_output_info"), _video()
+    outer, here.rows = here.rows, told.get("position_ids") if isinstance(told, dict) else None
+    try:
+        return forward(model, *args, **kwargs)
+    finally:
+        here.rows = outer
+
+
+def _video_of_minimax_h3() -> tuple[int, int] | None:
+    """Return where the video stands, (start, end), in a forward of the model; None elsewhere."""
+    here = _video()
+    if here.rows is None or not here.rows.numel():
+        return None
+    if here.read is None or here.read[0] is not here.rows:  # reading waits for the device: once for each generation
+        first, last = map(int, here.rows.flatten()[[0, -1]].tolist())
+        here.read = here.rows, (first, last + 1) if last + 1 - first == here.rows.numel() else None
+    return here.read[1]
 
 
 def _dense_backend(head_size: int) -> Any:

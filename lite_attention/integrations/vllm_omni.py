@@ -21,7 +21,6 @@ and is refused.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lite_attention.integrations.enum_member import add_member
+from lite_attention.integrations.wrap import wrap_once
 from lite_attention.ops.threads import PerThread
 
 __all__ = ["BACKEND", "Passes", "passes", "register"]
@@ -66,27 +66,13 @@ def register() -> None:
     add_member(DiffusionAttentionBackendEnum, BACKEND, _CLASS)
     for name in _ROUNDS:
         if name in vars(CFGParallelMixin):
-            _wrap(CFGParallelMixin, name, _round)
-
-
-def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Put a function around a method, once: it is called with the method and the arguments."""
-    method = vars(owner)[name]
-    if getattr(method, "_lite_attention", False):
-        return
-
-    @functools.wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs)
-
-    wrapped._lite_attention = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
+            wrap_once(CFGParallelMixin, name, _round)
 
 
 def _round(method: Callable[..., Any], pipeline: Any, *args: Any, **kwargs: Any) -> Any:
     """Run all passes of a step, each of which `_pass` finds by its arguments."""
     defining = next(cls for cls in type(pipeline).__mro__ if "predict_noise" in vars(cls))
-    _wrap(defining, "predict_noise", _pass)
+    wrap_once(defining, "predict_noise", _pass)
     given = inspect.signature(method).bind(pipeline, *args, **kwargs).arguments
     branches = given.get("branches_kwargs", (given.get("positive_kwargs"), given.get("negative_kwargs")))
     with _branches(branches):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -266,6 +267,35 @@ def test_packed_sequences_attend_within_themselves(start: Start, told: bool) -> 
     assert by_hand.skipped > 0
 
 
+def test_what_stands_beside_the_video_of_minimax_h3_is_exact(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, by_hand = start(threshold=0.0), ByHand(0.0)
+
+    class MiniMaxH3DiTModel:
+        def forward(self, **given: Any) -> torch.Tensor:
+            bounds = (0, TOKENS, TOKENS + 8)  # of text, audio and video; and padding
+            return layer.forward_varlen(
+                *given["packed"], cu_seqlens=torch.tensor(bounds), max_seqlen=TOKENS, cu_seqlens_host=bounds
+            )  # type: ignore[no-any-return]
+
+    monkeypatch.setitem(sys.modules, sglang_host.MINIMAX_H3, hosts.stub(sglang_host.MINIMAX_H3))
+    sys.modules[sglang_host.MINIMAX_H3].MiniMaxH3DiTModel = MiniMaxH3DiTModel  # type: ignore[attr-defined]
+    layer, request, model = server.layer(), Request(), MiniMaxH3DiTModel()
+    for first in (70, 135):  # the second time with a longer text
+        rows = torch.arange(first, TOKENS)
+        for step in range(3):
+            qkv, pad = inputs(0, "cond", step), inputs(1, "cond", step, 8)
+            packed = [torch.cat(x, 1)[0] for x in zip(qkv, pad, strict=True)]
+            with server.step(request, step):
+                out = model.forward(packed=packed, img_pos_for_infer_output_info={"position_ids": rows})
+            expected, whole = by_hand((first, 0), qkv, must_do=[0, first]), dense(*qkv)[0]
+            tile = by_hand.states[first, 0].tile_m
+            exact = -(-first // tile) * tile
+            torch.testing.assert_close(out[:exact], whole[:exact])
+            torch.testing.assert_close(out[exact:TOKENS], expected[0, exact:])
+            assert step == 0 or not torch.allclose(out[exact:TOKENS], whole[exact:], atol=1e-4)
+    assert layer._served.store.records[0].last.kept_tiles()[0, ..., 0].all()
+
+
 def test_packed_sequences_outside_of_a_request_are_the_hosts(start: Start) -> None:
     layer, qkv = start(threshold=THRESHOLD).layer(), inputs(0, "cond", 0)
     bounds = torch.tensor([0, 100, TOKENS], dtype=torch.int32)
@@ -412,6 +442,17 @@ def test_pipelines_without_a_request_are_named() -> None:
     assert sglang_host.stages_without_request(root) == {*sglang_host.WITHOUT_REQUEST}
     text = " ".join(str(importlib.import_module("lite_attention.integrations.sglang").__doc__).split())
     assert all(name in text for name in sglang_host.WITHOUT_REQUEST.values())
+
+
+@of_wheel
+def test_minimax_h3_is_told_the_rows_of_its_video() -> None:
+    root = hosts.folder(sglang_host.FOLDER)
+    assert root is not None
+    runtime = root.joinpath(*RUNTIME.split("."))
+    stage = "pipelines_core/stages/model_specific_stages/minimax_h3/denoise_loop.py"
+    told = '"img_pos_for_infer_output_info": {"position_ids": self.img_target_seq_idx}'
+    assert told in (runtime / stage).read_text()
+    assert '"img_pos_for_infer_output_info",' in (runtime / "models/dits/minimax_h3.py").read_text()
 
 
 @of_wheel

@@ -17,11 +17,21 @@ import torch
 
 from tests.support import hosts
 
-__all__ = ["CLASSES", "FOLDER", "WITHOUT_REQUEST", "Request", "install", "server_args", "stages_without_request"]
+__all__ = [
+    "CLASSES",
+    "FOLDER",
+    "MINIMAX_H3",
+    "WITHOUT_REQUEST",
+    "Request",
+    "install",
+    "server_args",
+    "stages_without_request",
+]
 
 FOLDER = "LITE_ATTENTION_SGLANG"
 _RUNTIME = "sglang.multimodal_gen.runtime"
 _ADAPTER = "lite_attention.integrations.sglang_backend"
+MINIMAX_H3 = f"{_RUNTIME}.models.dits.minimax_h3"
 _BARE = ["sglang.srt.plugins", f"{_RUNTIME}.layers.attention.backends", f"{_RUNTIME}.managers"]
 
 server_args = SimpleNamespace(attention_backend_config={})
@@ -155,6 +165,7 @@ CLASSES: dict[str, tuple[str, Any]] = {
         f"{_LAYERS}/attention_backend.py", AttentionBackend.supports_ring_rotation
     ),
     "ServerArgs._adjust_attention_backend": ("server_args/server_args.py", lambda self: None),
+    "MiniMaxH3DiTModel.forward": ("models/dits/minimax_h3.py", lambda self, **kwargs: None),
     "SDPAImpl.__init__": (f"{_LAYERS}/sdpa.py", SDPAImpl.__init__),
     "CpuPlatform.get_attn_backend_cls_str": ("platforms/cpu.py", CpuPlatform.get_attn_backend_cls_str),
 }  # fmt: skip
