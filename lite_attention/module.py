@@ -239,7 +239,7 @@ class LiteAttention(SiteModule):
             raise RuntimeError(_NOT_ALLOCATED)
         attend = partial(self._attend, **options)
         result = self.exchange.attend(attend, query, key, value, self.states, seq_len, return_softmax_lse)
-        self.exchange.learn_from(self.states)
+        self.exchange.learn_from(self.states, query)
         return result
 
     def _attend(

@@ -17,7 +17,7 @@ from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.memory import Memory
 from lite_attention.ops.shard import Ranks, Shard, rows_of_queries
 from lite_attention.ops.site_state import SiteState
-from lite_attention.ops.torch_internals import FakeTensor
+from lite_attention.ops.torch_internals import is_fake
 from lite_attention.parallel.balance import propose_deal
 from lite_attention.parallel.exchange import Tokens, spread, tokens_of
 from lite_attention.parallel.group import ALONE, Group
@@ -84,7 +84,7 @@ class ModuleExchange(Memory):
             ValueError: the call does not fit, here or on another rank.
         """
         tokens = self._tokens(q, k, v, seq_len, states)
-        order = self.order_for(states)
+        order = None if is_fake(q) else self.order_for(states)
         attends = [partial(attend, part=part, keys=tokens.keys) for part in range(self.parts)]
         return exchanged_attention(attends, q, k, v, tokens, order, return_lse)
 
@@ -92,7 +92,7 @@ class ModuleExchange(Memory):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, states: Sequence[SiteState]
     ) -> Tokens:
         """Return where the tokens of a call are; a call of a new size is compared with those of the other ranks."""
-        if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or isinstance(q, FakeTensor):
+        if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or is_fake(q):
             return tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
         call = (*(getattr(x, "shape", None) for x in (q, k, v)), q.dtype, q.device, seq_len)
         if call not in self._agreed:
@@ -167,10 +167,10 @@ class ModuleExchange(Memory):
             if self.initial_mask is not None and state.initial_mask is not None:
                 state.initial_mask.copy_(self.initial_mask.index_select(1, self._heads_of(part)))
 
-    def learn_from(self, states: Sequence[SiteState]) -> None:
-        """Propose a deal after some calls; a collective then, which waits for nothing."""
+    def learn_from(self, states: Sequence[SiteState], q: torch.Tensor) -> None:
+        """Propose a deal after some calls, of q; a collective then, which waits for nothing."""
         masks = [state.skip_mask for state in states if isinstance(state, SkipState)]
-        if self.balance and masks:
+        if self.balance and masks and not is_fake(q):
             counted = (self.proposed, self.calls, self.apart)
             propose_deal(*counted, masks, self.order, self.kv_heads, self.group, self.key_group)
 

@@ -75,6 +75,10 @@ def test_a_persistent_state_keeps_its_heads(two: Ranks) -> None:
     assert two.run(modules.saved) == [True, True]
 
 
+def test_fake_tensors_ask_for_shapes_alone(two: Ranks) -> None:
+    assert two.run(modules.shapes_alone) == [(torch.Size((2, 256, 4, 16)), True)] * 2
+
+
 def test_what_is_no_group_is_refused() -> None:
     with pytest.raises(ValueError, match=r"process_group: expected a torch.distributed.ProcessGroup, got int"):
         LiteAttention(process_group=2)  # type: ignore[arg-type]

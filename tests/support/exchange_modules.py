@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lite_attention
 from lite_attention import LiteAttention, ThresholdTable
@@ -159,3 +160,15 @@ def reset_by_one(key_ranks: int) -> list[str]:
         except RuntimeError as error:
             told.append(str(error))
     return told
+
+
+def shapes_alone() -> tuple[torch.Size, bool]:
+    """Return the shape of what fake tensors give, and whether they leave what was learned alone."""
+    module = new_module()
+    for step in range(STEPS):
+        module(*local(step))
+    before = [x.clone() for state in module.states for x in state.buffers()]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = module(*(mode.from_tensor(x) for x in local(0)))
+    after = [x for state in module.states for x in state.buffers()]
+    return out.shape, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
