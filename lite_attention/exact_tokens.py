@@ -21,6 +21,7 @@ from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.tiles import ceil_div
+from lite_attention.ops.torch_internals import fake_mode_of
 from lite_attention.token_grid import arguments_of, grid_of_call
 from lite_attention.token_slices import TokenSlice, check_slices, ranges_of
 
@@ -230,8 +231,9 @@ class ExactTokens:
 
     def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Note the layout of a forward that is about to run; states that were of another one start fresh."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return  # reading it waits for the device
+        is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if is_capturing or fake_mode_of([*args, *kwargs.values()]) is not None:
+            return  # reading it waits for the device, and fake tensors hold nothing to read
         here, layout = self._layout(), layout_of_call(self._model(), args, kwargs)
         before, here[0] = here[0], layout
         if layout is None or before is None or layout == before:

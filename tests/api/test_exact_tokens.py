@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lite_attention
 from lite_attention import exact_tokens
 from lite_attention.ops import SkipState
+from lite_attention.ops.shard import Ranks, Shard
 from lite_attention.ops.site import Site
 from tests.support import diffusers_models as dm
 from tests.support import toys
@@ -231,6 +233,26 @@ def test_passes_with_texts_of_two_lengths_keep_their_votes(monkeypatch: pytest.M
             assert site.state.kept_tiles()[slot, ..., : tokens // 16 - 5].all()
             skipped[branch].append(float(site.state.sparsity(per="slot")[slot]))
     assert all(0.1 < first <= last for first, *_, last in skipped.values())
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(0, []), (1, [0, 1])])
+def test_queries_of_a_rank_stand_among_all_keys(rank: int, rows: list[int]) -> None:
+    state = SkipState(batch=1, heads=1, seq_q=48, seq_k=96, tile_m=16, tile_n=16, slots=1)
+    state.skip_mask.fill_(-1)
+    exact_tokens.keep_exact(state, ((60, 70),), Shard(query_ranks=Ranks(rank, 2)))
+    kept = state.kept_tiles()[0, 0, 0]
+    assert kept.all(1).nonzero().flatten().tolist() == rows
+    assert kept.all(0).nonzero().flatten().tolist() == [3, 4]
+
+
+def test_shapes_alone_may_be_asked_for() -> None:
+    model, given = enable(dm.MINIMAX_H3.model(), threshold=0.0), dm.MINIMAX_H3.inputs(0, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(value) for name, value in given.items()}
+        out = model(**fake, return_dict=False)
+    assert out[0].shape == given["hidden_states"].shape
+    dm.run(model, given)
+    assert all(row.exact_tokens for row in dm.silent_report(model).swapped)
 
 
 def test_none_leaves_all_to_the_method() -> None:
