@@ -219,6 +219,7 @@ def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
         checks.append(reordered.check)
     if isinstance(how.settings.initial_mask, Pattern):
         checks.append(_check_of_grid(model, how.settings.initial_mask))
+    checks.append(_check_of_sequence(model, how))
     run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
     if needs_care(how.exact_tokens, model):
         exact = ExactTokens(model, wiring.store, how.exact_tokens)
@@ -227,6 +228,13 @@ def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
     wiring.undo.append(hooks.let_dynamo_see(model))
     override(model, uncompiled(wiring.runner(model, wiring.store, run, checks)))
     wiring.undo.append(hooks.refuse_compile(model))
+
+
+def _check_of_sequence(model: nn.Module, how: _How) -> Check:
+    from lite_attention.parallel.shard import check_of_sequence
+
+    named = {"initial_mask": how.settings.initial_mask, "exact_tokens": how.exact_tokens}
+    return check_of_sequence(model, [name for name, given in named.items() if given not in (None, "auto")])
 
 
 def _check_of_grid(model: nn.Module, pattern: Pattern) -> Check:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lite_attention.ops.shard import Ranks, Shard
+from lite_attention.ops.shard import WHOLE, Ranks, Shard
 from lite_attention.parallel.group import Group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Ranks", "Shard", "context_parallel_of", "ranks_of", "shard_of"]
+__all__ = ["Ranks", "Shard", "check_of_sequence", "context_parallel_of", "ranks_of", "shard_of"]
 
 
 def ranks_of(process_group: ProcessGroup) -> Ranks:
@@ -51,11 +51,41 @@ def context_parallel_of(model: Any, *names: str) -> Any:
         names: attributes that may hold it; by default those of both.
     """
     for name in names or ("_cp_config", "_parallel_config"):
-        config = getattr(model, name, None)
+        config = _attribute(model, name)
         config = getattr(config, "context_parallel_config", config)
-        if hasattr(config, "ulysses_degree"):
+        if config is not None and hasattr(config, "ulysses_degree"):
             return config
     return None
+
+
+def _attribute(model: Any, name: str) -> Any:
+    """Return an attribute, None without one; what nn.Module does about a missing one takes longer than all else."""
+    return getattr(model, "__dict__", {}).get(name, getattr(type(model), name, None))
+
+
+def check_of_sequence(model: nn.Module, arguments: Sequence[str]) -> Callable[..., None]:
+    """Return a check before each forward that the sequence is in the order in which arguments name its tokens.
+
+    Where ranks split text and picture apart, joint attention has text, picture, text, picture. The check raises
+    ValueError then, if there are such arguments. It does not keep the model alive.
+    """
+    of = weakref.ref(model)
+
+    def check(*_: object) -> None:
+        model = of()
+        if arguments and context_parallel_of(model) is not None and _splits_joint_attention(model):
+            raise ValueError(
+                f"{arguments[0]}: expected none for {type(model).__name__} with enable_parallelism(), whose joint "
+                "attention then has text and picture of each process in turn: it would name other tokens"
+            )
+
+    return check
+
+
+def _splits_joint_attention(model: Any) -> bool:
+    plans = [plan for plan in (getattr(model, "_cp_plan", None) or {}).values() if isinstance(plan, dict)]
+    is_apart = any({"hidden_states", "encoder_hidden_states"} <= set(plan) for plan in plans)
+    return is_apart and any(getattr(module, "add_k_proj", None) is not None for module in model.modules())
 
 
 def _shard_by_config(model: Any) -> Shard:
@@ -64,9 +94,9 @@ def _shard_by_config(model: Any) -> Shard:
         heads = Ranks(config._ulysses_local_rank or 0, config.ulysses_degree or 1)
         queries = Ranks(config._ring_local_rank or 0, config.ring_degree or 1)
         return Shard(heads, queries, _uneven_heads(model, config))
-    tensor_parallel = getattr(getattr(model, "_parallel_config", None), "tensor_parallel_config", None)
+    tensor_parallel = getattr(_attribute(model, "_parallel_config"), "tensor_parallel_config", None)
     mesh = getattr(tensor_parallel, "_mesh", None)
-    return Shard() if mesh is None else Shard(Ranks(mesh.get_local_rank(), mesh.size()))
+    return WHOLE if mesh is None else Shard(Ranks(mesh.get_local_rank(), mesh.size()))
 
 
 def _uneven_heads(model: Any, config: Any) -> int | None:

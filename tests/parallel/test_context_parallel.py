@@ -137,6 +137,13 @@ def test_other_models_that_skip_nothing_are_dense(two: Ranks, name: str, degrees
 
 
 @BOTH
+@pytest.mark.parametrize("name", ["initial_mask", "exact_tokens"])
+def test_tokens_of_a_sequence_in_another_order_are_not_named(two: Ranks, name: str, degrees: dict[str, Any]) -> None:
+    for said in two.run(cases.joint, degrees, name):
+        assert re.match(f"{name}: expected none for FluxTransformer2DModel with enable_parallelism", said), said
+
+
+@BOTH
 @pytest.mark.parametrize("keep_text", [True, False])
 def test_one_sequence_of_text_and_video(two: Ranks, keep_text: bool, degrees: dict[str, Any]) -> None:
     """MiniMax-H3, which splits it as a whole: exact tokens are where they were, on whatever rank."""

@@ -319,6 +319,20 @@ def by_name(name: str, degrees: dict[str, Any]) -> tuple[float, list[str]]:
     return of_dense(next(case for case in [*dm.SUPPORTED, dm.MINIMAX_H3] if case.name == name), degrees)
 
 
+def joint(degrees: dict[str, Any], name: str) -> str:
+    """Flux, whose text and picture are split apart."""
+    given = {"initial_mask": lambda _: None, "exact_tokens": [[0, 24]]}[name]
+    with diffusers_on_cpus():
+        model = enable(dm.FLUX.model(), threshold=-4.0, **{name: given})
+        dm.run(model, dm.FLUX.inputs(0, 0))  # one process has them in order
+        split(model, **degrees)
+        try:
+            dm.run(model, dm.FLUX.inputs(1, 0))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
 def minimax(degrees: dict[str, Any], keep_text: bool) -> Found:
     """One sequence of text, references and video, of which the exact tokens are known."""
     case = dm.MINIMAX_H3
