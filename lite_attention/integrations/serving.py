@@ -151,6 +151,7 @@ class ServedAttention:
         reason = self._reason(site, return_lse)
         if reason is not None:
             self.store.say(f"{layer.name} runs dense: {reason}", cause=reason)
+        if reason is not None or self._is_short(site):
             return None
         (number,) = self.store.calls_before(Counter({(id(layer),): 1}))
         record = self.store.record([layer], (number,), site)
@@ -168,12 +169,12 @@ class ServedAttention:
         settings = self.store.settings
         if not is_part and site.q_shape[1] != site.k_shape[1]:
             return "queries and keys of different number"
-        reason = settings.unsupported_reason(site)
-        if reason is None:
-            k_tiles = ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1])
-            if k_tiles < settings.min_tiles:
-                reason = f"only {k_tiles} k-tile(s), fewer than min_tiles={settings.min_tiles}"
-        return reason
+        return settings.unsupported_reason(site)
+
+    def _is_short(self, site: Site) -> bool:
+        """Return whether a sequence is too short to skip, as text and padding are: nothing that need be said."""
+        settings = self.store.settings
+        return ceil_div(site.k_shape[1], settings.tile_shape_for(site)[1]) < settings.min_tiles
 
 
 def _times(moment: Moment) -> dict[str, float]:
