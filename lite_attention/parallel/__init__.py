@@ -2,7 +2,7 @@
 
 `shard` says which part of it is here; `context_parallel` gathers the keys of diffusers' ring, in models that have the
 backend `diffusers_member`. The library's own exchange is for attention by hand: `ulysses` calls the op between two of
-`exchange`, among the ranks of a `group`. What a `LiteAttention` with a process group has of it is `module_exchange`, and
+`exchange`, among the ranks of a `group`. What a `LiteAttention` with a process group has of it is `module_exchange`;
 `balance` deals the heads.
 """
 
