@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "steps": "fewer steps", "threshold": "votes", "table": "votes, calibrated", "cached": "attention output cached",
+    "residual-int8": "residual, INT8", "residual-fp8": "residual, INT8 and FP8", "sol": "Sol-Attn",
     "mean-keys": "mean keys (simulated)", "maximum": "residual by maxima (simulated)",
 }  # fmt: skip
 
@@ -27,6 +28,8 @@ def label_of(line: str) -> str:
     words = value.split(",")[1:]
     if words and words[0].isdigit() and family in (*RESIDUAL, *SIMULATED) and family != "cached":
         words[0] = f"full every {words[0]}"
+    if words and words[0].isdigit() and family == "sol":
+        words[0] = f"{words[0]} dense steps"
     return ", ".join([_NAMES.get(family, family), *words])
 
 

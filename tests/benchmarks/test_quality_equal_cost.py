@@ -171,7 +171,8 @@ def test_a_plot_has_each_line_at_its_costs(tmp_path: Path) -> None:
     assert drawn["fewer steps"] == pytest.approx([0.4, 0.5, 0.6, 0.7])
     assert drawn["residual, full every 3"] == pytest.approx([0.52, 0.58])
     assert drawn["votes"] == pytest.approx([0.5, 0.625])
-    assert label_of("residual-int8:*,3") == "residual-int8, full every 3"
+    assert label_of("residual-int8:*,3") == "residual, INT8, full every 3"
+    assert label_of("sol:*,4,no-tail") == "Sol-Attn, 4 dense steps, no-tail"
     box = (axes.get_legend() or figure.legends[0]).get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1  # no name is cut off
