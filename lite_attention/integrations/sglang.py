@@ -13,8 +13,9 @@ that SGLang takes by itself.
 
 Exact tokens are by themselves what stands beside the video of MiniMax-H3; elsewhere the configuration names them.
 
-Some pipelines of SGLang 0.5.23 put no request into the context, so their attention is dense, and a warning says so
-once: LTX-2, Cosmos 3 and its simulation, the refiner of SANA-WM, and the painting of Hunyuan3D.
+Some pipelines of SGLang 0.5.23 put no request into the context. Of these LTX-2, the refiner of SANA-WM and the painting
+of Hunyuan3D count their steps, which tells generations: the first step is dense, and learns nothing. Cosmos 3 tells a
+timestep; it and its simulation are dense, and a warning says so once.
 """
 
 from __future__ import annotations

@@ -205,6 +205,7 @@ class _Seen:
     context: weakref.ref[Any] | None = None
     denoises: bool = False  # in that context
     request: weakref.ref[Any] | None = None
+    alone: int | None = None  # the step that contexts without a request have counted to, from 0 on
     counts: bool = False  # the request's forwards are numbered from 0; otherwise what they tell is a timestep
     timesteps: tuple[object, list[float]] | None = None  # of the request, as it has them, and as numbers
 
@@ -229,8 +230,7 @@ class _Served(ServedAttention):
         """Begin a forward, and return whether it is a denoising one of a request."""
         request, told = context.forward_batch, _told(context.current_timestep)
         if request is None or told is None:
-            self._say_nobody_asks(request, told)
-            return False
+            return request is None and told is not None and self._begin_without_request(seen, told)
         begins = seen.request is None or seen.request() is not request
         if begins:
             seen.request, seen.timesteps = weakref.ref(request), None
@@ -238,13 +238,23 @@ class _Served(ServedAttention):
         self.begin_forward(_moment(seen, request, told, begins))
         return True
 
-    def _say_nobody_asks(self, request: Any, told: float | None) -> None:
-        """Say that a loop runs without a request; encoders, which do so too, are always at their first step."""
-        if request is None and told is not None and told > 1:
+    def _begin_without_request(self, seen: _Seen, told: float) -> bool:
+        """Begin a forward of a loop that counts its steps but has no request, from its second step on.
+
+        At a first step it cannot be told from an encoder, which runs without a request too, always at the same step.
+        """
+        before = seen.alone
+        goes_on = isinstance(told, int) and before is not None and told - before in (0, 1)
+        seen.alone = int(told) if goes_on or told == 0 else None
+        if goes_on and told > 0:
+            self.begin_forward(Moment(step=int(told), begins=before == 0))
+            return True
+        if told > 1:
             self.store.say(
-                "this pipeline of SGLang runs its denoising without a request in the forward context, so generations "
-                "cannot be told apart, and its attention is dense"
+                "this pipeline of SGLang denoises without a request in the forward context, and without steps from 0 "
+                "on, so generations cannot be told apart, and its attention is dense"
             )
+        return False
 
 
 def _told(step: Any) -> float | None:

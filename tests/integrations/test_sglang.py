@@ -152,7 +152,7 @@ def test_what_does_not_skip_is_the_hosts(start: Start, options: dict[str, Any], 
     layer, qkv = server.layer(**options), inputs(0, "cond", 0)
     request = Request() if is_in_request else None
     for step in range(2):
-        with server.context(step, None, request):
+        with server.context(step if is_in_request else 0, None, request):
             torch.testing.assert_close(layer.forward(*qkv, None), dense(*qkv, is_causal=options.get("causal", False)))
     torch.testing.assert_close(layer.forward(*qkv, None), dense(*qkv, is_causal=options.get("causal", False)))
     assert not layer._served.store.records
@@ -363,19 +363,37 @@ def test_a_context_without_a_step_is_no_denoising(start: Start, step: Any) -> No
     assert by_hand.skipped > 0
 
 
-def test_a_pipeline_that_tells_no_request_is_dense_and_said_once(start: Start) -> None:
+def test_a_loop_that_tells_no_request_is_known_by_its_steps(start: Start) -> None:
+    """As LTX-2's: from the second step on, since encoders tell no request either, and always the first step."""
+    server = start(threshold=THRESHOLD)
+    layers = {name: server.layer(prefix=f"blocks.{name}") for name in ("attn1.attn.impl", "audio_attn1.attn.impl")}
+    encoder = server.layer(prefix="encoder.0")
+    for number in range(2):
+        by_hand = ByHand(THRESHOLD)
+        for told in (0, 0, None):
+            with server.context(told, None):
+                qkv = inputs(5, "cond", 0)
+                torch.testing.assert_close(encoder.forward(*qkv, None), dense(*qkv))
+        for step, branch in product(range(4), BRANCHES):
+            with server.context(step, None):
+                qkv = inputs(0, branch, step, request=number)
+                expected = by_hand(branch, qkv) if step else dense(*qkv)
+                torch.testing.assert_close(layers["attn1.attn.impl"].forward(*qkv, None), expected)
+                torch.testing.assert_close(layers["audio_attn1.attn.impl"].forward(*qkv, None), dense(*qkv))
+        assert by_hand.skipped > 0
+    assert [record.site.name for record in encoder._served.store.records] == ["blocks.attn1.attn"]
+
+
+def test_a_loop_that_tells_neither_request_nor_steps_is_dense_and_said_once(start: Start) -> None:
     server = start(threshold=THRESHOLD)
     layer, qkv = server.layer(), inputs(0, "cond", 0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for step in (0, 0, None, 1):  # what encoders tell
-            with server.context(step, None):
-                torch.testing.assert_close(layer.forward(*qkv, None), dense(*qkv))
-        assert not caught
-        for step in range(5):
-            with server.context(step, None):
+        for told in (0, 0, None, 999, 999, 700, 400, 0, None, 999, 500.0, torch.tensor(3.0)):
+            with server.context(told, None):
                 torch.testing.assert_close(layer.forward(*qkv, None), dense(*qkv))
     assert [str(warning.message).count("without a request") for warning in caught] == [1]
+    assert not layer._served.store.records
 
 
 @pytest.mark.parametrize("told", ["timesteps", "timestep", "nothing"])
