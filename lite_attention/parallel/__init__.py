@@ -3,7 +3,7 @@
 `shard` says which part of it is here; `context_parallel` gathers the keys of diffusers' ring, in models that have the
 backend `diffusers_member`. The library's own exchange is for attention by hand: `ulysses` calls the op between two of
 `exchange`, among the ranks of a `group`. What a `LiteAttention` with a process group has of it is `module_exchange`;
-`balance` deals the heads.
+`balance` deals the heads by what they cost in this run, or, by `costs`, in another.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 from lite_attention.ops.processors import leave_processors
 
 if TYPE_CHECKING:
+    from lite_attention.parallel.costs import deal_heads, head_costs
     from lite_attention.parallel.ulysses import ulysses_attention
 
-__all__ = ["leave_processors", "ulysses_attention"]
+__all__ = ["deal_heads", "head_costs", "leave_processors", "ulysses_attention"]
 
-_LAZY = {"ulysses_attention": "lite_attention.parallel.ulysses"}  # most run in one process
+_LAZY = {  # most run in one process
+    "deal_heads": "lite_attention.parallel.costs",
+    "head_costs": "lite_attention.parallel.costs",
+    "ulysses_attention": "lite_attention.parallel.ulysses",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -17,8 +18,8 @@ from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.memory import Memory
 from lite_attention.ops.shard import Ranks, Shard, rows_of_queries
 from lite_attention.ops.site_state import SiteState
-from lite_attention.ops.torch_internals import is_fake
-from lite_attention.parallel.balance import propose_deal
+from lite_attention.ops.torch_internals import all_gather, arrived, is_fake
+from lite_attention.parallel.balance import deal, expanded, propose_deal
 from lite_attention.parallel.exchange import Tokens, spread, tokens_of
 from lite_attention.parallel.group import ALONE, Group
 from lite_attention.parallel.ulysses import Attend, exchanged_attention
@@ -48,6 +49,7 @@ class ModuleExchange(Memory):
         self.parts, self.balance = check_count("parts", parts), balance and self.group.ranks > 1
         require(parts == 1 or process_group is not None, "parts", "1 where no heads are exchanged", parts)
         self.kv_heads = 0
+        self._costs: tuple[float, ...] | None = None  # as somebody told them
         self._agreed: dict[Any, Tokens] = {}
         with torch.inference_mode(False):
             # No buffers: these stay on the CPU.
@@ -139,9 +141,45 @@ class ModuleExchange(Memory):
             return False
         self.kv_heads = kv_heads
         with torch.inference_mode(False):
-            self.order, self.proposed = (torch.arange(heads, device=device) for _ in range(2))
+            self.order, self.proposed = (self._told_order(heads).to(device) for _ in range(2))
             self.apart = self.apart.pin_memory() if device.type == "cuda" else self.apart
         return had_others
+
+    # ---- which heads are here ---------------------------------------------------------------------------------------
+
+    def check_costs(self, name: str, costs: Sequence[float]) -> None:
+        """Raise ValueError unless heads are dealt here, and these are finite numbers, one for each of all heads."""
+        require(self.balance, f"costs of {name}", "a site that is balanced", "one that is not")
+        known = len(self.order) or len(costs)
+        fits = len(costs) == known and len(costs) % (self.group.ranks * self.parts) == 0
+        require(fits, f"costs of {name}", f"{len(self.order) or 'as many as'} heads", len(costs))
+        require(all(math.isfinite(cost) for cost in costs), f"costs of {name}", "finite numbers", list(costs))
+
+    def set_costs(self, costs: Sequence[float]) -> None:
+        """Deal heads by these costs, where the next generation begins; at once where there is no state yet."""
+        self._costs = tuple(costs)
+        if len(self.order):
+            self.proposed.copy_(self._told_order(len(self.order)))
+
+    def _told_order(self, heads: int) -> torch.Tensor:
+        if self._costs is None or len(self._costs) != heads:
+            return torch.arange(heads)
+        by_head = torch.tensor(self._costs, dtype=torch.float64, device="cpu")
+        cost = by_head.view(self.kv_heads, -1).sum(1)
+        return expanded(deal(cost, self.group.ranks), heads // self.kv_heads)
+
+    def costs_of_all(self, costs: torch.Tensor) -> list[float]:
+        """Return what all heads cost, from those of this rank, float32 (heads / ranks,); a collective."""
+        known = costs.to(self.order.device, torch.float64)
+        if self.group.ranks > 1:
+            known = arrived(all_gather(known, self.group.ranks, self.group.name))
+        by_head = torch.empty_like(known)
+        by_head[self.order] = known
+        if self.key_group.ranks > 1:
+            rows = arrived(all_gather(by_head, self.key_group.ranks, self.key_group.name))
+            by_head = rows.view(self.key_group.ranks, -1).mean(0)
+        found: list[float] = by_head.tolist()
+        return found
 
     def order_for(self, states: Sequence[SiteState]) -> torch.Tensor | None:
         """Return the order of the heads of this call, a new one if the generation begins; None = as they come."""
@@ -180,7 +218,7 @@ class ModuleExchange(Memory):
         heads, keys = (Ranks(group.rank, group.ranks) for group in (self.group, self.key_group))
         return Shard(heads, keys)
 
-    # ---- what is of the heads here ----------------------------------------------------------------------------------
+    # ---- what is of the heads here ---------------------------------------------------------------------------------
 
     @property
     def own_heads(self) -> torch.Tensor:

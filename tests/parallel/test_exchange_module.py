@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -73,6 +75,29 @@ def test_a_model_has_all_heads_for_those_who_ask_its_sites(two: Ranks, parts: in
 
 def test_a_persistent_state_keeps_its_heads(two: Ranks) -> None:
     assert two.run(modules.saved) == [True, True]
+
+
+def _check_another_run(found: list[dict[str, Any]]) -> None:
+    for rank, of_rank in enumerate(found):
+        assert of_rank["off"] < 1e-6
+        assert of_rank["error"] < 1e-6
+        assert of_rank["empty"] == {}
+        assert of_rank["heads"] in ([0, 3], [1, 2])  # the dearest with the cheapest
+        assert of_rank["dealt by hand"] in ([0, 2], [1, 3])
+        assert of_rank["told"] == [
+            "costs: expected names of sites with a process group, attn, got 'attention'",
+            "costs of attn: expected 4 heads, got 3",
+            "costs of attn: expected finite numbers, got [nan, nan, nan, nan]",
+        ]
+        assert of_rank["heads"] == found[rank % 2]["heads"]
+
+
+def test_the_costs_of_a_run_deal_the_heads_of_the_next(two: Ranks) -> None:
+    _check_another_run(two.run(modules.another_run, 1))
+
+
+def test_and_where_keys_are_gathered(four: Ranks) -> None:
+    _check_another_run(four.run(modules.another_run, 2))
 
 
 def test_fake_tensors_ask_for_shapes_alone(two: Ranks) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import pickle
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import lite_attention
+import lite_attention.parallel
 from lite_attention import LiteAttention, ThresholdTable
 from lite_attention.model_sites import sites_of
 from lite_attention.ops import ResidualState, SkipState
@@ -172,3 +173,38 @@ def shapes_alone() -> tuple[torch.Size, bool]:
         out = module(*(mode.from_tensor(x) for x in local(0)))
     after = [x for state in module.states for x in state.buffers()]
     return out.shape, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def another_run(key_ranks: int) -> dict[str, Any]:
+    """Return what a second model does with the costs that the first one found."""
+    group, key_group = groups(key_ranks)
+    single = LiteAttention(num_steps=None, threshold=-3.5)
+    first, second = (
+        nn.ModuleDict({"attn": new_module(num_steps=None, threshold=-3.5, process_group=group, key_group=key_group)})
+        for _ in range(2)
+    )
+    empty = lite_attention.parallel.head_costs(first)
+    for step in range(STEPS):
+        single(*tokens(CASE, step))
+        first["attn"](*local(step))
+    costs = lite_attention.parallel.head_costs(first)
+    expected = (1 - single.sparsity("head")).tolist()
+    lite_attention.parallel.deal_heads(second, json.loads(json.dumps(costs)))
+    single.reset_skip_state()
+    worst = 0.0
+    for step in range(STEPS):
+        got = second["attn"](*local(step))
+        worst = max(worst, float((got - part(single(*tokens(CASE, step)))).abs().max()))
+    later: Any = second["attn"]
+    found = {"heads": later.exchange.own_heads.tolist(), "error": worst, "empty": empty}
+    lite_attention.parallel.deal_heads(second, {"attn": [4.0, 3.0, 1.0, 2.0]})
+    later.reset_skip_state()
+    later(*local(0))
+    told = []
+    for wrong in ({"attention": [1.0] * 4}, {"attn": [1.0] * 3}, {"attn": [math.nan] * 4}):
+        try:
+            lite_attention.parallel.deal_heads(second, wrong)
+        except ValueError as error:
+            told.append(str(error))
+    off = max(abs(a - b) for a, b in zip(costs["attn"], expected, strict=True))
+    return {**found, "off": off, "told": told, "dealt by hand": later.exchange.own_heads.tolist()}
