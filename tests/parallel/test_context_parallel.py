@@ -100,15 +100,23 @@ def test_tokens_in_blocks_with_timesteps_of_their_own(two: Ranks, degrees: dict[
     check(two.run(cases.in_order, degrees, {"token_order": (1, 4, 4)}, "split first", "timesteps"))
 
 
-@pytest.mark.parametrize("degrees", [{**ULYSSES, "ulysses_anything": True}, {**RING, "ring_anything": True}])
-def test_lengths_that_do_not_divide(two: Ranks, degrees: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("degrees", "compile"),
+    [
+        ({**ULYSSES, "ulysses_anything": True}, False),
+        ({**RING, "ring_anything": True}, False),
+        ({**RING, "ring_anything": True}, "blocks"),
+    ],
+)
+def test_lengths_that_do_not_divide(two: Ranks, degrees: dict[str, Any], compile: bool | str) -> None:
     if "ring_degree" in degrees:  # tiles of a part of 68 queries are not the whole's
-        for of_rank, skips in zip(*(two.run(cases.uneven, degrees, t) for t in (-torch.inf, -4.0)), strict=True):
+        runs = (two.run(cases.uneven, degrees, t, compile) for t in (-torch.inf, -4.0))
+        for of_rank, skips in zip(*runs, strict=True):
             assert of_rank.error < 2e-6
             assert of_rank.same_names
             assert skips.skipped > 0.02
     else:
-        check(two.run(cases.uneven, degrees, -4.0), 2e-6)
+        check(two.run(cases.uneven, degrees, -4.0, compile), 2e-6)
 
 
 def test_heads_that_do_not_divide(two: Ranks) -> None:

@@ -160,8 +160,8 @@ def in_order(degrees: dict[str, Any], options: dict[str, Any], order: str, input
     return shared(degrees, options, order=order, inputs=video_with_timesteps if inputs else video)
 
 
-def uneven(degrees: dict[str, Any], threshold: float) -> Found:
-    return shared(degrees, {"threshold": threshold}, inputs=odd_video, tokens=135)
+def uneven(degrees: dict[str, Any], threshold: float, compile: bool | str) -> Found:
+    return shared(degrees, {"threshold": threshold, "compile": compile}, inputs=odd_video, tokens=135)
 
 
 def uneven_heads() -> Found:
