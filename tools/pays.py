@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lite_attention.ops.plan import DECIDING, FULL, SPARSE, step_plan
-from lite_attention.presets import PRESETS
+from lite_attention.presets import PRESETS, preset_of
 
-__all__ = ["MODELS", "Measured", "Model", "attention_share", "memory", "page", "preset_ratio", "seconds"]
+__all__ = ["MODELS", "Measured", "Model", "attention_share", "memory", "page", "seconds"]
 
 
 class Measured(NamedTuple):
-    """Two layers of Wan 14B, 32,760 tokens, one forward in ms: python -m benchmarks.model, see performance.md."""
+    """Layers of Wan 14B, one forward in ms, by what attention they have: python -m benchmarks.model."""
 
-    card: str = "H100"
+    card: str = "H200"
     tokens: int = 32760
     layers: int = 2
-    without_attention: float = 67.0
-    pytorch: float = 144.6  # cuDNN's attention
-    ours: float = 125.8  # nothing skipped
-
-
-class Ratios(NamedTuple):
-    """Steps of the residual over our own dense call: python -m benchmarks.attention --only residual."""
-
-    fresh: float = 1.157
-    deciding: float = 1.075
-    full: float = 1.031
-    beside_kept: float = 0.019  # of a sparse step, over the share that it keeps
+    without_attention: float = 64.6
+    pytorch: float = 143.0  # cuDNN's attention
+    full: float = 125.9
+    deciding: float = 132.5
+    sparse: Mapping[float, float] = MappingProxyType({0.5: 99.6, 0.3: 85.9, 0.2: 78.9})  # by the share that is kept
 
 
 class Model(NamedTuple):
@@ -55,7 +49,7 @@ class Model(NamedTuple):
         return self.heads * self.head_dim
 
 
-MEASURED, RATIOS = Measured(), Ratios()
+MEASURED = Measured()
 _WAN_14B = Model("Wan 14B", "", MEASURED.tokens, 40, 40, 128, 13824, 50, 2)
 _WAN_1B = Model("Wan 1.3B", "", MEASURED.tokens, 30, 12, 128, 8960, 50, 2)
 _LTX = Model("LTX-Video 2B", "", 0, 28, 32, 64, 8192, 50, 2)
@@ -84,13 +78,16 @@ sequences.
 Of the transformer alone, on one {card}, compiled; without text encoder and decoder. **These are estimates**, from one
 measurement of two layers, by the assumptions below. "Attention" is its share of the time with PyTorch's own attention.
 
-| model | video | tokens | steps | attention | PyTorch | nothing skipped | quality | balanced | fast | memory |
-|---|---|---|---|---|---|---|---|---|---|---|
+| model | video | tokens | steps | attention | PyTorch | quality | balanced | fast | memory |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 _REST = """
 Under the presets are seconds, and how many times as fast as with PyTorch's attention. "Memory" is what a preset keeps
 for each branch of a step.
+
+With INT8 and FP8 attention takes about 0.6 of the time that it takes here, see [results](results.md). That was not
+measured in a model.
 
 ## When it does not pay
 
@@ -108,22 +105,22 @@ for each branch of a step.
 ## Assumptions
 
 * Time is that of attention, which grows with the square of the tokens, and of the rest, which grows with the tokens.
-  Both were measured on {card} at {tokens:,} tokens in two layers of the shape of Wan 14B: {rest} ms without attention,
-  {pytorch} ms with PyTorch's, {ours} ms with ours and nothing skipped.
+  Both were measured on {card} at {tokens:,} tokens, in {layers} layers of the shape of Wan 14B. A forward took
+  {without_attention} ms without attention, {pytorch} ms with PyTorch's, {full} ms in a full step of the residual and
+  {deciding} ms where tiles are chosen. Sparse steps took {sparse} ms.
 * Other models are counted in operations, and run them at the same rates. Small ones are slower than that: their
   matrices are small. Models with heads of 64 channels, such as LTX-Video, have slower attention, too.
-* Steps of a preset take, over our own dense call: {fresh:.3f} the first, {deciding:.3f} where tiles are chosen,
-  {full:.3f} other full ones, and sparse ones {beside:.3f} more than the share that they keep.
-* Other cards are not in the table, since nobody has measured them: `python -m lite_attention bench` does.
+* Videos that are longer than {tokens:,} tokens gain a little more: attention is faster there.
+* Other cards are not in the table, since nobody has measured them. `python -m lite_attention bench` does.
 
-How far that holds: two layers of Wan 14B at 75,600 tokens, estimated from the numbers above, and measured on an H200.
+How far that holds, on H200s:
 
 | | estimated | measured |
 |---|---|---|
-| PyTorch's attention, ms | {far:.0f} | 576 |
-| ours, nothing skipped, over PyTorch's | {none:.2f} | 0.85 |
-| ours, 42 % skipped | {some:.2f} | 0.61 |
-| ours, 77 % skipped | {most:.2f} | 0.41 |
+| the same layers, a step of `quality`, 20 steps, over PyTorch's | {quality:.3f} | 0.817 |
+| of `balanced` | {balanced:.3f} | 0.727 |
+| of `fast` | {fast:.3f} | 0.697 |
+| two layers at 75,600 tokens, PyTorch's attention, ms | {far:.0f} | 576 |
 
 The commands are in [performance](performance.md#a-step-of-a-model). This page is made by `python -m tools.pages`.
 """
@@ -132,23 +129,24 @@ The commands are in [performance](performance.md#a-step-of-a-model). This page i
 def page() -> str:
     """Return the page."""
     rows = [_row(model) for model in MODELS]
-    far = _WAN_14B._replace(tokens=75600, layers=2, steps=1, passes=1)
-    dense = seconds(far)
-    said = _REST.format(
-        card=MEASURED.card, tokens=MEASURED.tokens, rest=MEASURED.without_attention, pytorch=MEASURED.pytorch,
-        ours=MEASURED.ours, fresh=RATIOS.fresh, deciding=RATIOS.deciding, full=RATIOS.full, beside=RATIOS.beside_kept,
-        far=1e3 * dense, none=seconds(far, 1.0) / dense, some=seconds(far, 0.58) / dense,
-        most=seconds(far, 0.23) / dense,
-    )  # fmt: skip
+    twenty = _WAN_14B._replace(layers=MEASURED.layers, steps=20, passes=1)
+    over = {name: seconds(twenty, name) / seconds(twenty) for name in PRESETS}
+    far = _WAN_14B._replace(tokens=75600, layers=MEASURED.layers, steps=1, passes=1)
+    measured = MEASURED._asdict() | {"sparse": _listed(MEASURED.sparse)}
+    said = _REST.format(**measured, **over, far=1e3 * seconds(far))
     return _TOP.format(card=MEASURED.card) + "\n".join(rows) + "\n" + said
 
 
+def _listed(sparse: Mapping[float, float]) -> str:
+    return ", ".join(f"{ms} ({keep:.0%} kept)" for keep, ms in sparse.items())
+
+
 def _row(model: Model) -> str:
-    dense, nothing = seconds(model), seconds(model, 1.0)
-    presets = [seconds(model, preset_ratio(name, model.steps)) for name in PRESETS]
+    dense = seconds(model)
+    presets = [seconds(model, name) for name in PRESETS]
     cells = [f"{_said(time)} ({dense / time:.2f} x)" for time in presets]
     share = f"{attention_share(model):.0%}"
-    about = [model.name, model.video, f"{model.tokens:,}", f"{model.steps}", share, _said(dense), _said(nothing)]
+    about = [model.name, model.video, f"{model.tokens:,}", f"{model.steps}", share, _said(dense)]
     return f"| {' | '.join([*about, *cells, f'{memory(model) / 1e9:.1f} GB'])} |"
 
 
@@ -161,42 +159,31 @@ def memory(model: Model) -> float:
     return 2 * model.layers * model.tokens * model.heads * (model.head_dim + 4)
 
 
-def seconds(model: Model, ratio: float | None = None) -> float:
-    """Return the seconds of a generation.
-
-    Args:
-        model: and video.
-        ratio: time of attention over that of our own with nothing skipped; None = PyTorch's attention.
-    """
-    rest, pytorch, ours = _layer(model)
-    attention = pytorch if ratio is None else ratio * ours
-    return model.steps * model.passes * model.layers * (rest + attention) / 1e3
+def seconds(model: Model, preset: str | None = None) -> float:
+    """Return the seconds of a generation, with a preset or, None, with PyTorch's attention."""
+    step = _layer(model, MEASURED.pytorch) if preset is None else _mean_of_steps(model, preset)
+    return model.steps * model.passes * model.layers * step / 1e3
 
 
 def attention_share(model: Model) -> float:
     """Return the share of the time that PyTorch's attention takes, 0 to 1."""
-    rest, pytorch, _ = _layer(model)
-    return pytorch / (rest + pytorch)
+    return 1 - _layer(model, MEASURED.without_attention) / _layer(model, MEASURED.pytorch)
 
 
-def preset_ratio(name: str, steps: int) -> float:
-    """Return the time of attention in a generation with a preset, over our own with nothing skipped."""
-    from lite_attention.presets import preset_of
-
-    keep, full_every = preset_of(name, steps)
-    times = {SPARSE: keep + RATIOS.beside_kept, FULL: RATIOS.full, DECIDING: RATIOS.deciding}
-    of_steps: Sequence[float] = [times[kind] for kind in step_plan(steps, full_every=full_every)]
-    return (RATIOS.fresh + sum(of_steps[1:])) / steps
+def _mean_of_steps(model: Model, preset: str) -> float:
+    """Return ms of a layer, the mean over the steps of a generation."""
+    keep, full_every = preset_of(preset, model.steps)
+    measured = {SPARSE: MEASURED.sparse[keep], FULL: MEASURED.full, DECIDING: MEASURED.deciding}
+    plan = step_plan(model.steps, full_every=full_every)
+    return sum(_layer(model, measured[kind]) for kind in plan) / len(plan)
 
 
-def _layer(model: Model) -> tuple[float, float, float]:
-    """Return ms of a layer: all but attention, PyTorch's attention, and ours with nothing skipped."""
-    wan, measured = _WAN_14B, MEASURED
+def _layer(model: Model, measured: float) -> float:
+    """Return ms of a layer, from those of the measured layers with the same kind of attention."""
+    wan, rest = _WAN_14B, MEASURED.without_attention
     more_work = _linear_work(model) / _linear_work(wan)
     more_scores = model.tokens**2 * model.width / (wan.tokens**2 * wan.width)
-    rest = measured.without_attention / measured.layers
-    attention = [(time - measured.without_attention) / measured.layers for time in (measured.pytorch, measured.ours)]
-    return rest * more_work, attention[0] * more_scores, attention[1] * more_scores
+    return (rest * more_work + (measured - rest) * more_scores) / MEASURED.layers
 
 
 def _linear_work(model: Model) -> int:

@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
         help="time attention here, skipping and dense, against PyTorch's",
         description="Times one attention call, bf16, against PyTorch's scaled_dot_product_attention, which runs before "
         "and after each. Inputs are random; the tiles that votes skip are planted. The preset's time is the mean of a "
-        f"step of {_STEPS}, full steps included. Kernels are compiled outside of the times. About two minutes.",
+        f"step of {_STEPS}, full steps included. Kernels are compiled outside of the times.",
     )
     add_device(parser)
     parser.add_argument(

@@ -50,24 +50,22 @@ def test_every_reason_has_its_advice() -> None:
 def test_what_was_measured_comes_out_again() -> None:
     """Two layers, one forward of Wan 14B at 32,760 tokens."""
     forward = pays.MODELS[0]._replace(layers=2, steps=1, passes=1)
-    assert 1e3 * pays.seconds(forward) == pytest.approx(pays.MEASURED.pytorch)
-    assert 1e3 * pays.seconds(forward, 1.0) == pytest.approx(pays.MEASURED.ours)
-    assert 1e3 * pays.seconds(forward, 0.0) == pytest.approx(pays.MEASURED.without_attention)
-    assert pays.attention_share(forward) == pytest.approx((144.6 - 67.0) / 144.6)
+    assert 1e3 * pays.seconds(forward) == pytest.approx(143.0)
+    assert 1e3 * pays.seconds(forward, "balanced") == pytest.approx(132.5)  # one step: it is full, and decides
+    assert pays.attention_share(forward) == pytest.approx((143.0 - 64.6) / 143.0)
 
 
 def test_estimates_grow_with_the_tokens() -> None:
     short = pays.MODELS[0]
     long = short._replace(tokens=2 * short.tokens)
-    rest, attention = pays.seconds(short, 0.0), pays.seconds(short) - pays.seconds(short, 0.0)
-    assert pays.seconds(long) == pytest.approx(2 * rest + 4 * attention)
+    attention = pays.seconds(short) * pays.attention_share(short)
+    assert pays.seconds(long) == pytest.approx(2 * (pays.seconds(short) - attention) + 4 * attention)
 
 
-def test_the_ratio_of_a_preset_is_that_of_its_steps() -> None:
+def test_a_preset_takes_what_its_steps_take() -> None:
     """Balanced, 9 steps: 0, 1, 3 and 6 are full, of which the first and the third decide."""
-    ratio = pays.RATIOS
-    full = ratio.fresh + ratio.full + ratio.deciding + ratio.full
-    assert pays.preset_ratio("balanced", 9) == pytest.approx((full + 5 * (0.3 + ratio.beside_kept)) / 9)
+    forward = pays.MODELS[0]._replace(layers=2, steps=9, passes=1)
+    assert 1e3 * pays.seconds(forward, "balanced") == pytest.approx(2 * 132.5 + 2 * 125.9 + 5 * 85.9)
 
 
 def test_the_memory_of_a_preset_is_that_of_its_states() -> None:
