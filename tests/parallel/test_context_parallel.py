@@ -17,6 +17,8 @@ from tests.support import context_parallel_cases as cases
 from tests.support.context_parallel_cases import Found
 from tests.support.ranks import Ranks, ranks_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context parallel")]  # one pair of processes, not one a worker
+
 ULYSSES, RING = {"ulysses_degree": 2}, {"ring_degree": 2}
 BOTH = pytest.mark.parametrize("degrees", [ULYSSES, RING], ids=["ulysses", "ring"])
 
@@ -42,8 +44,7 @@ def test_eager_in_either_order(two: Ranks, order: str, degrees: dict[str, Any]) 
     check(two.run(cases.in_order, degrees, {}, order))
 
 
-@BOTH
-@pytest.mark.parametrize("order", ["split first", "split after a run"])
+@pytest.mark.parametrize(("degrees", "order"), [(ULYSSES, "split after a run"), (RING, "split first")])
 def test_blocks_compiled(two: Ranks, order: str, degrees: dict[str, Any]) -> None:
     check(two.run(cases.in_order, degrees, {"compile": "blocks"}, order))
 
@@ -87,12 +88,12 @@ def test_a_file_of_a_ranks_heads_is_refused_by_all(two: Ranks, tmp_path: Path) -
         assert re.search("heads: 2 in the file, 4 in the model", said), said
 
 
-@BOTH
-@pytest.mark.parametrize("compile", [False, "blocks"])
-def test_tokens_in_blocks(two: Ranks, compile: bool | str, degrees: dict[str, Any]) -> None:
-    check(two.run(cases.in_order, degrees, {"token_order": (1, 4, 4), "compile": compile}, "split last"))
-    if not compile:
-        check(two.run(cases.in_order, degrees, {"token_order": (1, 4, 4), "compile": compile}, "split first"))
+@pytest.mark.parametrize(
+    ("degrees", "compile", "order"),
+    [(ULYSSES, False, "split first"), (RING, False, "split last"), (RING, "blocks", "split first")],
+)
+def test_tokens_in_blocks(two: Ranks, degrees: dict[str, Any], compile: bool | str, order: str) -> None:
+    check(two.run(cases.in_order, degrees, {"token_order": (1, 4, 4), "compile": compile}, order))
 
 
 @BOTH
