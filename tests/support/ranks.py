@@ -46,7 +46,7 @@ class Ranks:
         """
         for pipe in self._pipes:
             pipe.send((function, args))
-        results = [_received(pipe) for pipe in self._pipes]
+        results = [_received(*of_rank) for of_rank in zip(self._pipes, self.processes, strict=True)]
         if all(isinstance(result, BaseException) for result in results):
             raise results[0]
         return results
@@ -58,11 +58,12 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _received(pipe: Any) -> Any:
+def _received(pipe: Any, process: Any) -> Any:
     try:
         return pipe.recv()
     except EOFError:
-        return EOFError("the process is dead")
+        process.join(5)
+        return EOFError(f"the process is dead, exit code {process.exitcode}")
 
 
 def _serve(pipe: Any, rank: int, count: int, store: str, timeout: float) -> None:
