@@ -29,6 +29,7 @@ class Forward:
     number: int = 0  # of the forward of the model; 0 where none is known
     calls: Counter[tuple[int, ...]] = field(default_factory=Counter)  # of attention, by the ids of the owners
     skipped: bool = False  # a site that may skip ran
+    ran: set[int] = field(default_factory=set)  # records of sites that skipped, by id
     is_explained: bool = False  # that a site which skips did not is said
 
 

@@ -140,6 +140,7 @@ class StateStore:
         forward.skipped |= state is not None
         forward.is_explained |= state is None and record.last is not None
         if state is not None:
+            forward.ran.add(id(record))
             session = self.session
             record.last = record.recent[id(session)] = state
             slot, step = session.slot_and_step

@@ -249,9 +249,9 @@ class ExactTokens:
 
         def run_exactly(*args: Any, **kwargs: Any) -> Any:
             result = run(*args, **kwargs)
-            session, forward = id(self._store.session), self._store.forward.number
+            session, ran = id(self._store.session), self._store.forward.ran  # of this thread
             for record in self._store.records:
-                if record.ran_in == forward:
+                if id(record) in ran:
                     for key, state in self._states(record):
                         if state is record.recent.get(session):
                             self._keep(record, key, state)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -253,6 +255,29 @@ def test_shapes_alone_may_be_asked_for() -> None:
     assert out[0].shape == given["hidden_states"].shape
     dm.run(model, given)
     assert all(row.exact_tokens for row in dm.silent_report(model).swapped)
+
+
+def test_a_forward_of_another_thread_in_between_changes_nothing() -> None:
+    """It has begun later, and ends before."""
+
+    def alone(text: int) -> list[torch.Tensor]:
+        model = enable(dm.MINIMAX_H3.model(), threshold=0.0)
+        return [dm.run(model, dm._minimax_h3_inputs(step, 0, text=text)) for step in range(4)]
+
+    def other(step: int) -> None:
+        inner.append(dm.run(model, dm._minimax_h3_inputs(step, 0, text=40)))
+
+    def overtake(*_: Any) -> None:
+        if threading.current_thread() is main:
+            pool.submit(other, len(inner)).result()
+
+    model, inner, main = dm.MINIMAX_H3.model(), list[torch.Tensor](), threading.current_thread()
+    model.norm_out.register_forward_pre_hook(overtake)
+    enable(model, threshold=0.0)
+    with ThreadPoolExecutor(1) as pool:
+        outer = [dm.run(model, dm._minimax_h3_inputs(step, 0)) for step in range(4)]
+    assert all(map(torch.equal, outer, alone(24)))
+    assert all(map(torch.equal, inner, alone(40)))
 
 
 def test_none_leaves_all_to_the_method() -> None:
