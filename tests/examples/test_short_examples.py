@@ -103,7 +103,7 @@ def test_two_gpus(two: Ranks, tmp_path: Path) -> None:
 def test_the_program_of_the_page_of_several_gpus(two: Ranks) -> None:
     text = (EXAMPLES.parent / "docs/how-to/parallel.md").read_text()
     (program,) = re.findall(r"^```py\n(import torch\n.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert two.run(run_program, program) == [(1, 2048, 8, 64)] * 2
+    assert two.run(run_program, program) == [(1, 512, 8, 64)] * 2
 
 
 def test_none_is_left_out() -> None:
