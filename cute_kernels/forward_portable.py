@@ -23,6 +23,7 @@ from lite_attention.cute_kernels.softmax import Keys, Rows
 from lite_attention.cute_kernels.storage_portable import (
     BATCH,
     COUNT,
+    DECIDES,
     DIAGONAL,
     HEAD,
     MASSES,
@@ -161,6 +162,8 @@ class PortableAttentionForward:
             shared.call[Q_TILE], shared.call[HEAD], shared.call[BATCH], _ = place
             shared.call[DIAGONAL] = self.walk.diagonal(place.q_tile, seq_q, seq_k, k_tiles, state.control)
             if const_expr(self.config.residual):
+                samples = shared.call[residual_call.SAMPLES]
+                shared.call[DECIDES] = shared.call[residual_call.DECIDES] * (1 - samples)
                 shared.call[MASSES] = Int32(residual.mass.layout((place.batch, place.head, place.q_tile, 0)))
             if const_expr(self.config.votes):
                 shared.score_threshold[0] = self.scheduler.score_threshold(

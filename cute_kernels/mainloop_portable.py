@@ -57,7 +57,7 @@ class Job(NamedTuple):
     k_scales: Any  # of integer keys, by tile
     k_norms: Any
     q_tile: QTile | None = None  # where the masses of its tiles are summed up
-    decides: Any = None  # whether they are
+    decides: Any = None  # whether they are: a word in shared memory
 
 
 class Ahead(NamedTuple):

@@ -11,7 +11,7 @@ from lite_attention.cute_kernels.config import KernelConfig, Residual, Scales
 from lite_attention.cute_kernels.mainloop_portable import Job, Mainloop, Sources
 from lite_attention.cute_kernels.masses import QTile
 from lite_attention.cute_kernels.products_portable import Accumulators, Operands
-from lite_attention.cute_kernels.storage_portable import COUNT, MASSES, Shared
+from lite_attention.cute_kernels.storage_portable import COUNT, DECIDES, MASSES, Shared
 from lite_attention.cute_kernels.store_portable import Outputs, Store
 
 
@@ -31,21 +31,17 @@ class Parts:
         which tells how to weigh rows, and then to all."""
         call = shared.call
         self.prepare(shared, job.seq_q, scales, residual)
-        start = cute.make_tensor(call.iterator + MASSES, cute.make_layout(1))
-        q_tile = QTile(residual.mass, shared.references, start)
+        start, decides = (cute.make_tensor(call.iterator + word, cute.make_layout(1)) for word in (MASSES, DECIDES))
+        job = job._replace(q_tile=QTile(residual.mass, shared.references, start), decides=decides)
         ahead = self.mainloop.begin(acc, blocks, sources, shared, job)
-        # Sparse steps have the last part alone. The first part of a step that takes a sample adds no masses.
+        # Sparse steps have the last part alone.
         first = 1 - cute.arch.make_warp_uniform(call[residual_call.FULL])
         done = Int32(0)
         for part in cutlass.range(first, 2, unroll=1):
             end = cute.arch.make_warp_uniform(call[COUNT])
             if part > first:
                 end = job.count
-            decides = cute.make_tensor(
-                call.iterator + residual_call.DECIDES + (1 - part) * call[residual_call.SAMPLES], cute.make_layout(1)
-            )
-            of_part = job._replace(q_tile=q_tile, decides=decides)
-            self.mainloop.visit(operands, acc, blocks, sources, shared, of_part, ahead, done, end)
+            self.mainloop.visit(operands, acc, blocks, sources, shared, job, ahead, done, end)
             done = end
             if part == 0:
                 if call[residual_call.SAMPLES] != 0:
@@ -69,7 +65,9 @@ class Parts:
 
     @cute.jit
     def take_sample(self, acc: Accumulators, blocks, shared: Shared, seq_q: Int32):
-        """Take the references from a sample, and begin anew."""
+        """Take the references from a sample, and begin anew: now masses count."""
+        cute.arch.sync_threads()  # all are through with the sample, whose masses do not
+        shared.call[DECIDES] = Int32(1)
         place = self.store.place(shared)
         for b in cutlass.range_constexpr(self.budget.blocks):
             references = self.masses.of_block(shared.references, b)

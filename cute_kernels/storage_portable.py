@@ -13,7 +13,7 @@ from lite_attention.cute_kernels.products_portable import Layouts, Products
 from lite_attention.cute_kernels.residual_call import CALL_WORDS
 
 # Of `Shared.call`, after the words of the call.
-COUNT, REST, MASSES, DIAGONAL, Q_TILE, HEAD, BATCH = range(CALL_WORDS, CALL_WORDS + 7)
+COUNT, REST, MASSES, DECIDES, DIAGONAL, Q_TILE, HEAD, BATCH = range(CALL_WORDS, CALL_WORDS + 8)
 _WORDS = CALL_WORDS + 8
 
 
@@ -26,7 +26,7 @@ class Shared(NamedTuple):
     visited: Any  # [words], bits of tiles; with the residual [words, 2]: of the first part, and of the second
     kept: Any  # [words], bits of tiles that some row keeps, where there are votes
     partial: Any  # [words], bits of tiles: some key is excluded; where there is a key mask
-    call: Any  # as `residual_call.py` has it; number of tiles to visit, and after those; masses; diagonal; the job
+    call: Any  # as `residual_call.py` has it; numbers of tiles, what sums masses up, the diagonal, and the job
     score_threshold: Any  # in units of row maxima
     references: Any  # [2 * rows], with the residual: how rows count in masses, see masses.py
 
