@@ -115,7 +115,7 @@ def _no_compiler() -> str:
     from lite_attention.cute_kernels.config import KernelConfig
 
     none = {name: mock.Mock(return_value=None) for name in ("has_compiler", "library")}
-    with mock.patch.multiple(launch, **none):
+    with mock.patch.multiple(launch, **none), mock.patch("torch.version.cuda", "13.0"):
         return str(launch._not_to_be_had(KernelConfig("bf16", 128, *SM90A.tile_shape(128), target=SM90A)))
 
 
@@ -183,7 +183,7 @@ def _traced() -> None:
 
 
 def _no_such_option() -> None:
-    lite_attention.enable(Model(), treshold=-6.0)  # type: ignore[call-arg]
+    lite_attention.enable(Model(), sparsity=0.5)  # type: ignore[call-arg]
 
 
 def _no_memory() -> None:
