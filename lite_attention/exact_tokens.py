@@ -78,6 +78,7 @@ class Layout(NamedTuple):
     start: int
     tokens: int
     behind: int | None = None  # tokens behind it; None = any number
+    is_one: bool = False  # processes split it as one sequence; otherwise text and picture apart
 
     def fits(self, tokens: int) -> bool:
         """Return whether a sequence of so many tokens may be the joint one."""
@@ -99,12 +100,16 @@ def _minimax_h3(given: Mapping[str, Any], _: int | None) -> Layout | None:
         return None
     others = torch.nonzero(tags)
     start = int(others[-1]) + 1 if len(others) else 0
-    return Layout(start, tags.shape[0] - start, 0)
+    return Layout(start, tags.shape[0] - start, 0, is_one=True)
 
 
 def _alone(given: Mapping[str, Any], _: int | None) -> Layout | None:
     latents = given.get("hidden_states")
-    return Layout(0, latents.shape[1], 0) if isinstance(latents, torch.Tensor) and latents.dim() == 3 else None
+    return (
+        Layout(0, latents.shape[1], 0, is_one=True)
+        if isinstance(latents, torch.Tensor) and latents.dim() == 3
+        else None
+    )
 
 
 def _text_behind(_: Mapping[str, Any], tokens: int | None) -> Layout | None:
@@ -234,7 +239,7 @@ class ExactTokens:
         is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if is_capturing or fake_mode_of([*args, *kwargs.values()]) is not None:
             return  # reading it waits for the device, and fake tensors hold nothing to read
-        here, layout = self._layout(), layout_of_call(self._model(), args, kwargs)
+        here, layout = self._layout(), self._layout_of_call(args, kwargs)
         before, here[0] = here[0], layout
         if layout is None or before is None or layout == before:
             return
@@ -243,6 +248,20 @@ class ExactTokens:
                 if layout.fits(key[0][2]) and self._ranges(key, state) != _kept(state):
                     self._keep(record, key, state)
                     state.start_fresh()
+
+    def _layout_of_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Layout | None:
+        from lite_attention.parallel.shard import context_parallel_of
+
+        model = self._model()
+        layout = layout_of_call(model, args, kwargs)
+        if layout is None or layout.is_one or context_parallel_of(model) is None:
+            return layout
+        if self._option == "auto":
+            self._store.say(
+                f"text of {type(model).__name__} is skipped as the picture is, since processes split the two apart "
+                "with enable_parallelism(); exact_tokens=None says that it may be"
+            )
+        return None
 
     def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Return what runs the model, and takes the tiles of exact tokens out of the masks behind it."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from lite_attention import exact_tokens
 from lite_attention.ops import SkipState
 from lite_attention.ops.shard import Ranks, Shard
 from lite_attention.ops.site import Site
+from lite_attention.parallel import shard
 from tests.support import diffusers_models as dm
 from tests.support import toys
 
@@ -245,6 +248,22 @@ def test_queries_of_a_rank_stand_among_all_keys(rank: int, rows: list[int]) -> N
     kept = state.kept_tiles()[0, 0, 0]
     assert kept.all(1).nonzero().flatten().tolist() == rows
     assert kept.all(0).nonzero().flatten().tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(("case", "is_known"), [(dm.HUNYUAN, False), (dm.MINIMAX_H3, True)], ids=["apart", "as one"])
+def test_where_processes_split_text_and_picture_apart_it_is_said(
+    case: dm.Case, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = enable(case.model(), threshold=0.0)
+    config = SimpleNamespace(ulysses_degree=1, _ulysses_local_rank=0, ring_degree=1, _ring_local_rank=0)
+    monkeypatch.setattr(shard, "context_parallel_of", lambda model: config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2):
+            dm.run(model, case.inputs(step, 0))
+    said = [str(warning.message) for warning in caught if "split the two apart" in str(warning.message)]
+    assert len(said) == (not is_known)
+    assert all(bool(row.exact_tokens) == is_known for row in dm.silent_report(model).swapped)
 
 
 def test_shapes_alone_may_be_asked_for() -> None:
