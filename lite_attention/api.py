@@ -130,9 +130,7 @@ def enable(
         if token_order is not None:
             order.check(token_order, model)
     # Wrong ones are told before anything is changed.
-    check_exact_tokens(exact_tokens)
-    if token_order is not None:
-        require(exact_tokens in (None, "auto"), "exact_tokens", "'auto' or None with token_order", repr(exact_tokens))
+    check_exact_tokens(exact_tokens, token_order)
     head_ranks = _ranks_of(process_group)
     if all(type(model).__name__ in _ONE_PASS for model in parts_of(model_or_pipe).values()):
         settings.setdefault("slots", 1)

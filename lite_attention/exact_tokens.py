@@ -51,10 +51,17 @@ Ranges = tuple[tuple[int, int], ...]
 _T = TypeVar("_T")
 
 
-def check_exact_tokens(given: object) -> None:
-    """Raise ValueError unless an argument is None, "auto", a list of slices that may hold a token, or a callable."""
+def check_exact_tokens(given: object, token_order: object = None) -> None:
+    """Check what a user names as exact tokens.
+
+    Raises:
+        ValueError: neither None, "auto", slices that may hold a token, nor a callable; or tokens are named where a
+            token order puts others.
+    """
     if given is not None and not callable(given):
         exact_slices(given)
+    is_open = given is None or given == "auto"
+    require(is_open or token_order is None, "exact_tokens", "'auto' or None with token_order", repr(given))
 
 
 def exact_slices(given: object) -> Literal["auto"] | tuple[TokenSlice, ...]:

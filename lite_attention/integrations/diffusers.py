@@ -92,7 +92,7 @@ def configure(**options: Unpack[Options]) -> None:
     given: dict[str, Any] = {"threshold": None, "keep": None, "preset": None, "token_order": None, **options}
     how = {name: given.pop(name, None) for name in _HOW}
     require(how["compile"] in (None, True, False, "blocks"), "compile", "True, False or 'blocks'", repr(how["compile"]))
-    check_exact_tokens(given.pop("exact_tokens", None))
+    check_exact_tokens(given.pop("exact_tokens", None), given["token_order"])
     threshold, keep, preset, order = (given.pop(name) for name in ("threshold", "keep", "preset", "token_order"))
     SkipSettings(**api.chosen_options(threshold, keep, preset, order, given))
     _options = options

@@ -170,6 +170,16 @@ def test_enabled_by_hand_afterwards() -> None:
     assert store_of(model) is store is not None
 
 
+def test_exact_tokens_are_an_option() -> None:
+    lite.configure(**OPTIONS, exact_tokens=[(0, 16)])
+    pipe = pipelines.wan()
+    pipe.transformer.set_attention_backend("lite_attention")
+    pipelines.generate(pipe, 0, STEPS)
+    rows = silent_report(pipe.transformer).swapped
+    assert {row.exact_tokens for row in rows} == {((0, 16),)}
+    assert all(row.state is not None and row.state.kept_tiles()[..., 0].all() for row in rows)
+
+
 def test_options_are_those_of_the_last_configure() -> None:
     model = dm.WAN.model()
     model.set_attention_backend("lite_attention")
@@ -354,6 +364,8 @@ def test_beside(name: str, is_first: bool) -> None:
         ({"preset": "slow"}, ValueError, "preset: expected one of .* got 'slow'"),
         ({"compile": "whole"}, ValueError, "compile: expected True, False or 'blocks', got 'whole'"),
         ({"keep": 0.3}, ValueError, "keep"),
+        ({"exact_tokens": [(5, 3)]}, ValueError, "exact_tokens: expected a start before its end"),
+        ({"exact_tokens": [(3, 5)], "token_order": "tile3d"}, ValueError, "exact_tokens: expected 'auto' or None"),
     ],
 )
 def test_options_are_checked_at_once(options: dict[str, Any], error: type[Exception], message: str) -> None:
