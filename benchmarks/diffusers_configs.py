@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import lite_attention
 from benchmarks.diffusers_small import CONFIGS, build, run
-from lite_attention.exact_tokens import layout_of_call
 from lite_attention.token_grid import grid_of_call
+from lite_attention.token_layout import layout_of_call
 from lite_attention.token_order import check
 
 TILE = (16, 16)

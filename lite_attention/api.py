@@ -99,7 +99,7 @@ def enable(
             diffusers and cache-dit tell it, whether they come before or after. Thresholds, shares, masks and files are
             of the whole model; each process takes what is its own.
         exact_tokens: tokens that are never skipped, and whose own attention skips nothing, rounded outward to tiles.
-            "auto" is all but the picture in models that `lite_attention.exact_tokens` names: text, audio and references
+            "auto" is all but the picture in models that `lite_attention.token_layout` names: text, audio and references
             of MiniMax-H3, audio of LTX-2, text of HunyuanVideo, CogVideoX and Mochi. Or slices of each site's sequence,
             such as [(0, 226), (-256, None)]; or a callable that is given a `Site` and returns one of these, or None.
             Slices go with no `token_order`.

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 
 from lite_attention.compile.settings import SkipSettings
-from lite_attention.exact_tokens import Layout, Ranges, exact_slices
+from lite_attention.exact_tokens import exact_slices
 from lite_attention.integrations.numbers import numbers_in
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.presets import preset_of
+from lite_attention.token_layout import Layout, Ranges
 from lite_attention.token_slices import TokenSlice, ranges_of
 
 __all__ = ["ServingOptions", "layer_index", "mapping_of"]

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lite_attention
-from lite_attention import exact_tokens
+from lite_attention import exact_tokens, token_layout
 from lite_attention.ops import SkipState
 from lite_attention.ops.shard import Ranks, Shard
 from lite_attention.ops.site import Site
@@ -79,7 +79,7 @@ def test_what_is_not_of_the_picture(case: dm.Case, inputs: Any, lengths: dict[in
     given, other = inputs(0, 0), inputs(0, 1)["hidden_states"]
     if case is dm.MINIMAX_H3:
         other[:, :16] = given["hidden_states"][:, :16]  # the reference stays
-    layout = exact_tokens.layout_of_call(case.model(), (), given)
+    layout = token_layout.layout_of_call(case.model(), (), given)
     assert layout is not None
     found = {}
     for length, rows in rows_that_change(case, {"hidden_states": other}, given):
@@ -90,8 +90,8 @@ def test_what_is_not_of_the_picture(case: dm.Case, inputs: Any, lengths: dict[in
 
 
 def test_a_model_that_is_not_known_has_none() -> None:
-    assert exact_tokens.layout_of_call(dm.WAN.model(), (), dm.WAN.inputs(0, 0)) is None
-    assert exact_tokens.layout_of_call(dm.COGVIDEOX.model(), (), {}) is None
+    assert token_layout.layout_of_call(dm.WAN.model(), (), dm.WAN.inputs(0, 0)) is None
+    assert token_layout.layout_of_call(dm.COGVIDEOX.model(), (), {}) is None
 
 
 # ---- that they are exact ---------------------------------------------------------------------------------------------
@@ -222,10 +222,10 @@ def test_another_layout_of_the_same_length_starts_fresh(method: dict[str, Any]) 
 
 
 def test_passes_with_texts_of_two_lengths_keep_their_votes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def text_first(given: Any, _: object) -> exact_tokens.Layout:
-        return exact_tokens.Layout(given["x"].shape[1] - 80, 80, 0)
+    def text_first(given: Any, _: object) -> token_layout.Layout:
+        return token_layout.Layout(given["x"].shape[1] - 80, 80, 0)
 
-    monkeypatch.setitem(exact_tokens._LAYOUTS, "Toy", text_first)
+    monkeypatch.setitem(token_layout._LAYOUTS, "Toy", text_first)
     model = enable(toys.Toy(1), threshold=0.0)
     skipped: dict[str, list[float]] = {"cond": [], "uncond": []}
     for step in range(3):

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lite_attention.exact_tokens import Ranges, exactly
+from lite_attention.exact_tokens import exactly
 from lite_attention.integrations.numbers import numbers_in
 from lite_attention.ops import ResidualState
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
+from lite_attention.token_layout import Ranges
 
 from .options import NodeOptions, exact_ranges
 from .schedule import Schedule
