@@ -312,13 +312,6 @@ def test_a_token_order_survives_adapters(layer: str, compile: bool) -> None:
     ]
 
 
-def test_a_token_order_is_refused_with_context_parallelism() -> None:
-    model = enable(SMALL.model(), False, token_order=(2, 2, 2), num_steps=9)
-    model._parallel_config = object()
-    with pytest.raises(ValueError, match="token_order: expected None with context parallelism"):
-        run(model, SMALL.inputs(0, 0))
-
-
 # ---- what is left behind ------------------------------------------------------------------------------------------
 
 
