@@ -171,6 +171,7 @@ class LiteAttention(SiteModule):
         """
         seq_k = seq_len if kv_seq_len is None else kv_seq_len
         if self.exchange is not None:
+            require(seq_k == seq_len, "kv_seq_len", f"{seq_len}, as of one sequence, with a process group", seq_k)
             heads, seq_len = self.exchange.prepare(heads, heads if kv_heads is None else kv_heads, seq_k, device)
         sizes = {"batch": batch, "seq_q": seq_len, "seq_k": seq_k, "heads": heads}
         self._allocate(sizes, head_dim, head_dim if value_dim is None else value_dim, dtype, device)

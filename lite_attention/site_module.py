@@ -100,7 +100,10 @@ class SiteModule(nn.Module):
             # Taken out, so that the state is not loaded once more, over the flags and the slot that hold here.
             saved = {key.removeprefix(prefix + "state."): state_dict.pop(key) for key in names}
             device = None if self.state is None else self.state.control.device
-            self._adopt([self._options.loaded_state(saved, device)])
+            state = self._options.loaded_state(saved, device)
+            if self.exchange is not None:
+                self.exchange.prepare_for(state)
+            self._adopt([state])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self: _Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Module:

@@ -25,13 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "AUTO_FUNCTIONALIZED", "FLASH_ON_CPU", "WRAPPED", "FakeModes", "FakeTensor", "FakeTensorMode", "add_to_each",
-    "all_gather", "all_to_all", "arrived",
-    "backend_named", "below_autograd", "call_of", "compile_with_inductor", "constant_when_compiled", "copy_of_graph",
-    "example_of", "excluding_key", "fake_mode_of", "forget_compiled", "holds_for_all_sizes", "holds_unless_unknown",
-    "in_forward_mode", "input_path", "is_fake", "is_held_by_module", "is_op", "is_wrapper", "mark_static_input",
-    "module_ids", "module_text", "op_name", "override", "override_of", "plain_call", "raw_stream", "running_module",
-    "storage_key", "traced_call", "tree_leaves", "uncompiled", "under_mode", "unwrapped", "upper_bound", "writes",
-    "written_arguments", "zero_each",
+    "all_gather", "all_to_all", "arrived", "backend_named", "below_autograd", "call_of", "compile_with_inductor",
+    "constant_when_compiled", "copy_of_graph", "example_of", "excluding_key", "fake_mode_of", "forget_compiled",
+    "group_named", "holds_for_all_sizes", "holds_unless_unknown", "in_forward_mode", "input_path", "is_fake",
+    "is_held_by_module", "is_op", "is_wrapper", "mark_static_input", "module_ids", "module_text", "op_name",
+    "override", "override_of", "plain_call", "raw_stream", "running_module", "storage_key", "traced_call",
+    "tree_leaves", "uncompiled", "under_mode", "unwrapped", "upper_bound", "writes", "written_arguments", "zero_each",
 ]  # fmt: skip
 
 # What `run_decompositions` makes of an op that writes into its arguments.
@@ -409,3 +408,12 @@ def arrived(x: torch.Tensor) -> torch.Tensor:
     """Return what a collective was begun for; the current stream waits for it."""
     done: torch.Tensor = torch.ops._c10d_functional.wait_tensor(x)
     return done
+
+
+def group_named(name: str) -> Any:
+    """Return the process group that collectives find by a name, None if this process has none."""
+    c10d: Any = torch.distributed.distributed_c10d
+    try:
+        return c10d._resolve_process_group(name)
+    except (RuntimeError, LookupError):
+        return None

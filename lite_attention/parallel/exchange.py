@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from lite_attention.ops.arguments import require
+from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.torch_internals import all_to_all, arrived
 from lite_attention.ops.validate import check_inputs
 from lite_attention.parallel.group import Group, even_lengths
@@ -92,6 +92,7 @@ def tokens_of(
         require(k.shape[1] == here, "seq_len of k", f"that of q, {here}, as of one sequence", k.shape[1])
         dealt = f"{group.ranks} ranks" if parts == 1 else f"{group.ranks} ranks x {parts} parts"
         require(kv_heads % (group.ranks * parts) == 0, "heads of k", f"a multiple of {dealt}", kv_heads)
+        seq_len = None if seq_len is None else check_count("seq_len", seq_len)
     if seq_len is None:
         keys = None if key_group.ranks == 1 else Keys(key_group, (here * group.ranks,) * key_group.ranks)
         return Tokens(group, (here,) * group.ranks, keys)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lite_attention.ops.arguments import require
-from lite_attention.ops.torch_internals import all_gather, arrived
+from lite_attention.ops.torch_internals import all_gather, arrived, group_named
 
 __all__ = ["ALONE", "Group", "even_lengths"]
 
@@ -33,6 +33,18 @@ class Group(NamedTuple):
         require(is_group, name, "a torch.distributed.ProcessGroup", type(group).__name__)
         require(group.rank() >= 0, name, "one with this process", "one without it")
         return cls(group.group_name, group.rank(), group.size())
+
+    def is_there(self, name: str) -> bool:
+        """Return whether this process has the group, the argument of this name.
+
+        Raises:
+            ValueError: this is another rank of it than the one that made this; what a pickle learned is of its heads.
+        """
+        group = group_named(self.name) if self.ranks > 1 else None
+        if group is not None:
+            made, here = (f"rank {rank} of {ranks}" for rank, ranks in (self[1:], (group.rank(), group.size())))
+            require(made == here, name, f"{made}, which made this module: make a new one on each", here)
+        return self.ranks == 1 or group is not None
 
     def numbers(self, own: list[int], device: torch.device) -> list[list[int]]:
         """Return the numbers of each rank, as many from all. A collective, which waits for the device."""

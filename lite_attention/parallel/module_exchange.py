@@ -39,6 +39,7 @@ class ModuleExchange(Memory):
 
     order: torch.Tensor  # int64 (heads,): those of rank 0, of rank 1, ...
     proposed: torch.Tensor  # the order to be adopted by the next generation
+    last_step: torch.Tensor  # int32 (1,), that of the call before, of any branch
     thresholds: torch.Tensor | None  # float32 (slots, steps, heads), where they differ by head
     initial_mask: torch.Tensor | None  # int32 (batch or 1, heads, q_tiles, k_words), likewise
 
@@ -56,6 +57,8 @@ class ModuleExchange(Memory):
             self.calls, self.apart = (torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(2))
             for name in ("order", "proposed"):
                 self.register_buffer(name, torch.empty(0, dtype=torch.int64, device="cpu"), persistent=False)
+            before = torch.ones(1, dtype=torch.int32, device="cpu")  # any but 0: the first call begins a generation
+            self.register_buffer("last_step", before, persistent=False)
         for name in ("thresholds", "initial_mask"):
             self.register_buffer(name, None, persistent=False)
 
@@ -63,7 +66,23 @@ class ModuleExchange(Memory):
         """Return one that has learned nothing, on the CPU."""
         twin = self.__new__(type(self))
         ModuleExchange.__init__(twin, self.group, self.key_group, self.parts, self.balance)
+        twin._costs = self._costs
         return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what was copied or pickled.
+
+        Raises:
+            ValueError: another rank pickled it.
+        """
+        super().__setstate__(state)
+        if not self._check_place():
+            self._agreed = {}  # so that the first call looks again
+
+    def _check_place(self) -> bool:
+        """Return whether there are the groups yet; raise ValueError if this is another rank of them."""
+        of_groups = {"process_group": self.group, "key_group": self.key_group}
+        return all([group.is_there(name) for name, group in of_groups.items()])
 
     # ---- calls ------------------------------------------------------------------------------------------------------
 
@@ -94,21 +113,33 @@ class ModuleExchange(Memory):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, states: Sequence[SiteState]
     ) -> Tokens:
         """Return where the tokens of a call are; a call of a new size is compared with those of the other ranks."""
+        if torch.compiler.is_compiling():
+            self._check_traced(q.shape[2], k.shape[2])
         if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or is_fake(q):
             return tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
         call = (*(getattr(x, "shape", None) for x in (q, k, v)), q.dtype, q.device, seq_len)
         if call not in self._agreed:
             self._agreed[call] = self._agree(q, k, v, seq_len)
-            if self._prepare(q.shape[2], k.shape[2], q.device):
-                for state in states:
-                    state.start_fresh()  # its heads are others now
+        if self._prepare(q.shape[2], k.shape[2], q.device):
+            for state in states:
+                state.start_fresh()  # its heads are others now
         return self._agreed[call]
+
+    def _check_traced(self, heads: int, kv_heads: int) -> None:
+        """Raise RuntimeError unless heads are dealt as a traced call has them, which cannot deal others."""
+        dealt = (len(self.order), self.kv_heads)
+        if self.balance and dealt != (heads, kv_heads):
+            raise RuntimeError(
+                f"heads: expected {dealt[0]} that share {dealt[1]} of the keys, which are dealt here, got {heads} and "
+                f"{kv_heads}: call .allocate(..., kv_heads={kv_heads}) before this is traced"
+            )
 
     def _agree(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None) -> Tokens:
         """Check a call on all ranks: collectives, which wait for the device. What one refuses, all refuse."""
         tokens: Tokens | None = None
         refusal: ValueError | None = None
         try:
+            self._check_place()
             tokens = tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
         except ValueError as error:
             refusal = error
@@ -134,14 +165,20 @@ class ModuleExchange(Memory):
         self._prepare(heads, kv_heads, torch.empty(0, device=device).device)
         return heads // states, sum(spread(self.group, self.key_group, seq_len).lengths)
 
+    def prepare_for(self, state: SiteState) -> None:
+        """Get ready for calls with a state that was loaded, whose heads are not dealt."""
+        heads = state.capacity[1] * self.group.ranks
+        self._prepare(heads, heads, state.control.device)
+
     def _prepare(self, heads: int, kv_heads: int, device: torch.device) -> bool:
-        """Return whether heads were others before; they are dealt as they come then."""
-        had_others = len(self.order) > 0
+        """Return whether other heads were dealt before; they are dealt as they come then."""
+        had_others = self.balance and len(self.order) > 0
         if (len(self.order), self.kv_heads, self.order.device) == (heads, kv_heads, device):
             return False
         self.kv_heads = kv_heads
         with torch.inference_mode(False):
             self.order, self.proposed = (self._told_order(heads).to(device) for _ in range(2))
+            self.last_step = self.last_step.to(device)
             self.apart = self.apart.pin_memory() if device.type == "cuda" else self.apart
         return had_others
 
@@ -160,6 +197,7 @@ class ModuleExchange(Memory):
         self._costs = tuple(costs)
         if len(self.order):
             self.proposed.copy_(self._told_order(len(self.order)))
+            self.last_step.fill_(1)
 
     def _told_order(self, heads: int) -> torch.Tensor:
         if self._costs is None or len(self._costs) != heads:
@@ -195,7 +233,9 @@ class ModuleExchange(Memory):
         slots = [state.control[c.slot_word(0, 0) :].view(state.slots, c.SLOT_WORDS) for state in states]
         step = slots[0][:, c.STEP].index_select(0, control[c.SLOT : c.SLOT + 1])
         is_dense = control[c.FLAGS : c.FLAGS + 1] & c.FLAG_DENSE
-        begins = (step == 0) & (is_dense == 0) & (self.order != self.proposed).any()
+        begins = (step == 0) & (self.last_step != 0)  # of the branches, the first alone
+        begins = begins & (is_dense == 0) & (self.order != self.proposed).any()
+        self.last_step.copy_(step)
         self.order.copy_(torch.where(begins, self.proposed, self.order))
         for words in slots:  # of other branches, too: these are other heads now
             words[:, c.FRESH].bitwise_or_(begins.to(words.dtype))

@@ -69,6 +69,33 @@ def test_a_deal_is_adopted_where_a_generation_begins_and_by_all_branches() -> No
     assert fresh == [1, 1]  # slot 1, at its step 3, has learned of other heads
 
 
+def test_a_generation_begins_with_its_first_branch() -> None:
+    """Another one would take from the first what it has just learned."""
+    exchange, state = _exchange_and_state()
+    proposed = exchange.proposed.clone()
+    exchange.proposed.copy_(exchange.order)
+    exchange.order_for([state])
+    state.set_step(1, slot=0)
+    state.slot = 1
+    exchange.proposed.copy_(proposed)
+    exchange.order_for([state])
+    assert exchange.own_heads.tolist() == [2, 3]
+    state.set_step(1, slot=1)
+    exchange.order_for([state])
+    state.set_step(0)
+    exchange.order_for([state])
+    assert exchange.own_heads.tolist() == [0, 1]
+
+
+def test_heads_that_are_dealt_by_hand_wait_for_the_next_step_0_alone() -> None:
+    exchange, state = _exchange_and_state()
+    exchange.proposed.copy_(exchange.order)
+    exchange.order_for([state])
+    exchange.set_costs([1.0, 2.0, 3.0, 4.0])
+    exchange.order_for([state])
+    assert exchange.own_heads.tolist() == [1, 2]
+
+
 def test_while_skipping_is_off_heads_stay_with_what_was_learned_of_them() -> None:
     exchange, state = _exchange_and_state()
     state.set_flag(c.FLAG_DENSE, True)

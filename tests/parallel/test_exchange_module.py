@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lite_attention import LiteAttention
+from lite_attention.parallel import deal_heads
+from lite_attention.parallel.group import Group
 from tests.support import exchange_modules as modules
 from tests.support.ranks import Ranks
 
@@ -22,6 +25,7 @@ REFUSED = {
     "heads": ["heads of k: expected a multiple of 2 ranks, got 3"] * 2,
     "tokens": ["seq_len: expected the same on all ranks, or seq_len= of all of them, got [510, 508]"] * 2,
     "dtype": ["dtype of q: expected the same on all ranks"] * 2,
+    "no count": ["seq_len: expected an integer, at least 1, got 512.0"] * 2,
     "values of one rank": [
         "q, k, v: expected calls that all ranks accept, got one that rank 1 refuses",
         "seq_len of v: expected that of k, 256, got 255",
@@ -98,6 +102,41 @@ def test_the_costs_of_a_run_deal_the_heads_of_the_next(two: Ranks) -> None:
 
 def test_and_where_keys_are_gathered(four: Ranks) -> None:
     _check_another_run(four.run(modules.another_run, 2))
+
+
+@pytest.mark.parametrize("kinds", [[(4, 2), (4, 4)], [(4, 4), (2, 2)]], ids=["key heads", "heads"])
+def test_sizes_of_before_have_their_heads_again(two: Ranks, kinds: list[tuple[int, int]]) -> None:
+    """Each of them was agreed upon; what is dealt is of the last one."""
+    for error, moved in two.run(modules.heads_in_turn, kinds):
+        assert error < 1e-6
+        assert any(moved)
+
+
+def test_a_traced_call_has_the_key_heads_that_are_dealt(two: Ranks) -> None:
+    for told in two.run(modules.traced_with_fewer_key_heads):
+        assert "heads: expected 4 that share 4 of the keys, which are dealt here, got 4 and 2" in told
+
+
+def test_another_rank_does_not_load_what_one_has_learned(two: Ranks) -> None:
+    loaded, told = two.run(modules.pickled_by_rank_0)
+    assert loaded == "loaded"
+    assert told == (
+        "process_group: expected rank 0 of 2, which made this module: make a new one on each, got rank 1 of 2"
+    )
+
+
+def test_costs_that_were_told_outlast_what_is_forgotten() -> None:
+    model = nn.ModuleDict({"attn": LiteAttention(process_group=Group("none", 1, 2))})  # type: ignore[arg-type]
+    deal_heads(model, {"attn": [4.0, 3.0, 1.0, 2.0]})
+    module: Any = model.to("meta").to_empty(device="cpu")["attn"]
+    module.allocate(1, 64, 4, 16)
+    assert module.exchange.own_heads.tolist() == [1, 3]
+
+
+def test_queries_and_keys_are_of_one_sequence() -> None:
+    module = LiteAttention(process_group=Group("none", 1, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kv_seq_len: expected 64, as of one sequence, with a process group, got 32"):
+        module.allocate(1, 64, 4, 16, kv_seq_len=32)
 
 
 def test_fake_tensors_ask_for_shapes_alone(two: Ranks) -> None:

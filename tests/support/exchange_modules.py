@@ -64,9 +64,10 @@ def refused(kind: str) -> list[str]:
     elif kind == "values of one rank" and is_one:
         v = v[:, :-1]
     told = []
-    for call in ((q, k, v), local(0)):
+    seq_len = 512.0 if kind == "no count" else None
+    for call, count in (((q, k, v), seq_len), (local(0), None)):
         try:
-            module(*call)
+            module(*call, seq_len=count)
             told.append("fits")
         except ValueError as error:
             told.append(str(error))
@@ -122,7 +123,45 @@ def saved() -> bool:
     assert module.exchange is not None
     assert module.exchange.own_heads.tolist() == part(torch.arange(HEADS), 0).tolist()
     other.load_state_dict(module.state_dict())
+    other.set_threshold(module.state.threshold.new_full((HEADS,), -10.0))  # it knows its heads before it runs
     return torch.equal(module(*local(STEPS - 1)), other(*local(STEPS - 1)))
+
+
+def heads_in_turn(kinds: list[tuple[int, int]]) -> tuple[float, list[bool]]:
+    """Return how far a module is off one process that has so many heads and key heads in turn, and what was dealt."""
+    single, ours = LiteAttention(num_steps=STEPS, threshold=-3.5), new_module(threshold=-3.5)
+    errors, moved = [], []
+    assert ours.exchange is not None
+    for call in range(8 * STEPS):
+        heads, kv_heads = kinds[call // (2 * STEPS) % len(kinds)]
+        q, k, v = tokens(CASE, call)
+        x = q[:, :, :heads], k[:, :, :kv_heads], v[:, :, :kv_heads]
+        errors.append(float((ours(*map(part, x)) - part(single(*x))).abs().max()))
+        moved.append(ours.exchange.order.tolist() != [*range(heads)])
+    return max(errors), moved
+
+
+def pickled_by_rank_0() -> str:
+    """Return what a rank is told that loads what rank 0 pickled."""
+    pickled = [pickle.dumps(new_module())]
+    dist.broadcast_object_list(pickled, 0)
+    try:
+        pickle.loads(pickled[0])
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def traced_with_fewer_key_heads() -> str:
+    """Return what a traced call says whose heads share keys, where those of the state do not."""
+    module = new_module().allocate(BATCH, CASE.count, HEADS, DIM)
+    torch._dynamo.reset()
+    run: Any = torch.compile(module, fullgraph=True, backend="eager")
+    try:
+        run(*local(0, CASE._replace(kv_heads=2)))
+    except torch._dynamo.exc.Unsupported as error:
+        return str(error)
+    return "nothing was refused"
 
 
 def in_a_model(parts: int) -> dict[str, Any]:
