@@ -143,6 +143,8 @@ class Budget:
     @property
     def holds_addresses(self) -> bool:
         """Whether registers are left for addresses; otherwise they are computed for each tile."""
+        if self.config.residual and self.config.head_dim > 192:  # compilers for Blackwell spill
+            return False
         columns = self.config.tile_n * 3 // 2 + self.value_columns + self.promoted_columns
         return self.blocks * columns // 2 <= self.config.target.sum_registers + _HELD_REGISTERS
 

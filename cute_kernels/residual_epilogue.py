@@ -58,6 +58,8 @@ class ResidualEpilogue:
         self.each = 4 // stored.itemsize  # values of a register
         self.words = self.values // self.each
         self.scaled = config.residual == "fp8"
+        # Of 256 columns in 16 bits, both rows take as many registers as the output, which the portable kernel has not.
+        self.loads_both = self.words < 32 or not config.target.portable
 
     @cute.jit
     def quarter(self, row):
@@ -105,9 +107,11 @@ class ResidualEpilogue:
         """Divide by the sums, and write output, log-sum-exp and residual; `words` are those of the call."""
         places = [(batch, head, cutlass.min(first_row + 8 * half, seq_q - 1)) for half in range(2)]
         if words[call.FULL] == 0:
-            # All loads before anything waits for one.
-            left = [self.fetch(residual, words, half, places[half]) for half in range(2)]
+            if const_expr(self.loads_both):  # before anything waits for one
+                left = [self.fetch(residual, words, half, places[half]) for half in range(2)]
             for half in cutlass.range_constexpr(2):
+                if const_expr(not self.loads_both):
+                    left = {half: self.fetch(residual, words, half, places[half])}
                 value = self.divide(out, rows, half, lse_shift, places[half])
                 value = self.add_residual(out, half, value, left[half])
                 self.write(gout, lse, out, half, value, residual, words, places[half], first_row + 8 * half < seq_q)
