@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
     from lite_attention.exact_tokens import ExactTokenOption
-    from lite_attention.ops.shard import Ranks
+    from lite_attention.ops.shard import Shard
     from lite_attention.ops.site import SiteKeep, SiteThreshold
 
 __all__ = ["branch", "default_session", "disable", "enable", "reset"]
@@ -131,7 +131,7 @@ def enable(
             order.check(token_order, model)
     # Wrong ones are told before anything is changed.
     check_exact_tokens(exact_tokens, token_order)
-    head_ranks = _ranks_of(process_group)
+    told_shard = _shard_by(process_group)
     if all(type(model).__name__ in _ONE_PASS for model in parts_of(model_or_pipe).values()):
         settings.setdefault("slots", 1)
     keep = loaded("keep", keep)
@@ -143,7 +143,7 @@ def enable(
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
     how = _How(
-        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, head_ranks,
+        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, told_shard,
         exact_tokens,
     )  # fmt: skip
     is_open = all(given is None for given in (keep, settings.get("num_steps"), settings.get("full_every")))
@@ -184,10 +184,10 @@ def chosen_options(
     return chosen
 
 
-def _ranks_of(process_group: ProcessGroup | None) -> Ranks | None:
-    from lite_attention.parallel.shard import ranks_of
+def _shard_by(process_group: ProcessGroup | None) -> Shard | None:
+    from lite_attention.parallel.shard import shard_by
 
-    return None if process_group is None else ranks_of(process_group)
+    return None if process_group is None else shard_by(process_group)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class _How:
     compile_arguments: dict[str, Any]
     inner: str | Callable[..., Any]
     token_order: str | Sequence[int] | None
-    head_ranks: Ranks | None
+    told_shard: Shard | None
     exact_tokens: ExactTokenOption | None
 
 
@@ -251,7 +251,7 @@ def _store(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> StateSto
     from lite_attention.compile.store import StateStore
     from lite_attention.parallel.shard import shard_of
 
-    return StateStore(how.settings, wiring.session, model, prefix, shard_of(model, how.head_ranks))
+    return StateStore(how.settings, wiring.session, model, prefix, shard_of(model, how.told_shard))
 
 
 def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:

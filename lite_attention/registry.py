@@ -14,6 +14,7 @@ from lite_attention.model_sites import methods_of, set_dense, sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.arguments import require
 from lite_attention.ops.validate import check_threshold
+from lite_attention.parallel.agreement import first_writes, shard_of_all, texts_of_all
 from lite_attention.setting import set_threshold
 from lite_attention.threshold_table.content import is_a
 from lite_attention.threshold_table.fit import fitted, num_steps_of
@@ -113,9 +114,9 @@ class LiteAttentionRegistry:
             OSError: the file cannot be read or written.
         """
         _check_arguments(mode, threshold, filename, calib_config)
-        if mode == "calib" and Path(str(filename)).exists() and not force:
-            mode = "load"
         self = cls(model, mode, filename)
+        if mode == "calib" and self._file_exists() and not force:
+            mode = self.mode = "load"
         self._force = force
         self._disabled_steps = _steps(disabled_steps)
         if mode == "const" and threshold is None and any(methods_of(model)):
@@ -173,7 +174,7 @@ class LiteAttentionRegistry:
         num_steps, told = max(threshold.shape[1] for threshold in table.values()), num_steps_of(self.model)
         if told not in (None, num_steps):
             raise ValueError(f"calibration: expected a generation of {told} steps, as the model has, got {num_steps}")
-        if self.filename.exists() and not self._force:
+        if self._file_exists() and not self._force:
             raise ValueError(f"filename: expected one that does not exist, or force=True, got {self.filename}")
         self._finish(table)
         return self.filename
@@ -182,11 +183,15 @@ class LiteAttentionRegistry:
         """Write a calibrated table, and use it."""
         disabled = self._disabled_steps
         table = replace(table, thresholds={site: _with_disabled(t, disabled, t.shape[1]) for site, t in table.items()})
-        table.save(str(self.filename))
+        first_writes(shard_of_all(self.model), lambda: table.save(str(self.filename)))
         if self._calibration is not None:
             self._calibration.detach()
             self._calibration = None
         self._use(table, strict=True)
+
+    def _file_exists(self) -> bool:
+        """Return whether there is a file, by what the first of the ranks that share the model sees."""
+        return texts_of_all(shard_of_all(self.model), str(Path(str(self.filename)).exists()))[0] == "True"
 
     def check(self) -> None:
         """Hold the file against the sites that the model has shown by now.

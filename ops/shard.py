@@ -5,7 +5,7 @@ Thresholds, initial masks and files are of the whole model; a state is of the he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,11 +35,19 @@ class Shard:
         head_ranks: the heads are dealt to so many in blocks of ceil(heads / ranks), the last of which may be smaller.
         query_ranks: the queries likewise, in blocks as even as can be, the larger ones first; all have all keys.
         heads: of the whole model, where they do not divide evenly. None = those here, times the ranks.
+        groups: names of the process groups that share heads, and queries; "" = not known.
     """
 
     head_ranks: Ranks = _ALONE
     query_ranks: Ranks = _ALONE
     heads: int | None = None
+    groups: tuple[str, str] = field(default=("", ""), compare=False)
+
+    @property
+    def place(self) -> Ranks:
+        """The place of this process among all that share the model."""
+        (head, heads), (query, queries) = self.head_ranks, self.query_ranks
+        return Ranks(query * heads + head, queries * heads)
 
     # ---- heads -----------------------------------------------------------------------------------------------------
 
@@ -48,6 +56,11 @@ class Shard:
         if self.heads is not None and len(range(self.heads)[self._block(self.heads)]) == heads:
             return self.heads
         return heads * self.head_ranks.ranks
+
+    def heads_here(self, heads: int) -> range:
+        """Return which heads of the whole model these are, of which there are so many here."""
+        whole = self.all_heads(heads)
+        return range(whole)[self._block(whole)]
 
     def _block(self, heads: int) -> slice:
         each = ceil_div(heads, self.head_ranks.ranks)

@@ -417,3 +417,8 @@ def group_named(name: str) -> Any:
         return c10d._resolve_process_group(name)
     except (RuntimeError, LookupError):
         return None
+
+
+def default_store() -> Any:
+    """Return the store by which the processes of the default group found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()

@@ -63,6 +63,24 @@ class Measurement(AttentionProbe):
         if not (math.isfinite(dense.sum(dtype=torch.float32)) or bool(dense.isfinite().all())):
             raise FloatingPointError(f"{call.where}: attention gives NaN or infinity")
 
+    def _of_all(self, call: CaughtCall, dense: torch.Tensor, *sums: torch.Tensor) -> list[torch.Tensor]:
+        """Return sums [n, heads here], float64, as all ranks have them together; of heads alone here, as they are.
+
+        Raises:
+            FloatingPointError: a dense output [B, Sq, Hq, Dv] is not finite, on any rank.
+        """
+        if not call.sharing.is_shared:
+            self._check_finite(call, dense)
+            return [*sums]
+        is_off = ~dense.isfinite().all(-1).all(1).all(0, keepdim=True)
+        parts = torch.cat([*(of_heads.to(dense.device) for of_heads in sums), is_off])
+        of_all: list[torch.Tensor]
+        *of_all, is_off = call.sharing.of_all(parts).cpu().split([*map(len, sums), 1])
+        if bool(is_off.any()):
+            heads = is_off[0].nonzero().flatten().tolist()
+            raise FloatingPointError(f"{call.where}: attention gives NaN or infinity, where heads {heads} are")
+        return of_all
+
     def _merged(self, call: CaughtCall, curve: Curve) -> Curve:
         """Return the curve of a call joined with those of earlier prompts."""
         known = self.curves.get(call.place)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lite_attention.api import disable, enable, reset
+from lite_attention.calibration.shared_calls import ALONE, Sharing, sharing_of
 from lite_attention.compile.settings import CommonOptions
 from lite_attention.enabled import run_by, session_of, store_of
 from lite_attention.model_sites import methods_of, parts_of, sites_of
@@ -25,6 +26,7 @@ from lite_attention.ops.methods import METHODS
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import override, override_of, plain_call, traced_call, uncompiled, unwrapped
+from lite_attention.parallel.agreement import check_groups, shard_of_all
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -55,11 +57,17 @@ class CaughtCall(NamedTuple):
     op: Any
     args: tuple[Any, ...]  # q, k, v, skip_mask, control, threshold, initial_mask, must_do, key_mask
     kwargs: dict[str, Any]  # scale, tile_m, tile_n, quantization
+    sharing: Sharing = ALONE  # with other ranks
 
     @property
     def place(self) -> Place:
         """Site, slot and step."""
         return self.site, self.control.slot, self.control.step
+
+    @property
+    def tokens(self) -> int:
+        """Queries, of all ranks."""
+        return int(self.sharing.shard.all_queries(self.args[0].shape[1], self.args[1].shape[1]))
 
     @property
     def where(self) -> str:
@@ -130,7 +138,9 @@ class AttentionProbe:
             raise TypeError(f"settings: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
         self._target = model_or_pipe
         self._models = parts_of(model_or_pipe)
-        self._sites: dict[int, tuple[torch.Tensor, str, int]] = {}  # by id of the skip mask, which is kept alive
+        self._sites: dict[
+            int, tuple[torch.Tensor, str, int, Sharing]
+        ] = {}  # by id of the skip mask, which is kept alive
         self._named: Counter[str] = Counter()  # states by name
         check_can_be_probed(model_or_pipe)
         has_its_own = any(store_of(model) or _holds_modules(model) for model in self._models.values())
@@ -148,9 +158,20 @@ class AttentionProbe:
                 enable(model_or_pipe, compile=False, num_steps=num_steps, **settings)
                 undo.callback(disable, model_or_pipe)
             undo.callback(self.start_fresh)
+            self.shard = shard_of_all(model_or_pipe)
+            check_groups(self.shard)
+            self._hold_heads(undo)
             for model in self._models.values():
                 self._attach(model, undo)
             self._undo = undo.pop_all()  # nothing went wrong
+
+    def _hold_heads(self, undo: contextlib.ExitStack) -> None:
+        """Let heads stay on their ranks meanwhile."""
+        for site in sites_of(self._target):
+            exchange = None if site.module is None else site.module.exchange
+            if exchange is not None:
+                exchange.is_held = True
+                undo.callback(setattr, exchange, "is_held", False)
 
     def _check_method(self) -> None:
         for residual in methods_of(self._target):
@@ -218,18 +239,20 @@ class AttentionProbe:
         does = read_control(control, skip_mask.shape[0], (batch, q.shape[1], k.shape[1]))
         bits = skip_mask[does.slot, :batch, :, :q_tiles]
         skipped = skipped_tiles(does, bits, initial_mask, ceil_div(k.shape[1], kwargs["tile_n"]))
-        call = CaughtCall(*self._site_of(skip_mask), does, skipped, op, args, kwargs)
+        site, ordinal, sharing = self._site_of(skip_mask, q.shape[2])
+        call = CaughtCall(site, ordinal, does, skipped, op, args, kwargs, sharing)
         return call.run() if does.dense else self.attend(call)
 
-    def _site_of(self, skip_mask: torch.Tensor) -> tuple[str, int]:
+    def _site_of(self, skip_mask: torch.Tensor, heads: int) -> tuple[str, int, Sharing]:
         found = self._sites.get(id(skip_mask))
         if found is None:
             sites = sites_of(self._target)
-            name = next((site.name for site in sites for s in site.states if s.skip_mask is skip_mask), None)
-            if name is None:
+            site = next((site for site in sites if any(s.skip_mask is skip_mask for s in site.states)), None)
+            if site is None:
                 raise RuntimeError("attention was called with a skip state that belongs to no module of the model")
-            found = self._sites[id(skip_mask)] = (skip_mask, name, self._named[name])
-            self._named[name] += 1
+            sharing = sharing_of(site, heads)
+            found = self._sites[id(skip_mask)] = (skip_mask, site.name, self._named[site.name], sharing)
+            self._named[site.name] += 1
         return found[1:]
 
 

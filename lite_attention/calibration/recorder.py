@@ -165,14 +165,17 @@ class Recorder(Measurement):
             q, k, v, call.skipped, voted, must_do, key_mask, thresholds=self.thresholds, metric=self.metric,
             query_start=call.control.query_start, stride=stride, apart=apart, **call.kwargs,
         )  # fmt: skip
-        self._check_finite(call, dense)
-        tiles = float(call.skipped[:, 0].numel())
+        counts = found.left_out.new_tensor([[call.skipped[:, 0].numel()], [found.tiles]]).expand(
+            -1, call.skipped.shape[1]
+        )
+        parts, out_of_measured, counts = self._of_all(call, dense, found.parts.flatten(0, 1), found.left_out, counts)
+        parts, (tiles, measured) = parts.unflatten(0, (4, -1)), counts[:, 0].tolist()
         # As many as in all rows: sites of other lengths or tiles, and other passes, measure another share of theirs.
-        left_out = found.left_out * (tiles / found.tiles)
-        curve = self._merged(call, Curve(error_of(self.metric, found.parts), loss_of(found.parts), left_out, tiles))
+        left_out = out_of_measured * (tiles / measured)
+        curve = self._merged(call, Curve(error_of(self.metric, parts), loss_of(parts), left_out, tiles))
         skipped = call.skipped
         if voted is not None:
-            choice = self._choice(call.place, curve).to(voted)
+            choice = call.sharing.own_heads(self._choice(call.place, curve)).to(voted)
             skipped[:, :, ::stride] |= voted <= choice.view(-1, 1, 1)
         votes = found.votes(skipped)
         if self._lasting and voted is not None:
@@ -190,7 +193,7 @@ class Recorder(Measurement):
         query = call.args[0]
         self._tile_shapes[call.site] = call.kwargs["tile_m"], call.kwargs["tile_n"]
         self._dtypes.add(query.dtype)
-        self._tokens = max(self._tokens, query.shape[1])
+        self._tokens = max(self._tokens, call.tokens)
         if call.control.slot >= len(self._branches):
             self._branches = branches_of(self._target)
 

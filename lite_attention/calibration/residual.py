@@ -14,12 +14,14 @@ import torch
 from lite_attention._version import __version__
 from lite_attention.calibration.measurement import check_target
 from lite_attention.calibration.probe import AttentionProbe, EnableOptions, Output, Place
+from lite_attention.calibration.shared_calls import Sharing
 from lite_attention.calibration.tile_statistics import error_of, error_parts
 from lite_attention.model_sites import methods_of
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, read_control
 from lite_attention.ops.plan import DECIDING, SPARSE
 from lite_attention.ops.residual_settings import check_keep
+from lite_attention.parallel.agreement import told_of_errors
 from lite_attention.threshold_table import ThresholdTable
 from lite_attention.threshold_table.fit import branches_of, class_name, dtype_name, model_name
 
@@ -44,10 +46,12 @@ class ResidualCalibration:
     table: ThresholdTable  # by site, (1, steps, 1): the share of tiles to keep
     errors: dict[float, Errors]  # by share, site, slot and step: what was measured
     computed: float  # share of all tiles that the steps of the table compute, the mean over sites
+    rank: int = 0  # of this process among those that share the model
 
     def save(self, path: str | Path) -> None:
-        """Write the shares and what they were found on; see `ThresholdTable.save`."""
-        self.table.save(path)
+        """Write the shares and what they were found on; of ranks the first does. See `ThresholdTable.save`."""
+        if self.rank == 0:
+            self.table.save(path)
 
 
 class _SparseErrors(AttentionProbe):
@@ -74,22 +78,30 @@ class _SparseErrors(AttentionProbe):
         does = read_control(control, skip_mask.shape[0], (q.shape[0], q.shape[1], k.shape[1]))
         if does.dense:
             return op(*args, **kwargs)  # type: ignore[no-any-return]
-        site, _ = self._site_of(skip_mask)
+        site, _, sharing = self._site_of(skip_mask, q.shape[2])
         require(does.step < self._num_steps, "num_steps", "at least the steps of a generation", self._num_steps)
-        self.tile_shapes[site], self.tokens = (kwargs["tile_m"], kwargs["tile_n"]), max(self.tokens, q.shape[1])
+        self.tile_shapes[site], self.tokens = (
+            (kwargs["tile_m"], kwargs["tile_n"]),
+            max(self.tokens, int(sharing.shard.all_queries(q.shape[1], k.shape[1]))),
+        )
         self.dtypes.add(q.dtype)
         flagged = control.clone()
         flagged[FLAGS : FLAGS + 1].bitwise_or_(FLAG_DENSE)
         dense: Output = op(*args[:4], flagged, *args[5:], **kwargs)
         out, _ = op(*args[:6], torch.full_like(keep, self.keep), *args[7:], **kwargs)
         if int(plan[min(does.step, len(plan) - 1)]) == SPARSE:
-            self._found[site, does.slot, does.step].append(self._error(out, dense[0], f"{site}, step {does.step}"))
+            self._found[site, does.slot, does.step].append(
+                self._error(out, dense[0], sharing, f"{site}, step {does.step}")
+            )
         return dense
 
-    def _error(self, out: torch.Tensor, dense: torch.Tensor, where: str) -> float:
+    def _error(self, out: torch.Tensor, dense: torch.Tensor, sharing: Sharing, where: str) -> float:
         precise = torch.promote_types(out.dtype, torch.float32)
         parts = error_parts(self._metric, *(x.transpose(1, 2).to(precise) for x in (out, dense))).sum(1)
-        if not bool(dense.isfinite().all()):
+        is_off = torch.full_like(parts[:1], not bool(dense.isfinite().all()))
+        if sharing.is_shared:
+            parts, is_off = sharing.of_all(torch.cat([parts, is_off])).split([4, 1])
+        if bool(is_off.any()):
             raise FloatingPointError(f"{where}: attention gives NaN or infinity")
         return float(error_of(self._metric, parts).mean())
 
@@ -138,7 +150,7 @@ def calibrate_residual(
         for probe.keep in keeps:
             for number in numbers:
                 probe.start_fresh()
-                with torch.no_grad():
+                with torch.no_grad(), told_of_errors(probe.shard):
                     generate(number)
             errors[float(probe.keep)] = probe.take()
         require(any(errors.values()), "generate", "sparse steps of skip-aware attention", "none")
@@ -162,7 +174,8 @@ def calibrate_residual(
             first_full=residual.first_full,
             decide_every=residual.decide_every,
         )
-    return ResidualCalibration(table, errors, _computed(residual.plan(num_steps), shares))
+    computed = _computed(residual.plan(num_steps), shares)
+    return ResidualCalibration(table, errors, computed, probe.shard.place.rank)
 
 
 def _check_candidates(keeps: Sequence[float]) -> None:

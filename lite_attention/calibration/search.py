@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from lite_attention.calibration.autosave import claimed, fingerprint
+from lite_attention.calibration.autosave import claimed, fingerprint, read
 from lite_attention.calibration.bounded import Calibration
 from lite_attention.calibration.error_report import Curve, ErrorReport
 from lite_attention.calibration.measurement import check_target, is_number, now
@@ -22,6 +23,7 @@ from lite_attention.calibration.probe import AttentionProbe, EnableOptions, Plac
 from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Choose, Recorder, check_candidates
 from lite_attention.calibration.verification import Verification
 from lite_attention.ops.arguments import check_count
+from lite_attention.parallel.agreement import shard_of_all, texts_of_all, told_of_errors
 from lite_attention.tables import text_table
 from lite_attention.threshold_table import ThresholdTable
 
@@ -52,10 +54,15 @@ class CalibrationResult:
     sample_error: float | None  # sum|sparse - dense| / sum|dense| of what `generate` returned, the mean of the prompts
     # Wall time for a prompt, in dense generations as the calibration has them, eager, without what it measured in them.
     cost: dict[str, float] = field(default_factory=dict)
+    rank: int = 0  # of this process among those that share the model
 
     def save(self, path: str | Path) -> None:
-        """Write the thresholds, what they were found on and what they reach; see `ThresholdTable.save`."""
-        self.table.save(path)
+        """Write the thresholds, what they were found on and what they reach; of ranks the first does.
+
+        See `ThresholdTable.save`.
+        """
+        if self.rank == 0:
+            self.table.save(path)
 
     def __repr__(self) -> str:
         return str(self)  # what a notebook shows; numbers by the thousand help nobody
@@ -148,6 +155,9 @@ def calibrate(
         "stride": stride,
         "settings": {key: _plain(value) for key, value in sorted(settings.items())},
     }
+    shard = shard_of_all(model_or_pipe)
+    if autosave is not None and shard.place.ranks > 1:
+        of["shared"], autosave = repr(shard), f"{autosave}.rank{shard.place.rank}"
     options = {"thresholds": thresholds, "stride": stride, "progress": progress, "of": of, **common}
     found: Recorder
     with contextlib.nullcontext() if autosave is None else claimed(autosave, of) as file:
@@ -169,7 +179,7 @@ def calibrate(
     dense = (runs.seconds["calibration"] - record.measuring) / runs.generations["calibration"]
     cost = {name: runs.seconds[name] / len(prompts) / dense for name in ("calibration", "verification")}
     sample_error = _sample_error(runs.samples["verification"], calibrated)
-    return CalibrationResult(table, **reports, sample_error=sample_error, cost=cost)
+    return CalibrationResult(table, **reports, sample_error=sample_error, cost=cost, rank=shard.place.rank)
 
 
 def _listed(name: str, numbers: Iterable[int]) -> list[int]:
@@ -225,7 +235,7 @@ class _Runs:
         for i in numbers:
             probe.start_fresh()
             start = now()
-            with torch.no_grad():
+            with torch.no_grad(), told_of_errors(probe.shard):
                 self.samples[kind].append(self.generate(i))
             self.seconds[kind] += now() - start
             self.generations[kind] += 1
@@ -261,7 +271,7 @@ class _Passes:
         queries = QUERIES if number else QUERIES // _SCOUTED
         recorder = kind(self._model, autosave=file, queries=queries, **rule, **self._options)
         with recorder:
-            if file is not None and file.exists():
+            if file is not None and _may_resume(recorder, file):
                 recorder.resume(file)
             self._runs(recorder, "calibration", self._prompts)
         self.measuring += recorder.seconds
@@ -271,6 +281,15 @@ class _Passes:
                 "enable(model, compile=False) and a call, what is left alone and why"
             )
         return recorder
+
+
+def _may_resume(recorder: Recorder, file: Path) -> bool:
+    """Return whether there is a file, and those of all ranks are of the same calls."""
+    measured = read(file)["measured"] if file.exists() else {}
+    saved = texts_of_all(recorder.shard, repr(sorted(measured.items())))
+    if len(set(saved)) > 1:
+        warnings.warn(f"lite_attention: autosave: {file} and those of other ranks differ: begun anew", stacklevel=5)
+    return bool(measured) and len(set(saved)) == 1
 
 
 def _bounded(record: _Passes, target_error: float, passes: int) -> Calibration:

@@ -50,6 +50,7 @@ class ModuleExchange(Memory):
         self.parts, self.balance = check_count("parts", parts), balance and self.group.ranks > 1
         require(parts == 1 or process_group is not None, "parts", "1 where no heads are exchanged", parts)
         self.kv_heads = 0
+        self.is_held = False  # while somebody measures, heads stay where they are
         self._costs: tuple[float, ...] | None = None  # as somebody told them
         self._agreed: dict[Any, Tokens] = {}
         with torch.inference_mode(False):
@@ -248,7 +249,7 @@ class ModuleExchange(Memory):
     def learn_from(self, states: Sequence[SiteState], q: torch.Tensor) -> None:
         """Propose a deal after some calls, of q; a collective then, which waits for nothing."""
         masks = [state.skip_mask for state in states if isinstance(state, SkipState)]
-        if self.balance and masks and not is_fake(q):
+        if self.balance and masks and not self.is_held and not is_fake(q):
             counted = (self.proposed, self.calls, self.apart)
             propose_deal(*counted, masks, self.order, self.kv_heads, self.group, self.key_group)
 
@@ -256,7 +257,7 @@ class ModuleExchange(Memory):
     def shard(self) -> Shard:
         """How many ranks share heads and queries; which heads are here is `own_heads`, since they are dealt."""
         heads, keys = (Ranks(group.rank, group.ranks) for group in (self.group, self.key_group))
-        return Shard(heads, keys)
+        return Shard(heads, keys, groups=(self.group.name, self.key_group.name))
 
     # ---- what is of the heads here ---------------------------------------------------------------------------------
 

@@ -14,30 +14,29 @@ from lite_attention.parallel.group import Group
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Ranks", "Shard", "check_of_sequence", "context_parallel_of", "ranks_of", "shard_of"]
+__all__ = ["Ranks", "Shard", "check_of_sequence", "context_parallel_of", "shard_by", "shard_of"]
 
 
-def ranks_of(process_group: ProcessGroup) -> Ranks:
-    """Return the place of this process in a group.
+def shard_by(process_group: ProcessGroup) -> Shard:
+    """Return the part of this process where heads are exchanged over a group.
 
     Raises:
         ValueError: no group, or one without this process.
     """
     group = Group.of(process_group)
-    return Ranks(group.rank, group.ranks)
+    return Shard(Ranks(group.rank, group.ranks), groups=(group.name, ""))
 
 
-def shard_of(model: nn.Module, head_ranks: Ranks | None = None) -> Callable[[], Shard]:
+def shard_of(model: nn.Module, told: Shard | None = None) -> Callable[[], Shard]:
     """Return a function that tells the part of a model's attention that is here, as the model is when it is asked.
 
     So parallelism may be enabled before or after `lite_attention.enable`. It does not keep the model alive.
 
     Args:
         model: with the configuration of diffusers' `enable_parallelism`, or of cache-dit, or with none.
-        head_ranks: over which heads are exchanged where the model does not tell, as with ParaAttention.
+        told: where the model does not tell, as with ParaAttention.
     """
-    if head_ranks is not None:
-        told = Shard(head_ranks)
+    if told is not None:
         return lambda: told
     of = weakref.ref(model)
     return lambda: _shard_by_config(of())
@@ -93,10 +92,18 @@ def _shard_by_config(model: Any) -> Shard:
     if config is not None:
         heads = Ranks(config._ulysses_local_rank or 0, config.ulysses_degree or 1)
         queries = Ranks(config._ring_local_rank or 0, config.ring_degree or 1)
-        return Shard(heads, queries, _uneven_heads(model, config))
+        groups = _group_of(config, "_ulysses_mesh"), _group_of(config, "_ring_mesh")
+        return Shard(heads, queries, _uneven_heads(model, config), groups)
     tensor_parallel = getattr(_attribute(model, "_parallel_config"), "tensor_parallel_config", None)
     mesh = getattr(tensor_parallel, "_mesh", None)
-    return WHOLE if mesh is None else Shard(Ranks(mesh.get_local_rank(), mesh.size()))
+    if mesh is None:
+        return WHOLE
+    return Shard(Ranks(mesh.get_local_rank(), mesh.size()), groups=(mesh.get_group().group_name, ""))
+
+
+def _group_of(config: Any, name: str) -> str:
+    mesh = getattr(config, name, None)
+    return "" if mesh is None else str(mesh.get_group().group_name)
 
 
 def _uneven_heads(model: Any, config: Any) -> int | None:

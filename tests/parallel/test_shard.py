@@ -194,7 +194,7 @@ def test_a_tensor_parallel_model_has_its_heads() -> None:
 
 
 def test_what_is_told_goes_before_the_model() -> None:
-    assert shard_of(nn.Linear(1, 1), Ranks(1, 2))() == of_heads(1, 2)
+    assert shard_of(nn.Linear(1, 1), Shard(Ranks(1, 2)))() == of_heads(1, 2)
 
 
 def test_no_group_is_refused_before_anything_is_changed() -> None:
