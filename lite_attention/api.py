@@ -16,7 +16,7 @@ from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
-from lite_attention.exact_tokens import ExactTokens, check_exact_tokens, needs_care
+from lite_attention.exact_tokens import check_exact_tokens, kept_exact
 from lite_attention.masks import Pattern, grid_of_call
 from lite_attention.model_sites import models_of, parts_of, sites_of
 from lite_attention.ops import Session, default_session
@@ -219,10 +219,9 @@ def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
         checks.append(_check_of_grid(model, how.settings.initial_mask))
     checks.append(_check_of_sequence(model, how))
     run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
-    if needs_care(how.exact_tokens, model):
-        exact = ExactTokens(model, wiring.store, how.exact_tokens)
-        checks.append(exact.look)
-        run = exact.around(run)
+    wiring.exact_tokens = how.exact_tokens
+    run, looks = kept_exact(model, wiring.store, how.exact_tokens, run)
+    checks += looks
     wiring.undo.append(hooks.let_dynamo_see(model))
     override(model, uncompiled(wiring.runner(model, wiring.store, run, checks)))
     wiring.undo.append(hooks.refuse_compile(model))

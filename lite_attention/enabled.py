@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lite_attention.diffusers_hooks import Undo
+from lite_attention.exact_tokens import kept_exact
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.threads import PerThread
@@ -19,6 +20,7 @@ from lite_attention.presets import preset_of
 if TYPE_CHECKING:
     from lite_attention.compile.runner import Check, Runner
     from lite_attention.compile.store import StateStore
+    from lite_attention.exact_tokens import ExactTokenOption
 
 __all__ = ["Wiring", "run_by", "session_of", "store_of", "wirings"]
 
@@ -33,6 +35,7 @@ class Wiring:
     preset: str | None = None  # where the number of steps is still to decide what it is
     undo: list[Undo] = field(default_factory=list)
     store: StateStore | None = None
+    exact_tokens: ExactTokenOption | None = None
 
     def runner(self, model: nn.Module, store: StateStore, run: Callable[..., Any], checks: Sequence[Check]) -> Runner:
         """Return what runs the model with this session and clock."""
@@ -64,4 +67,6 @@ def store_of(model: nn.Module) -> StateStore | None:
 
 def run_by(model: nn.Module, store: StateStore, run: Callable[..., Any]) -> Runner:
     """Return what runs an enabled model another way, with other states, but with its branches and steps."""
-    return wirings[model].runner(model, store, run, ())
+    wiring = wirings[model]
+    run, looks = kept_exact(model, store, wiring.exact_tokens, run)
+    return wiring.runner(model, store, run, looks)

@@ -76,6 +76,16 @@ def needs_care(option: ExactTokenOption | None, model: nn.Module) -> bool:
     return option is not None and (option != "auto" or tells_layout(model))
 
 
+def kept_exact(
+    model: nn.Module, store: StateStore, option: ExactTokenOption | None, run: Callable[..., Any]
+) -> tuple[Callable[..., Any], list[Callable[[Sequence[Any], Mapping[str, Any]], None]]]:
+    """Return what runs a model with its exact tokens kept, and what is to look at the arguments before it does."""
+    if not needs_care(option, model):
+        return run, []
+    exact = ExactTokens(model, store, option)
+    return exact.around(run), [exact.look]
+
+
 # ---- keeping them ----------------------------------------------------------------------------------------------------
 
 

@@ -187,10 +187,14 @@ def test_a_tensor_parallel_model_has_its_heads() -> None:
         def size(self) -> int:
             return 4
 
+        def get_group(self) -> Whole:
+            return Whole(group_name="tp")
+
     model = nn.Linear(1, 1)
     split = Whole(context_parallel_config=None, tensor_parallel_config=Whole(_mesh=Mesh()))
     model.__dict__["_parallel_config"] = split
     assert shard_of(model)() == of_heads(1, 4)
+    assert shard_of(model)().groups == ("tp", "")
 
 
 def test_what_is_told_goes_before_the_model() -> None:
