@@ -100,18 +100,40 @@ def exchanged_attention(
     order: torch.Tensor | None,
     return_lse: bool,
 ) -> Any:
-    """Exchange, attend, exchange; each of `attends` gets its part of the heads of this rank."""
+    """Exchange, attend, exchange; each of `attends` gets its part of the heads of this rank.
+
+    What one of them raises is raised after the exchange, which the other ranks are in: they get NaN of these heads.
+    """
     if tokens.group.ranks == 1 and len(attends) == 1:
         return attends[0](*_with_all_keys((q, k, v), tokens), return_lse=return_lse)
     shapes = [(x.shape[2] // (tokens.group.ranks * len(attends)), x.shape[3]) for x in (q, k, v)]
     coming = [begin_scatter(q, k, v, tokens, order, len(attends), part) for part in range(len(attends))]
     going, lse = [], []
+    failures: list[Exception] = []
     for attend, begun in zip(attends, coming, strict=True):
-        out, of_part = attend(*_with_all_keys(end_scatter(begun, shapes), tokens), return_lse=True)
+        out, of_part = _attended(attend, _with_all_keys(end_scatter(begun, shapes), tokens), failures)
         going.append(begin_gather(out, tokens))
         lse.append(of_part)
     whole = end_gather(going, tokens, order)
-    return (whole, gather_lse(lse, tokens, order)) if return_lse else whole
+    result = (whole, gather_lse(lse, tokens, order)) if return_lse else whole
+    if failures:
+        raise failures[0]
+    return result
+
+
+def _attended(
+    attend: Attend, qkv: Sequence[torch.Tensor], failures: list[Exception]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and lse; NaN where it fails, which is added to the failures."""
+    if torch.compiler.is_compiling():
+        return attend(*qkv, return_lse=True)  # type: ignore[no-any-return]
+    try:
+        return attend(*qkv, return_lse=True)  # type: ignore[no-any-return]
+    except Exception as error:
+        failures.append(error)
+        q, _, v = qkv
+        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), torch.nan, dtype=torch.float32)
+        return q.new_full((*q.shape[:3], v.shape[3]), torch.nan), lse
 
 
 def _with_all_keys(qkv: Sequence[torch.Tensor], tokens: Tokens) -> Sequence[torch.Tensor]:

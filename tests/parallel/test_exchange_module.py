@@ -104,6 +104,15 @@ def test_and_where_keys_are_gathered(four: Ranks) -> None:
     _check_another_run(four.run(modules.another_run, 2))
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_where_one_rank_fails_the_others_get_nan_of_its_heads(two: Ranks, parts: int) -> None:
+    """It is still in the exchange; else they would take what it sends next for the rest of this call."""
+    whole, failed = two.run(modules.failed_alone, parts)
+    assert whole == ("", [False, False, True, True], True)
+    assert failed[0].startswith("must_do expects")
+    assert failed[2]
+
+
 @pytest.mark.parametrize("kinds", [[(4, 2), (4, 4)], [(4, 4), (2, 2)]], ids=["key heads", "heads"])
 def test_sizes_of_before_have_their_heads_again(two: Ranks, kinds: list[tuple[int, int]]) -> None:
     """Each of them was agreed upon; what is dealt is of the last one."""

@@ -127,6 +127,20 @@ def saved() -> bool:
     return torch.equal(module(*local(STEPS - 1)), other(*local(STEPS - 1)))
 
 
+def failed_alone(parts: int) -> tuple[str, list[bool], bool]:
+    """Return what a call says which rank 1 alone gets wrong, what heads are NaN, and whether the next is right."""
+    single, module = LiteAttention(num_steps=None), new_module(num_steps=None, parts=parts)
+    told, of_heads = "", torch.zeros(HEADS)
+    try:
+        of_heads = module(*local(0), must_do_list=[5, 3] if dist.get_rank() == 1 else None).sum((0, 1, 3))
+    except ValueError as error:
+        told = str(error)
+    for x in (single, module):
+        x.reset_skip_state()
+    error = (module(*local(1)) - part(single(*tokens(CASE, 1)))).abs().max()
+    return told, of_heads.isnan().tolist(), float(error) < 1e-6
+
+
 def heads_in_turn(kinds: list[tuple[int, int]]) -> tuple[float, list[bool]]:
     """Return how far a module is off one process that has so many heads and key heads in turn, and what was dealt."""
     single, ours = LiteAttention(num_steps=STEPS, threshold=-3.5), new_module(threshold=-3.5)
