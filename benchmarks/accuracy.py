@@ -14,7 +14,6 @@ of K; beside a sink, a first key whose score is 6 or 12 nats above.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -27,7 +26,6 @@ from lite_attention.tables import text_table
 
 TILE = 80
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v: [1, S, 1, D] float32
-LOG2_E = math.log2(math.e)
 
 
 def normal(queries: int, tokens: int, dim: int, deviation: float = 1.0) -> Inputs:

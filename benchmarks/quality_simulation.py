@@ -265,7 +265,7 @@ def attend(
     """
     (tile_m, tile_n), tokens = tile, q.shape[2]
     out = torch.empty_like(v, dtype=torch.float32)
-    means = [part_means(x, tile_n, parts) for x in (k, v)] if parts else []
+    means = [part_means(x, tile_n, parts).to(x.dtype).float() for x in (k, v)] if parts else []
     for (b, h), tiles, scores in _scores(q, k, tile_m):
         kept = mask[b, h, tiles].repeat_interleave(tile_m, 0)[: len(scores)]
         scores.masked_fill_(~kept.repeat_interleave(tile_n, 1)[:, :tokens], -torch.inf)
@@ -285,9 +285,9 @@ def part_sizes(tokens: int, tile_n: int, parts: int) -> torch.Tensor:
 
 
 def part_means(x: torch.Tensor, tile_n: int, parts: int) -> torch.Tensor:
-    """Return the mean of the tokens of each part, [B, H, k_tiles * parts, D], in the precision of x."""
+    """Return the mean of the tokens of each part, float32 [B, H, k_tiles * parts, D]."""
     tokens = x.shape[2]
     summed = F.pad(x.float(), (0, 0, 0, -tokens % tile_n)).unflatten(2, (-1, tile_n // parts)).sum(3)
     sizes = part_sizes(tokens, tile_n, parts).to(x.device).clamp(min=1)
-    means: torch.Tensor = (summed / sizes.unsqueeze(1)).to(x.dtype).float()
+    means: torch.Tensor = summed / sizes.unsqueeze(1)
     return means

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.quality_simulation import StandIn
+from benchmarks.quality_simulation import StandIn, part_means
+from lite_attention.ops.units import LOG2_E
 
 BLOCK = 64  # queries and keys of a block
 _HEAD_DIM = 128  # the only one
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,11 @@ def routed(q: torch.Tensor, k: torch.Tensor, tau: float) -> torch.Tensor:
         k: see above.
         tau: see `Sol`.
     """
-    unit = q.shape[3] ** -0.5 * _LOG2_E
-    of_q, of_k = means(q), means(k)
+    unit = q.shape[3] ** -0.5 * LOG2_E
+    of_q, of_k = (part_means(x, BLOCK, 1) for x in (q, k))
     of_k = of_k - of_k.mean(2, keepdim=True)
     scores = of_q @ of_k.transpose(2, 3) * unit
     variance = of_q.square() @ of_k.square().mean(2).unsqueeze(-1) * unit**2
     block = torch.arange(of_q.shape[2], device=q.device)
     exact: torch.Tensor = (scores > tau * (variance + 1e-6).sqrt()) | ((block.view(-1, 1) - block).abs() <= 1)
     return exact
-
-
-def means(x: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the tokens of each block, float32 [B, H, blocks, D]."""
-    tokens = x.shape[2]
-    summed = F.pad(x.float(), (0, 0, 0, -tokens % BLOCK)).unflatten(2, (-1, BLOCK)).sum(3)
-    sizes = F.pad(torch.ones(tokens, device=x.device), (0, -tokens % BLOCK)).view(-1, BLOCK).sum(1)
-    found: torch.Tensor = summed / sizes.unsqueeze(1)
-    return found

@@ -69,10 +69,11 @@ def unsupported_reason(
         return f"the {target.title} kernel stores residuals in {' or '.join(RESIDUAL_DTYPES)}, got {residual}"
     try:
         tiles = target.tile_shape(head_dim, quantization)
-    except ValueError as error:  # no such head dim for the quantization
+        options: dict[str, Any] = {"quantization": check_quantization(quantization), "residual": residual, **variant}
+        config = KernelConfig(DTYPE_NAMES[dtype], head_dim, *tiles, target=target, **options)
+    except ValueError as error:  # no such head dim for the quantization, or a variant that does not fit the GPU
         return str(error)
-    options: dict[str, Any] = {"quantization": check_quantization(quantization), "residual": residual, **variant}
-    return _not_to_be_had(KernelConfig(DTYPE_NAMES[dtype], head_dim, *tiles, target=target, **options))
+    return _not_to_be_had(config)
 
 
 def _not_to_be_had(config: KernelConfig) -> str | None:

@@ -74,7 +74,7 @@ class Masses:
 
     @cute.jit
     def weigh(self, rows: Rows, references):
-        """Find out what sums are worth since shifts have moved: an exponential for each tile would cost 5 %."""
+        """Find out what sums are worth since shifts have moved, so that no tile takes an exponential for it."""
         for half in cutlass.range_constexpr(2):
             above = rows.row_shift[half] - references[self.place(half)]
             self.put(references, half + 2, cute.math.exp2(above, fastmath=True))

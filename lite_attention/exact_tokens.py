@@ -30,12 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExactTokenOption",
-    "ExactTokens",
     "check_exact_tokens",
     "exact_slices",
     "exactly",
     "keep_exact",
-    "needs_care",
+    "kept_exact",
 ]
 
 _Slices = Sequence[Sequence[int | None]]
@@ -71,16 +70,11 @@ def exact_slices(given: object) -> Literal["auto"] | tuple[TokenSlice, ...]:
     return () if given is None else check_slices("exact_tokens", given)
 
 
-def needs_care(option: ExactTokenOption | None, model: nn.Module) -> bool:
-    """Return whether a model may have exact tokens."""
-    return option is not None and (option != "auto" or tells_layout(model))
-
-
 def kept_exact(
     model: nn.Module, store: StateStore, option: ExactTokenOption | None, run: Callable[..., Any]
 ) -> tuple[Callable[..., Any], list[Callable[[Sequence[Any], Mapping[str, Any]], None]]]:
     """Return what runs a model with its exact tokens kept, and what is to look at the arguments before it does."""
-    if not needs_care(option, model):
+    if option is None or (option == "auto" and not tells_layout(model)):
         return run, []
     exact = ExactTokens(model, store, option)
     return exact.around(run), [exact.look]

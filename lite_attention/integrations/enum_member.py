@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 __all__ = ["add_member"]
 
@@ -23,12 +23,13 @@ def add_member(enum: type[_E], name: str, value: object) -> _E:
         return enum.__members__[name]
     if value in enum._value2member_map_:
         raise ValueError(f"value: expected one that {enum.__name__} does not have, got {value!r}")
-    member = object.__new__(enum)
+    kind: Any = enum._member_type_  # type: ignore[attr-defined]
+    member: Any = object.__new__(enum) if kind is object else kind.__new__(enum, value)
     member._name_, member._value_ = name, value
-    member.__objclass__ = enum  # type: ignore[attr-defined]
-    member._sort_order_ = len(enum.__members__)  # type: ignore[attr-defined]
+    member.__objclass__ = enum
+    member._sort_order_ = len(enum.__members__)
     enum._member_names_.append(name)
     enum._member_map_[name] = member
     enum._value2member_map_[value] = member
     type.__setattr__(enum, name, member)  # the way that an enumeration refuses
-    return member
+    return cast(_E, member)

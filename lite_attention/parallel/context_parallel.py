@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from lite_attention.ops.torch_internals import all_gather, arrived
+from lite_attention.parallel.group import gathered_rows
 
 __all__ = ["attend"]
 
@@ -68,9 +69,8 @@ def _of_all_ranks(tensors: list[torch.Tensor], config: Any) -> list[torch.Tensor
     """Return (batch, tokens of the ring, ...), views of what arrives, of (batch, tokens here, ...)."""
     group, here = config._ring_mesh.get_group(), tensors[0].shape[1]
     lengths = _lengths(here, group) if config.ring_anything else [here] * config.ring_degree
-    tokens_first = [_padded(x.transpose(0, 1), max(lengths)).contiguous() for x in tensors]
-    begun = [all_gather(x, config.ring_degree, group.group_name) for x in tokens_first]
-    return [_without_padding(arrived(x), lengths).transpose(0, 1) for x in begun]
+    gathered = gathered_rows([x.transpose(0, 1) for x in tensors], lengths, group.group_name)
+    return [x.transpose(0, 1) for x in gathered]
 
 
 def _lengths(here: int, group: Any) -> list[int]:
@@ -78,17 +78,6 @@ def _lengths(here: int, group: Any) -> list[int]:
 
     lengths: list[int] = gather_size_by_comm(here, group)
     return lengths
-
-
-def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
-    return pad(x, (0, 0) * (x.dim() - 1) + (0, length - len(x))) if len(x) < length else x
-
-
-def _without_padding(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    most = max(lengths)
-    if min(lengths) == most:
-        return x
-    return torch.cat([x[rank * most : rank * most + length] for rank, length in enumerate(lengths)])
 
 
 def _of_all_keys(mask: torch.Tensor, keys: int, config: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from diffusers.models import attention_dispatch as dispatch
 from torch import nn
 
 from lite_attention.compile.other_attention import NATIVE_BACKENDS
+from lite_attention.integrations.enum_member import add_member
 from lite_attention.parallel.context_parallel import attend
 
 __all__ = ["MEMBER", "NAME", "attach"]
@@ -22,19 +23,7 @@ NAME = "lite_attention"
 _registry = dispatch._AttentionBackendRegistry
 _native = _registry._backends[dispatch.AttentionBackendName.NATIVE]
 
-
-def _new_member() -> Any:
-    """Return a member that diffusers' closed enumeration of backends did not have."""
-    names: Any = dispatch.AttentionBackendName
-    member = str.__new__(names, NAME)
-    member._name_, member._value_ = NAME.upper(), NAME
-    names._member_map_[member._name_] = names._value2member_map_[NAME] = member
-    names._member_names_.append(member._name_)
-    type.__setattr__(names, member._name_, member)
-    return member
-
-
-MEMBER = _new_member()
+MEMBER = add_member(dispatch.AttentionBackendName, NAME.upper(), NAME)
 
 
 def _attend(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 
 from lite_attention.ops.arguments import require
 from lite_attention.ops.torch_internals import all_gather, arrived, group_named
 
-__all__ = ["ALONE", "Group", "even_lengths"]
+__all__ = ["ALONE", "Group", "even_lengths", "gathered_rows"]
 
 
 class Group(NamedTuple):
@@ -54,6 +56,27 @@ class Group(NamedTuple):
 
 
 ALONE = Group("", 0, 1)
+
+
+def gathered_rows(tensors: Sequence[torch.Tensor], lengths: Sequence[int], group: str) -> list[torch.Tensor]:
+    """Return the rows of all ranks, as many as the lengths say, of tensors of those here; a collective.
+
+    Uneven parts are padded while they travel, and joined by a copy; even ones are views of what arrives.
+    """
+    longest = max(lengths)
+    begun = [all_gather(_padded(x, longest).contiguous(), len(lengths), group) for x in tensors]
+    return [_joined(arrived(x), lengths) for x in begun]
+
+
+def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
+    return pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x))) if len(x) < rows else x
+
+
+def _joined(x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return x
+    return torch.cat([x[rank * longest : rank * longest + length] for rank, length in enumerate(lengths)])
 
 
 def even_lengths(whole: int, ranks: int) -> tuple[int, ...]:

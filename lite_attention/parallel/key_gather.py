@@ -13,8 +13,7 @@ import torch
 
 from lite_attention.ops import control as c
 from lite_attention.ops.site_state import SiteState
-from lite_attention.ops.torch_internals import all_gather, arrived
-from lite_attention.parallel.group import Group
+from lite_attention.parallel.group import Group, gathered_rows
 
 __all__ = ["Keys"]
 
@@ -43,12 +42,6 @@ class Keys(NamedTuple):
         """
         shapes = [x.shape[2:] for x in (k, v)]
         rows = torch.cat([x.transpose(0, 1).flatten(2) for x in (k, v)], -1)
-        longest = max(self.lengths)
-        if len(rows) < longest:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, longest - len(rows)))
-        whole = arrived(all_gather(rows, self.group.ranks, self.group.name))
-        if min(self.lengths) < longest:
-            parts = zip(whole.split(longest), self.lengths, strict=True)
-            whole = torch.cat([part[:length] for part, length in parts])
+        (whole,) = gathered_rows([rows], self.lengths, self.group.name)
         split = whole.transpose(0, 1).split([heads * dim for heads, dim in shapes], 2)
         return [x.unflatten(2, shape) for x, shape in zip(split, shapes, strict=True)]
