@@ -1,4 +1,4 @@
-"""What a call with a residual is, read once from its state, and what it leaves there; the rules are in `design.md`."""
+"""What a call with a residual is, read once from its state, and what it leaves there; rules: `contract.md`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The bits of float32 are linear between the powers of two, and so near the logarithm: the integer 2^23 (x + 127) has the
 bits of 2^x, or of up to 6 % more. So a weight takes one multiplication and addition of its integer score. Less what is
-too much on average, log2 units, it is at most 4 % off; design.md says within what range.
+too much on average, log2 units, it is at most 4 % off; kernels.md says within what range.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The ops, their state, and their CPU kernels. Imports torch alone.
 
-The contract: `docs/design.md`, and `oracle` as a program.
+The contract: `docs/contract.md`, and `oracle` as a program.
 
 * An op: `schema` registers it, with `guards` and `fakes`. `cpu`, `residual`, `dense` and `quantize` are CPU kernels,
   made of `rows`, with `choice` and `residual_store`; `allocate` makes their results, `dequantize` and `units` say what

@@ -170,7 +170,7 @@ def residual_attention(
 
     The plan of the state says which steps are full. These choose the tiles with the largest share of softmax, and keep
     the difference that the others make. A sparse step computes the chosen tiles alone and adds that difference,
-    extended to its time. See `docs/design.md`.
+    extended to its time. See `docs/contract.md`.
 
     Args:
         q: (batch, seq_q, heads, head_dim), floating; any strides, the last one 1 (others are copied).

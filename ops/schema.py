@@ -2,7 +2,7 @@
 
 Schemas, kernels, guards.
 
-Contract (`docs/design.md` has it in full; `oracle.py` computes it sentence by sentence). All tensors are read, and
+Contract (`docs/contract.md` has it in full; `oracle.py` computes it sentence by sentence). All tensors are read, and
 the first two state tensors written, on the device: a captured graph serves every step, branch and threshold.
 
 * q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] of one floating dtype; Hq is a multiple of Hkv.

@@ -89,7 +89,15 @@ def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
     assert unknown == []
 
 
-# ---- the README is easy to read ------------------------------------------------------------------------------------
+# ---- pages are easy to read ------------------------------------------------------------------------------------------
+
+
+def _sentences(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```|^\|.*?$|^#.*?$", "\n\n", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`]*`", "code", text)
+    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:\*|\d+\.|-) )", text)
+    return [sentence for part in paragraphs for sentence in re.split(r"(?<=[.:;?])[*_)]*\s+", part.strip())]
 
 
 def test_lines_of_the_readme_fit_a_screen() -> None:
@@ -97,12 +105,14 @@ def test_lines_of_the_readme_fit_a_screen() -> None:
     assert [line for line in lines if len(line) > 100] == []
 
 
-def test_sentences_of_the_readme_are_short() -> None:
-    text = re.sub(
-        r"```.*?```|^\|.*?$|^#.*?$", "\n\n", (CHECKOUT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE
+@each_page
+def test_sentences_are_short(page: Path) -> None:
+    assert [sentence for sentence in _sentences(page) if len(sentence.split()) > 30] == []
+
+
+def test_a_long_sentence_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Short, and `code of words`.\n\n* A [link](x.md) that goes on " + "and on " * 13 + "here.\n* Short.\n"
     )
-    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
-    paragraphs = re.split(r"\n\s*\n|\n(?=\* )", text)
-    sentences = [sentence for part in paragraphs for sentence in re.split(r"(?<=[.:;])\s+", part)]
-    assert len(sentences) > 20
-    assert [sentence for sentence in sentences if len(sentence.split()) > 30] == []
+    assert [len(sentence.split()) for sentence in _sentences(page)] == [3, 33, 2]
