@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from lite_attention.ops.arguments import check_choice, check_count, check_switch
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.quantization import quantization_of
 from lite_attention.ops.site_state import SiteState
-from lite_attention.ops.torch_internals import FakeTensor
+from lite_attention.ops.torch_internals import FakeTensor, is_fake
 from lite_attention.ops.validate import check_inputs, is_bshd
 from lite_attention.site_module import SiteModule
 
@@ -76,8 +76,9 @@ class LiteAttention(SiteModule):
         key_group: ranks that gather keys instead, or besides, where heads are too few.
         parts: with a process group: compute the heads of a rank in so many, each with a state, so that the exchange of
             one runs beside attention of another.
-        balance: with a process group and method "votes", deal heads to ranks by what they cost. What is saved with
-            `persistent_state` keeps them as they come.
+        balance: with a process group, deal heads to ranks by what they cost: with method "votes" as the calls before
+            tell it, else as `lite_attention.parallel.deal_heads` is told. What is saved with `persistent_state` keeps
+            them as they come.
 
     Raises:
         ValueError: an option out of range, or one of the other method.
@@ -135,8 +136,8 @@ class LiteAttention(SiteModule):
         if process_group is not None or key_group is not None or parts != 1:
             from lite_attention.parallel.module_exchange import ModuleExchange  # most run in one process
 
-            balance = balance and method == "votes" and not persistent_state  # residuals cost as much on each rank
-            self.exchange = ModuleExchange(process_group, key_group, parts, balance)
+            balance = balance and not persistent_state
+            self.exchange = ModuleExchange(process_group, key_group, parts, balance, learns=method == "votes")
 
     def allocate(
         self,
@@ -174,22 +175,26 @@ class LiteAttention(SiteModule):
             require(seq_k == seq_len, "kv_seq_len", f"{seq_len}, as of one sequence, with a process group", seq_k)
             heads, seq_len = self.exchange.prepare(heads, heads if kv_heads is None else kv_heads, seq_k, device)
         sizes = {"batch": batch, "seq_q": seq_len, "seq_k": seq_k, "heads": heads}
-        self._allocate(sizes, head_dim, head_dim if value_dim is None else value_dim, dtype, device)
+        value_dim = head_dim if value_dim is None else value_dim
+        self._use(self._new_states(sizes, head_dim, value_dim, dtype, device))
         return self
 
-    def _allocate(
+    def _new_states(
         self, sizes: dict[str, int], head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    ) -> list[SiteState]:
         head_dim = check_count("head_dim", head_dim)
         tile_m, tile_n = tile_shape(head_dim, dtype, device, self.quantization, self.implementation)
         sizes, exchange = {**sizes, "tile_m": tile_m, "tile_n": tile_n}, self.exchange
         if exchange is None:
-            self._adopt([self._options.new_state(sizes, value_dim, device)])
-            return
+            return [self._options.new_state(sizes, value_dim, device)]
         seq_k = sizes["seq_k"]
         options = [exchange.own_options(self._options, part, seq_k, tile_m) for part in range(exchange.parts)]
-        self._adopt([of_part.new_state(sizes, value_dim, device) for of_part in options])
-        exchange.hold(self._options, self.states)
+        return [of_part.new_state(sizes, value_dim, device) for of_part in options]
+
+    def _use(self, states: list[SiteState]) -> None:
+        self._adopt(states)
+        if self.exchange is not None:
+            self.exchange.adopt(self._options, states)
 
     def forward(
         self,
@@ -238,10 +243,27 @@ class LiteAttention(SiteModule):
             return self._attend(query, key, value, return_lse=return_softmax_lse, **options)
         if self.state is None and torch.compiler.is_compiling():
             raise RuntimeError(_NOT_ALLOCATED)
-        attend = partial(self._attend, **options)
-        result = self.exchange.attend(attend, query, key, value, self.states, seq_len, return_softmax_lse)
-        self.exchange.learn_from(self.states, query)
-        return result
+        qkv = (query, key, value)
+        tokens = self.exchange.tokens(*qkv, seq_len, self.states, self._room_for)
+        attend = partial(self._attend_part, **options)
+        return self.exchange.attend(attend, *qkv, tokens, self.states, return_softmax_lse)
+
+    def _room_for(self, qkv: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Make states that fit, unless those there are do, and return what puts them to use."""
+        states = self.states
+        if not states or not self._fits(states[0], *qkv):
+            return partial(self._use, self._states_for(*qkv))
+        return lambda: None
+
+    def _attend_part(self, query: torch.Tensor, *key_and_value: torch.Tensor, part: int, **options: Any) -> Any:
+        """Attend for a part of the heads of a rank. A call that fails counts, since the other ranks go on."""
+        attend: Any = self._attend
+        try:
+            return attend(query, *key_and_value, part=part, **options)
+        except Exception:
+            if not is_fake(query):
+                self.states[part].pass_over()
+            raise
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: int = 0, keys: Keys | None = None,
@@ -251,7 +273,7 @@ class LiteAttention(SiteModule):
         if state is None or not self._fits(state, query, key, value):
             if torch.compiler.is_compiling():
                 raise RuntimeError(_NOT_ALLOCATED)
-            state = self._allocate_for(query, key, value)
+            state = self._new_state_for(query, key, value)
         if keys is not None:
             keys.place(state)
         return METHODS[self._options.method].attend(
@@ -274,11 +296,16 @@ class LiteAttention(SiteModule):
             and state.is_usable_with(query)
         )  # fmt: skip
 
-    def _allocate_for(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SiteState:
+    def _new_state_for(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SiteState:
         check_inputs(query, key, value)  # a call in error must not cost the old state
         if isinstance(query, FakeTensor):  # shapes alone are asked for; what the mode makes is of no use after it
             with query.fake_mode:
                 return self._options.passing_state(query, key, value, self.quantization, self.implementation)
+        self._use(self._states_for(query, key, value))
+        assert self.state is not None
+        return self.state
+
+    def _states_for(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[SiteState]:
         if self.state is not None:
             _log.info(
                 "LiteAttention: q %s %s on %s does not fit %s; starting a fresh skip state",
@@ -288,9 +315,7 @@ class LiteAttention(SiteModule):
             default_session.say_unknown()
         batch, seq_q, heads, head_dim = query.shape
         sizes = {"batch": batch, "seq_q": seq_q, "seq_k": key.shape[1], "heads": heads}
-        self._allocate(sizes, head_dim, value.shape[3], query.dtype, query.device)
-        assert self.state is not None
-        return self.state
+        return self._new_states(sizes, head_dim, value.shape[3], query.dtype, query.device)
 
     def set_threshold(self, threshold: float | torch.Tensor) -> None:
         """Set the threshold, in place on the device: neither a recompile nor a new graph.

@@ -176,7 +176,7 @@ class Session:
                 "lite_attention: nobody tells where a generation ends, so what one generation learned is used in the "
                 "next: give LiteAttention num_steps=, or call lite_attention.reset() before each generation, or "
                 "lite_attention.branch(name, step) around its steps",
-                stacklevel=5,
+                stacklevel=8,
             )
 
     def reset(self) -> None:

@@ -152,6 +152,12 @@ class SiteState(Memory):
             word = c.slot_word(s, c.FRESH)
             self.control[word : word + 1].fill_(1)
 
+    def pass_over(self) -> None:
+        """Go on as after a call that has failed: with the next step, which starts fresh. Waits for the device."""
+        call = c.read_control(self.control, self.slots, (0, 0, 0))
+        self.set_step(call.next_step, call.slot)
+        self.start_fresh(call.slot)
+
     def reset(self, slot: int | None = None) -> None:
         """Forget masks and step of one slot, or of all (None): the next generation begins."""
         for s in range(self.slots) if slot is None else [self._check_slot(slot)]:

@@ -57,7 +57,6 @@ def _propose(
     calls += 1
     if not _is_due(int(calls)):
         return
-    _require_together(apart)
     heads = len(order)
     own = torch.cat([count_bits(mask).sum((0, 1, 3, 4)) for mask in skip_masks])
     rows = arrived(all_gather(torch.cat([own, order]), ranks, group)).view(ranks, -1)
@@ -72,8 +71,8 @@ def _propose(
         differ = (rows[:, heads:-1] != rows[0, heads:-1]).any() | rows[:, -1].any()
     cost = -by_head.view(kv_heads, -1).sum(1)  # less what all cost if nothing is skipped
     proposed.copy_(expanded(deal(cost, ranks), heads // kv_heads))
-    apart.copy_(differ, non_blocking=True)  # read at a later call, when it has come
-    _require_together(apart)
+    apart.copy_(differ, non_blocking=True)  # on a GPU a later call reads it, when it has come
+    _require_together(apart)  # after the gather, in which the others are
 
 
 def _require_together(apart: torch.Tensor) -> None:

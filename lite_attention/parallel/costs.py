@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,14 +20,14 @@ def head_costs(model: nn.Module) -> dict[str, list[float]]:
     """Return the share of tiles that each head computes now, by the name of its site; a collective of all ranks.
 
     The heads are those of all ranks, as the model has them, so what is returned is the same on all. It may be written
-    to a file, as JSON. Sites without a process group, or that have not run yet, are left out.
+    to a file, as JSON. Sites that have not run yet, or whose heads are not dealt, are left out.
 
     Raises:
         ValueError: no model.
     """
     found = {}
     for name, module, exchange in _modules(model):
-        if module.states:
+        if module.states and exchange.balance:
             found[name] = exchange.costs_of_all(1 - module.sparsity("head"))
     return found
 
@@ -35,19 +37,32 @@ def deal_heads(model: nn.Module, costs: Mapping[str, Sequence[float]]) -> None:
 
     Args:
         model: with `LiteAttention` modules that have a process group and `balance`.
-        costs: as `head_costs` returns them, or other numbers by site and head. Other sites stay as they are.
+        costs: as `head_costs` returns them, or other finite numbers by site and head. Other sites stay as they are.
 
     Raises:
-        ValueError: a site that the model does not have, that is not balanced, or that has another number of heads;
-            nothing is changed then.
+        ValueError: no numbers, a site that the model does not have, that is not balanced, or that has another number
+            of heads; nothing is changed then.
     """
     exchanges = {name: exchange for name, _, exchange in _modules(model)}
+    require(isinstance(costs, Mapping), "costs", "numbers by head, by the name of a site", repr(costs))
+    checked = {}
     for name, of_site in costs.items():
         known = ", ".join(exchanges) or "none"
         require(name in exchanges, "costs", f"names of sites with a process group, {known}", repr(name))
-        exchanges[name].check_costs(name, of_site)
-    for name, of_site in costs.items():
-        exchanges[name].set_costs(of_site)
+        checked[name] = _finite(f"costs of {name}", of_site)
+        exchanges[name].check_costs(name, checked[name])
+    for name, numbers in checked.items():
+        exchanges[name].set_costs(numbers)
+
+
+def _finite(name: str, costs: Any) -> list[float]:
+    """Return costs as floats; raise ValueError where one is no finite number."""
+    try:
+        numbers = [math.nan if isinstance(cost, (bool, str)) else float(cost) for cost in costs]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        numbers = [math.nan]
+    require(all(map(math.isfinite, numbers)), name, "finite numbers", costs)
+    return numbers
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, LiteAttention, ModuleExchange]]:

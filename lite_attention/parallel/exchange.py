@@ -53,6 +53,12 @@ class Tokens(NamedTuple):
         """Tokens of all ranks."""
         return sum(self.lengths if self.keys is None else self.keys.lengths)
 
+    def shapes(self, qkv: Sequence[torch.Tensor], parts: int) -> list[tuple[int, ...]]:
+        """Return the shapes of q, k and v between the exchanges, of one of so many parts of the heads of a rank."""
+        rows = (sum(self.lengths), self.whole, self.whole)
+        hands = self.group.ranks * parts
+        return [(len(x), n, x.shape[2] // hands, x.shape[3]) for x, n in zip(qkv, rows, strict=True)]
+
 
 def spread(group: Group, key_group: Group, seq_len: int) -> Tokens:
     """Return where the tokens of a sequence are: neighbors exchange heads, and such neighborhoods gather keys."""
@@ -141,7 +147,7 @@ def _packed(qkv: Sequence[torch.Tensor], heads: Sequence[torch.Tensor]) -> torch
     return packed
 
 
-def end_scatter(begun: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+def end_scatter(begun: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """Return q, k and v of all tokens, views (B, S, heads, D) of what arrived; shapes are heads and D of each."""
     rows = arrived(begun).transpose(0, 1)
     widths = [heads * dim for heads, dim in shapes]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +17,7 @@ from lite_attention.ops.memory import Memory
 from lite_attention.ops.shard import Ranks, Shard, rows_of_queries
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import all_gather, arrived, is_fake
+from lite_attention.parallel.agreed_calls import agreed_tokens, done_by_all
 from lite_attention.parallel.balance import deal, expanded, propose_deal
 from lite_attention.parallel.exchange import Tokens, spread, tokens_of
 from lite_attention.parallel.group import ALONE, Group
@@ -35,6 +34,7 @@ class ModuleExchange(Memory):
         key_group: the ranks that gather keys; None = none do.
         parts: the heads of a rank are computed in so many, with a state each.
         balance: deal heads by what they cost.
+        learns: what that is is learned; else heads lie as they come until somebody tells it.
     """
 
     order: torch.Tensor  # int64 (heads,): those of rank 0, of rank 1, ...
@@ -43,12 +43,13 @@ class ModuleExchange(Memory):
     thresholds: torch.Tensor | None  # float32 (slots, steps, heads), where they differ by head
     initial_mask: torch.Tensor | None  # int32 (batch or 1, heads, q_tiles, k_words), likewise
 
-    def __init__(self, process_group: Any, key_group: Any, parts: int, balance: bool) -> None:
+    def __init__(self, process_group: Any, key_group: Any, parts: int, balance: bool, learns: bool = True) -> None:
         super().__init__()
         self.group = ALONE if process_group is None else Group.of(process_group)
         self.key_group = ALONE if key_group is None else Group.of(key_group, "key_group")
         self.parts, self.balance = check_count("parts", parts), balance and self.group.ranks > 1
         require(parts == 1 or process_group is not None, "parts", "1 where no heads are exchanged", parts)
+        self.learns = learns
         self.kv_heads = 0
         self.is_held = False  # while somebody measures, heads stay where they are
         self._costs: tuple[float, ...] | None = None  # as somebody told them
@@ -66,7 +67,7 @@ class ModuleExchange(Memory):
     def anew(self) -> ModuleExchange:
         """Return one that has learned nothing, on the CPU."""
         twin = self.__new__(type(self))
-        ModuleExchange.__init__(twin, self.group, self.key_group, self.parts, self.balance)
+        ModuleExchange.__init__(twin, self.group, self.key_group, self.parts, self.balance, self.learns)
         twin._costs = self._costs
         return twin
 
@@ -88,70 +89,74 @@ class ModuleExchange(Memory):
     # ---- calls ------------------------------------------------------------------------------------------------------
 
     def attend(
-        self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Sequence[SiteState],
-        seq_len: int | None, return_lse: bool,
+        self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens,
+        states: Sequence[SiteState], return_lse: bool,
     ) -> Any:  # fmt: skip
-        """Exchange, attend, exchange.
+        """Exchange, attend, exchange; learn what heads cost, from a call that fails, too: the other ranks do.
 
         Args:
             attend: attention by the module's states, which is told `part`, and `keys` where they are gathered.
             q: of the tokens here, as are the others.
             k: keys.
             v: values.
-            states: what there are before the call, one of each part of the heads of this rank, or none.
-            seq_len: tokens of all ranks; None = as many on each.
+            tokens: as `tokens` has returned them of this call.
+            states: one of each part of the heads of this rank.
             return_lse: also return the log-sum-exp.
+        """
+        order = None if is_fake(q) else self.order_for(states)
+        attends = [partial(attend, part=part, keys=tokens.keys) for part in range(self.parts)]
+        failures: list[Exception] = []
+        result = exchanged_attention(attends, q, k, v, tokens, order, return_lse, failures)
+        self._learn_from(states, q)
+        if failures:
+            raise failures[0]
+        return result
+
+    def tokens(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, states: Sequence[SiteState],
+        room_for: Callable[[Sequence[torch.Tensor]], Callable[[], None]],
+    ) -> Tokens:  # fmt: skip
+        """Return where the tokens of a call are; one of a new size is compared with those of the other ranks.
+
+        Args:
+            q: of the tokens here, as are the others.
+            k: keys.
+            v: values.
+            seq_len: tokens of all ranks; None = as many on each.
+            states: what there are before the call.
+            room_for: makes states that fit q, k and v of the heads of this rank, and returns what puts them to use.
 
         Raises:
             ValueError: the call does not fit, here or on another rank.
+            RuntimeError: there is no memory for its states, here or on another rank.
         """
-        tokens = self._tokens(q, k, v, seq_len, states)
-        order = None if is_fake(q) else self.order_for(states)
-        attends = [partial(attend, part=part, keys=tokens.keys) for part in range(self.parts)]
-        return exchanged_attention(attends, q, k, v, tokens, order, return_lse)
-
-    def _tokens(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None, states: Sequence[SiteState]
-    ) -> Tokens:
-        """Return where the tokens of a call are; a call of a new size is compared with those of the other ranks."""
         if torch.compiler.is_compiling():
             self._check_traced(q.shape[2], k.shape[2])
         if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or is_fake(q):
             return tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
         call = (*(getattr(x, "shape", None) for x in (q, k, v)), q.dtype, q.device, seq_len)
-        if call not in self._agreed:
-            self._agreed[call] = self._agree(q, k, v, seq_len)
+        tokens = self._agreed.get(call)
+        is_new = tokens is None
+        if tokens is None:
+            tokens = agreed_tokens(q, k, v, self.group, self.key_group, seq_len, self.parts)
         if self._prepare(q.shape[2], k.shape[2], q.device):
             for state in states:
                 state.start_fresh()  # its heads are others now
-        return self._agreed[call]
+        if is_new:
+            shapes = tokens.shapes((q, k, v), self.parts)
+            alike = [q.new_empty(shape[-1]).expand(shape) for shape in shapes]  # of no size
+            done_by_all(partial(room_for, alike), (self.group, self.key_group), q.device)()
+            self._agreed[call] = tokens
+        return tokens
 
     def _check_traced(self, heads: int, kv_heads: int) -> None:
         """Raise RuntimeError unless heads are dealt as a traced call has them, which cannot deal others."""
         dealt = (len(self.order), self.kv_heads)
-        if self.balance and dealt != (heads, kv_heads):
+        if self.is_dealt and dealt != (heads, kv_heads):
             raise RuntimeError(
                 f"heads: expected {dealt[0]} that share {dealt[1]} of the keys, which are dealt here, got {heads} and "
                 f"{kv_heads}: call .allocate(..., kv_heads={kv_heads}) before this is traced"
             )
-
-    def _agree(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_len: int | None) -> Tokens:
-        """Check a call on all ranks: collectives, which wait for the device. What one refuses, all refuse."""
-        tokens: Tokens | None = None
-        refusal: ValueError | None = None
-        try:
-            self._check_place()
-            tokens = tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
-        except ValueError as error:
-            refusal = error
-        named = {} if tokens is None else _numbers(q, k, v, tokens)
-        for group in (self.group, self.key_group):
-            if group.ranks > 1:
-                rows = group.numbers([0] * _NUMBERS if refusal else [*named.values()], q.device)
-                refusal = refusal or _disagreement([*named], rows)
-        if refusal is not None or tokens is None:
-            raise refusal or AssertionError
-        return tokens
 
     def prepare(self, heads: int, kv_heads: int, seq_len: int, device: torch.device | str) -> tuple[int, int]:
         """Get ready for calls of so many heads and tokens; return the heads and queries of a state.
@@ -169,6 +174,7 @@ class ModuleExchange(Memory):
     def prepare_for(self, state: SiteState) -> None:
         """Get ready for calls with a state that was loaded, whose heads are not dealt."""
         heads = state.capacity[1] * self.group.ranks
+        self._agreed = {}
         self._prepare(heads, heads, state.control.device)
 
     def _prepare(self, heads: int, kv_heads: int, device: torch.device) -> bool:
@@ -185,13 +191,17 @@ class ModuleExchange(Memory):
 
     # ---- which heads are here ---------------------------------------------------------------------------------------
 
+    @property
+    def is_dealt(self) -> bool:
+        """Whether heads may lie otherwise than they come."""
+        return self.balance and (self.learns or self._costs is not None)
+
     def check_costs(self, name: str, costs: Sequence[float]) -> None:
-        """Raise ValueError unless heads are dealt here, and these are finite numbers, one for each of all heads."""
+        """Raise ValueError unless heads are dealt here, as many as there are costs."""
         require(self.balance, f"costs of {name}", "a site that is balanced", "one that is not")
         known = len(self.order) or len(costs)
         fits = len(costs) == known and len(costs) % (self.group.ranks * self.parts) == 0
         require(fits, f"costs of {name}", f"{len(self.order) or 'as many as'} heads", len(costs))
-        require(all(math.isfinite(cost) for cost in costs), f"costs of {name}", "finite numbers", list(costs))
 
     def set_costs(self, costs: Sequence[float]) -> None:
         """Deal heads by these costs, where the next generation begins; at once where there is no state yet."""
@@ -222,14 +232,13 @@ class ModuleExchange(Memory):
 
     def order_for(self, states: Sequence[SiteState]) -> torch.Tensor | None:
         """Return the order of the heads of this call, a new one if the generation begins; None = as they come."""
-        if not self.balance:
+        if not self.is_dealt:
             return None
-        votes = [state for state in states if isinstance(state, SkipState)]
-        if votes:
-            self._adopt(votes)
+        if states:
+            self._adopt(states)
         return self.order
 
-    def _adopt(self, states: list[SkipState]) -> None:
+    def _adopt(self, states: Sequence[SiteState]) -> None:
         control = states[0].control
         slots = [state.control[c.slot_word(0, 0) :].view(state.slots, c.SLOT_WORDS) for state in states]
         step = slots[0][:, c.STEP].index_select(0, control[c.SLOT : c.SLOT + 1])
@@ -241,15 +250,15 @@ class ModuleExchange(Memory):
         for words in slots:  # of other branches, too: these are other heads now
             words[:, c.FRESH].bitwise_or_(begins.to(words.dtype))
         for part, state in enumerate(states):
-            if self.thresholds is not None:
+            if self.thresholds is not None and isinstance(state, SkipState):
                 state.threshold.copy_(self.thresholds.index_select(2, self._heads_of(part)))
             if self.initial_mask is not None and state.initial_mask is not None:
                 state.initial_mask.copy_(self.initial_mask.index_select(1, self._heads_of(part)))
 
-    def learn_from(self, states: Sequence[SiteState], q: torch.Tensor) -> None:
+    def _learn_from(self, states: Sequence[SiteState], q: torch.Tensor) -> None:
         """Propose a deal after some calls, of q; a collective then, which waits for nothing."""
-        masks = [state.skip_mask for state in states if isinstance(state, SkipState)]
-        if self.balance and masks and not self.is_held and not is_fake(q):
+        masks = [state.skip_mask for state in states]
+        if self.balance and self.learns and masks and not self.is_held and not is_fake(q):
             counted = (self.proposed, self.calls, self.apart)
             propose_deal(*counted, masks, self.order, self.kv_heads, self.group, self.key_group)
 
@@ -298,44 +307,26 @@ class ModuleExchange(Memory):
             return mask
         return rows_of_queries(mask, tokens.keys.query_start, sum(tokens.lengths), seq_len, tile_m)
 
+    def adopt(self, options: ModuleOptions, states: Sequence[SiteState]) -> None:
+        """Serve new states, which calls of other sizes may not fit."""
+        self._agreed = {}
+        self.hold(options, states)
+
     def hold(self, options: ModuleOptions, states: Sequence[SiteState]) -> None:
         """Keep what is given by head, which follows heads as they are dealt anew."""
-        state = states[0] if states else None
-        if not self.balance or not isinstance(state, SkipState):
+        if not self.balance or not states:
             return
-        threshold, initial_mask = options.of_state["threshold"], options.of_state["initial_mask"]
+        state = states[0]
+        threshold: Any = options.of_state.get("threshold")
+        initial_mask = options.of_state["initial_mask"]
         device = self.order.device
         with torch.inference_mode(False):
             self.thresholds = self.initial_mask = None
-            if _is_by_head(threshold, -1):
+            if _is_by_head(threshold, -1) and isinstance(state, SkipState):
                 self.thresholds = state.threshold_table(threshold, len(self.order)).to(device).clone()
             if _is_by_head(initial_mask, 1):
                 rows = self._own_rows(initial_mask, state.capacity[3], state.tile_m)
                 self.initial_mask = pack_bits(rows).to(device)
-
-
-_NUMBERS = 8
-
-
-def _disagreement(names: list[str], rows: list[list[int]]) -> ValueError | None:
-    """Return what is wrong with the numbers of all ranks; zeros are of one that refuses."""
-    refused = [rank for rank, row in enumerate(rows) if not any(row)]
-    if refused:
-        return ValueError(f"q, k, v: expected calls that all ranks accept, got one that rank {refused[0]} refuses")
-    for name, *values in zip(names, *rows, strict=True):
-        if len(set(values)) > 1:
-            return ValueError(f"{name}: expected the same on all ranks, or seq_len= of all of them, got {values}")
-    return None
-
-
-def _numbers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens) -> dict[str, int]:
-    """Return what must be the same on all ranks, by what it is called."""
-    batch, _, heads, head_dim = q.shape
-    return {
-        "seq_len": tokens.whole, "batch of q": batch, "heads of q": heads, "heads of k": k.shape[2],
-        "head_dim of q": head_dim, "head_dim of v": v.shape[3], "dtype of q": zlib.crc32(str(q.dtype).encode()),
-        "dim": q.dim(),
-    }  # fmt: skip
 
 
 def _is_by_head(table: Any, dim: int) -> bool:

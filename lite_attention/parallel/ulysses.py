@@ -88,7 +88,11 @@ def ulysses_attention(
         for each in states:
             tokens.keys.place(each)
     attends = [partial(methods[0].attend, state=s, **options) for s in states]
-    return exchanged_attention(attends, q, k, v, tokens, order, return_lse)
+    failures: list[Exception] = []
+    result = exchanged_attention(attends, q, k, v, tokens, order, return_lse, failures)
+    if failures:
+        raise failures[0]
+    return result
 
 
 def exchanged_attention(
@@ -99,26 +103,24 @@ def exchanged_attention(
     tokens: Tokens,
     order: torch.Tensor | None,
     return_lse: bool,
+    failures: list[Exception],
 ) -> Any:
     """Exchange, attend, exchange; each of `attends` gets its part of the heads of this rank.
 
-    What one of them raises is raised after the exchange, which the other ranks are in: they get NaN of these heads.
+    What one of them raises is added to the failures, to be raised after the exchange, which the other ranks are in:
+    they get NaN of these heads.
     """
     if tokens.group.ranks == 1 and len(attends) == 1:
         return attends[0](*_with_all_keys((q, k, v), tokens), return_lse=return_lse)
-    shapes = [(x.shape[2] // (tokens.group.ranks * len(attends)), x.shape[3]) for x in (q, k, v)]
+    shapes = [shape[2:] for shape in tokens.shapes((q, k, v), len(attends))]
     coming = [begin_scatter(q, k, v, tokens, order, len(attends), part) for part in range(len(attends))]
     going, lse = [], []
-    failures: list[Exception] = []
     for attend, begun in zip(attends, coming, strict=True):
         out, of_part = _attended(attend, _with_all_keys(end_scatter(begun, shapes), tokens), failures)
         going.append(begin_gather(out, tokens))
         lse.append(of_part)
     whole = end_gather(going, tokens, order)
-    result = (whole, gather_lse(lse, tokens, order)) if return_lse else whole
-    if failures:
-        raise failures[0]
-    return result
+    return (whole, gather_lse(lse, tokens, order)) if return_lse else whole
 
 
 def _attended(

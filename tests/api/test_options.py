@@ -120,8 +120,9 @@ def test_a_quantization_by_name_is_that_by_switches(by_name: Any, by_switches: d
 
 def test_a_module_that_nobody_tells_anything_says_so_once() -> None:
     q = torch.randn(1, 128, 2, 16)
-    with pytest.warns(UserWarning, match="nobody tells where a generation ends"):
+    with pytest.warns(UserWarning, match="nobody tells where a generation ends") as told:
         LiteAttention()(q, q, q)
+    assert [warning.filename for warning in told] == [__file__]  # where it is called
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LiteAttention()(q, q, q)

@@ -484,3 +484,14 @@ def test_a_state_is_called_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPat
     thread.join()
     assert len(errors) == 1
     assert state.step() == 2
+
+
+@pytest.mark.parametrize(("step", "auto_step", "then"), [(0, True, 1), (2, True, 3), (3, True, 0), (2, False, 2)])
+def test_a_call_that_is_passed_over_leaves_the_next_one_to_start_fresh(step: int, auto_step: bool, then: int) -> None:
+    """Else the first step of a generation, left out, would hand the last one's mask on."""
+    state = SkipState(batch=1, heads=1, seq_q=8, seq_k=8, tile_m=4, tile_n=4, num_steps=4, auto_step=auto_step)
+    state.slot = 1
+    state.set_step(step)
+    state.pass_over()
+    assert (state.step(0), state.step(1)) == (step, then)
+    assert [int(state.control[c.slot_word(slot, c.FRESH)]) for slot in (0, 1)] == [0, 1]

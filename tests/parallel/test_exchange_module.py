@@ -16,9 +16,22 @@ from tests.support.ranks import Ranks
 
 
 def test_residuals_are_of_the_heads_of_a_rank(two: Ranks) -> None:
-    for worst, same in two.run(modules.residual):
-        assert worst < 1e-6
-        assert same
+    found = two.run(modules.residual)
+    for of_rank in found:
+        assert of_rank.error < 1e-6
+        assert of_rank.same_masks
+        assert of_rank.heads == [[0, 1], [2, 3]]
+        assert len({*of_rank.costs}) > 1
+        assert of_rank.costs == found[0].costs
+
+
+def test_heads_with_residuals_are_dealt_by_what_another_run_found(two: Ranks) -> None:
+    """Their initial masks follow; a rank keeps the same share of tiles whatever heads it has."""
+    costs = [3.0, 4.0, 1.0, 2.0]
+    for of_rank in two.run(modules.residual, costs):
+        assert of_rank.heads == [[1, 2], [0, 3]]
+        assert of_rank.error < 1e-6
+        assert of_rank.same_masks
 
 
 REFUSED = {
@@ -92,6 +105,13 @@ def _check_another_run(found: list[dict[str, Any]]) -> None:
             "costs: expected names of sites with a process group, attn, got 'attention'",
             "costs of attn: expected 4 heads, got 3",
             "costs of attn: expected finite numbers, got [nan, nan, nan, nan]",
+            "costs of attn: expected finite numbers, got [1, 2, 3, '4']",
+            "costs of attn: expected finite numbers, got [1, 2, 3, None]",
+            "costs of attn: expected finite numbers, got 4.0",
+            "costs of attn: expected finite numbers, got None",
+            f"costs of attn: expected finite numbers, got [1, 2, 3, {10**400}]",
+            "costs of attn: expected finite numbers, got [[1, 2], [1, 2], [1, 2], [1, 2]]",
+            "costs: expected numbers by head, by the name of a site, got [1.0, 1.0, 1.0, 1.0]",
         ]
         assert of_rank["heads"] == found[rank % 2]["heads"]
 
@@ -111,6 +131,32 @@ def test_where_one_rank_fails_the_others_get_nan_of_its_heads(two: Ranks, parts:
     assert whole == ("", [False, False, True, True], True)
     assert failed[0].startswith("must_do expects")
     assert failed[2]
+
+
+@pytest.mark.parametrize(("call", "parts", "failing"), [(0, 1, 0), (4, 1, 0), (7, 1, 0), (5, 2, 1), (5, 2, 0)])
+def test_a_call_that_fails_on_one_rank_counts_there_too(two: Ranks, call: int, parts: int, failing: int) -> None:
+    """So heads are dealt at the same calls, and the parts of the heads are at the same step."""
+    found = two.run(modules.swallowed, call, parts, failing)
+    assert found[0].told == [""] * 16
+    assert [bool(told) for told in found[1].told] == [i == call for i in range(16)]
+    for of_rank in found:
+        assert of_rank.steps == [[(i + 1) % 4] * parts for i in range(16)]
+        assert of_rank.error < 1e-6
+    by_generation = [sorted(a + b) for a, b in zip(found[0].heads, found[1].heads, strict=True)]
+    assert by_generation == [[0, 1, 2, 3]] * 4
+    assert found[0].heads[-1] != [0, 1]
+
+
+def test_where_one_rank_has_no_room_for_a_state_none_goes_on(two: Ranks) -> None:
+    found = two.run(modules.no_room_on_one)
+    assert [told for told, _, _ in found] == [
+        "process_group: expected room for what is learned on all ranks, got none on rank 1, which says why; none of "
+        "them goes on",
+        "no memory is left",
+    ]
+    for _, states, error in found:
+        assert states == 0
+        assert error < 1e-6
 
 
 @pytest.mark.parametrize("kinds", [[(4, 2), (4, 4)], [(4, 4), (2, 2)]], ids=["key heads", "heads"])

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,21 +33,44 @@ def local(step: int, case: Case = CASE) -> list[torch.Tensor]:
     return [part(x) for x in tokens(case, step)]
 
 
-def residual() -> tuple[float, bool]:
-    """Return how far sparse steps are off one process with the heads of a rank, and whether masks are the same."""
-    options: dict[str, Any] = {"method": "residual", "keep": 0.4, "full_every": 2, "residual_dtype": "fp32"}
-    ours, single, worst = new_module(**options), LiteAttention(num_steps=STEPS, **options), 0.0
-    heads = torch.arange(HEADS).tensor_split(dist.get_world_size())
-    singles = [copy.copy(single) for _ in heads]
-    for step in range(2 * STEPS):
-        q, k, v = tokens(CASE, step % STEPS)
-        expected = torch.cat([s(q[:, :, h], k[:, :, h], v[:, :, h]) for s, h in zip(singles, heads, strict=True)], 2)
-        got = ours(*local(step % STEPS), seq_len=CASE.count)
+class Residuals(NamedTuple):
+    """What a rank's module of method "residual" gives beside processes that have the heads of the ranks."""
+
+    error: float
+    same_masks: bool
+    heads: list[list[int]]  # of all ranks
+    costs: list[float]  # by head, at the end
+
+
+RESIDUAL: dict[str, Any] = {
+    "method": "residual", "keep": 0.4, "full_every": 2, "residual_dtype": "fp32",
+    "initial_mask": torch.arange(256).view(1, 4, 8, 8) % 7 == 1,
+}  # fmt: skip
+
+
+def residual(costs: list[float] | None = None) -> Residuals:
+    """Run two generations, the second with heads that are dealt by what they cost, if that is told."""
+    model = nn.ModuleDict({"attn": new_module(**RESIDUAL)})
+    ours: Any = model["attn"]
+    worst, singles, dealt = 0.0, [], torch.empty(0)
+    for call in range(2 * STEPS):
+        if call == STEPS and costs is not None:
+            lite_attention.parallel.deal_heads(model, {"attn": costs})
+        q, k, v = tokens(CASE, call % STEPS)
+        got = ours(*local(call % STEPS), seq_len=CASE.count)
+        if call % STEPS == 0:
+            dealt = ours.exchange.order.view(dist.get_world_size(), -1)
+            mask = RESIDUAL["initial_mask"]
+            singles = [LiteAttention(num_steps=STEPS, **{**RESIDUAL, "initial_mask": mask[:, h]}) for h in dealt]
+        expected = torch.empty_like(q)
+        for single, h in zip(singles, dealt, strict=True):
+            expected[:, :, h] = single(q[:, :, h], k[:, :, h], v[:, :, h])
         worst = max(worst, float((got - part(expected)).abs().max()))
-    state = singles[dist.get_rank()].state
-    assert isinstance(ours.state, ResidualState)
-    assert isinstance(state, ResidualState)
-    return worst, torch.equal(ours.state.skip_mask, state.skip_mask)
+    state: Any = singles[dist.get_rank()].state
+    same = isinstance(ours.state, ResidualState) and torch.equal(ours.state.skip_mask, state.skip_mask)
+    found = lite_attention.parallel.head_costs(model)
+    lite_attention.parallel.deal_heads(model, found)
+    return Residuals(worst, same, dealt.tolist(), found["attn"])
 
 
 def refused(kind: str) -> list[str]:
@@ -122,6 +145,7 @@ def saved() -> bool:
         module(*local(step % STEPS))
     assert module.exchange is not None
     assert module.exchange.own_heads.tolist() == part(torch.arange(HEADS), 0).tolist()
+    assert lite_attention.parallel.head_costs(nn.ModuleDict({"attn": module})) == {}  # none that could be dealt
     other.load_state_dict(module.state_dict())
     other.set_threshold(module.state.threshold.new_full((HEADS,), -10.0))  # it knows its heads before it runs
     return torch.equal(module(*local(STEPS - 1)), other(*local(STEPS - 1)))
@@ -139,6 +163,62 @@ def failed_alone(parts: int) -> tuple[str, list[bool], bool]:
         x.reset_skip_state()
     error = (module(*local(1)) - part(single(*tokens(CASE, 1)))).abs().max()
     return told, of_heads.isnan().tolist(), float(error) < 1e-6
+
+
+class Swallowed(NamedTuple):
+    """What becomes of a module whose call failed on one rank alone, where the loop went on."""
+
+    told: list[str]  # by call
+    heads: list[list[int]]  # of this rank, by generation
+    steps: list[list[int]]  # of its states, by call
+    error: float  # in the generations after that one
+
+
+def swallowed(call: int, parts: int, failing: int) -> Swallowed:
+    """Run four generations; attention of a part of rank 1 fails at a call, which that rank swallows."""
+    single, module = (LiteAttention(num_steps=STEPS, threshold=-3.5), new_module(threshold=-3.5, parts=parts))
+    attend, now = module._attend, 0
+
+    def failing_once(*args: Any, part: int = 0, **kwargs: Any) -> Any:
+        if (now, part, dist.get_rank()) == (call, failing, 1):
+            raise ValueError("this once")
+        return attend(*args, part=part, **kwargs)
+
+    module._attend = failing_once  # type: ignore[method-assign]
+    found, after = Swallowed([], [], [], 0.0), (call // STEPS + 1) * STEPS
+    assert module.exchange is not None
+    for now in range(4 * STEPS):
+        expected, told = part(single(*tokens(CASE, now % STEPS))), ""
+        try:
+            error = float((module(*local(now % STEPS)) - expected).abs().max())
+            found = found._replace(error=max(found.error, error if now >= after else 0.0))
+        except ValueError as failure:
+            told = str(failure)
+        found.told.append(told)
+        found.steps.append([state.step() for state in module.states])
+        if now % STEPS == 0:
+            found.heads.append(module.exchange.own_heads.tolist())
+    return found
+
+
+def no_room_on_one() -> tuple[str, int, float]:
+    """Return what a rank is told where rank 1 has no memory for a state, how many it has, and how far it is off."""
+    single, module = LiteAttention(num_steps=STEPS), new_module()
+    new_states, told = module._new_states, ""
+
+    def too_large(*_: Any) -> Any:
+        raise RuntimeError("no memory is left")
+
+    if dist.get_rank() == 1:
+        module._new_states = too_large  # type: ignore[method-assign]
+    try:
+        module(*local(0))
+    except RuntimeError as error:
+        told = str(error)
+    states = len(module.states)
+    module._new_states = new_states  # type: ignore[method-assign]
+    errors = [(module(*local(i)) - part(single(*tokens(CASE, i)))).abs().max() for i in range(2 * STEPS)]
+    return told, states, float(max(errors))
 
 
 def heads_in_turn(kinds: list[tuple[int, int]]) -> tuple[float, list[bool]]:
@@ -228,6 +308,13 @@ def shapes_alone() -> tuple[torch.Size, bool]:
     return out.shape, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+WRONG_COSTS: list[Any] = [
+    {"attention": [1.0] * 4}, {"attn": [1.0] * 3}, {"attn": [math.nan] * 4}, {"attn": [1, 2, 3, "4"]},
+    {"attn": [1, 2, 3, None]}, {"attn": 4.0}, {"attn": None}, {"attn": [1, 2, 3, 10**400]}, {"attn": [[1, 2]] * 4},
+    [1.0] * 4,
+]  # fmt: skip
+
+
 def another_run(key_ranks: int) -> dict[str, Any]:
     """Return what a second model does with the costs that the first one found."""
     group, key_group = groups(key_ranks)
@@ -254,7 +341,7 @@ def another_run(key_ranks: int) -> dict[str, Any]:
     later.reset_skip_state()
     later(*local(0))
     told = []
-    for wrong in ({"attention": [1.0] * 4}, {"attn": [1.0] * 3}, {"attn": [math.nan] * 4}):
+    for wrong in WRONG_COSTS:
         try:
             lite_attention.parallel.deal_heads(second, wrong)
         except ValueError as error:
