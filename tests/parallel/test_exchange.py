@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support import exchange_cases as cases
+from tests.support import two_process_cases
 from tests.support.exchange_cases import Case
 from tests.support.ranks import Ranks, ranks_of
 
@@ -98,3 +99,13 @@ def test_where_a_rank_died_the_others_are_told() -> None:
     assert isinstance(dead, EOFError)
     assert "nothing was told" not in told
     assert isinstance(told, str)
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["heads", "keys"])
+@pytest.mark.parametrize(("method", "quantization"), [("votes", "int8_fp8"), ("residual", "none")])
+def test_in_bf16_two_processes_learn_what_one_does(two: Ranks, method: str, quantization: str, gathers: bool) -> None:
+    """On a GPU tests/gpu/test_two_processes.py has the same."""
+    for found in two.run(two_process_cases.generations, two_process_cases.Case(method, quantization, gathers, "cpu")):
+        assert found.same_masks
+        assert found.skipped > 0.05
+        assert found.error < 2**-6
