@@ -21,7 +21,7 @@ args = parser.parse_args()
 PROMPTS = ["a red fox in the snow", "a tram in the rain", "a chef cuts an onion"]
 frames, height, width = args.size
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(device)
+pipe = WanPipeline.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
 
 
 def generate(number: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ parser.add_argument("--output", default="wan.mp4")
 args = parser.parse_args()
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(device)
+pipe = WanPipeline.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
 lite_attention.enable(pipe, preset=args.preset)
 
 frames, height, width = args.size

@@ -21,7 +21,7 @@ parser.add_argument("--output", default="ltx.mp4")
 args = parser.parse_args()
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = LTXPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(device)
+pipe = LTXPipeline.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
 growing = schedules.three_segments(args.steps, early=-8.0, middle=-6.0, late=-4.0)
 lite_attention.enable(pipe, threshold=growing, num_steps=args.steps, token_order="tile3d")
 

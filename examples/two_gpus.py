@@ -26,7 +26,7 @@ rank = dist.get_rank()
 device = torch.device("cuda", rank % torch.cuda.device_count()) if has_gpu else torch.device("cpu")
 if has_gpu:
     torch.cuda.set_device(device)
-pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(device)
+pipe = WanPipeline.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
 pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
 lite_attention.enable(pipe, preset="balanced")
 

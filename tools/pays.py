@@ -138,20 +138,20 @@ def page() -> str:
 
 
 def _listed(sparse: Mapping[float, float]) -> str:
-    return ", ".join(f"{ms} ({keep:.0%} kept)" for keep, ms in sparse.items())
+    return ", ".join(f"{ms} ({100 * keep:.0f} % kept)" for keep, ms in sparse.items())
 
 
 def _row(model: Model) -> str:
     dense = seconds(model)
     presets = [seconds(model, name) for name in PRESETS]
     cells = [f"{_said(time)} ({dense / time:.2f} x)" for time in presets]
-    share = f"{attention_share(model):.0%}"
+    share = f"{100 * attention_share(model):.0f} %"
     about = [model.name, model.video, f"{model.tokens:,}", f"{model.steps}", share, _said(dense)]
     return f"| {' | '.join([*about, *cells, f'{memory(model) / 1e9:.1f} GB'])} |"
 
 
 def _said(time: float) -> str:
-    return f"{time:.0f}" if time >= 10 else f"{time:.1f}"
+    return f"{time:,.0f}" if time >= 10 else f"{time:.1f}"
 
 
 def memory(model: Model) -> float:

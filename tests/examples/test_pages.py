@@ -73,3 +73,12 @@ def test_the_memory_of_a_preset_is_that_of_its_states() -> None:
     told = ResidualState.nbytes_of(**sizes, value_dim=64, slots=1, forecast=True, residual_dtype="fp8")
     model = pays.MODELS[0]._replace(layers=1, tokens=960, heads=3, head_dim=64)
     assert pays.memory(model) == told.residual + told.scale
+
+
+def test_the_readme_has_the_figures_of_the_pages() -> None:
+    readme = (CHECKOUT / "README.md").read_text()
+    (row,) = [row for row in pays.page().splitlines() if row.startswith("| Wan 14B | 720 x 1280, 81 frames |")]
+    dense, balanced = (re.sub(r" \(.*", "", row.split(" | ")[column]) for column in (5, 7))
+    assert f"{balanced} s with `balanced`, in place of {dense} s" in readme
+    models = len(re.findall(r"^\| `", (DOCS / "reference/models.md").read_text(), re.MULTILINE))
+    assert f"each of {models} transformers" in readme
