@@ -289,6 +289,8 @@ class SkipSettings:
         """Let the tables have room for more steps than a generation may have, and queries stand where they are."""
         state.set_num_steps(self.num_steps or self.max_steps)
         state.query_start = shard.query_start(*state.capacity[2:])
+        if shard.place.ranks > 1:
+            state.hold_place(shard.part(*state.capacity[1:]).words())
         return state
 
     def unsupported_reason(self, site: Site) -> str | None:

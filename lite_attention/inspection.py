@@ -5,82 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from lite_attention.model_sites import ModelSite, sites_of
+from lite_attention.model_sites import sites_of
 from lite_attention.ops.site_state import SiteState
-from lite_attention.residual_report import ResidualReport, residual_report, skipped_by_next
-from lite_attention.tables import text_table
+from lite_attention.report_rows import Report, ReportRow, row_of
+from lite_attention.residual_report import residual_report, skipped_by_next
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Report", "ReportRow", "SparsityLog", "named_states", "report"]
-
-
-@dataclass
-class ReportRow:
-    """One attention site."""
-
-    name: str  # module path, below the name of the transformer if it is a pipeline's
-    class_name: str
-    q_shape: tuple[Any, ...]  # batch, seq_len, heads, head_dim; of the latest call that skipped, or else as compiled
-    k_shape: tuple[Any, ...]
-    reason: str | None  # why it does not skip; None = skip-aware
-    dense_kernel: bool  # `lite_attention::attention` runs it; otherwise, with a reason, it was left alone
-    state: SiteState | None = field(repr=False)  # of the latest call that skipped; None before the first
-    note: str | None = None  # what was otherwise in the last forward of the model
-    exact_tokens: tuple[tuple[int, int], ...] = ()  # ranges (start, end) that are never skipped, of the latest call
-
-    @property
-    def sparsity(self) -> list[float]:
-        """Share of tiles skipped, by slot."""
-        return [] if self.state is None else [float(x) for x in self.state.sparsity(per="slot")]
-
-    def cells(self) -> list[str]:
-        """Return the row as text, one string a column."""
-        skipped = " / ".join(f"{share:.1%}" for share in self.sparsity) if self.note is None else ""
-        instead = "dense kernel" if self.dense_kernel else "left alone"
-        status = "skip-aware" if self.reason is None else f"{instead}: {self.reason}"
-        status = status if self.note is None else f"{status}, but {self.note}"
-        shapes = ["x".join(map(str, shape)) for shape in (self.q_shape, self.k_shape)]
-        return [self.name or "<root>", self.class_name, *shapes, status, skipped]
-
-
-@dataclass
-class Report:
-    """The sites of a model; prints as a table."""
-
-    rows: list[ReportRow]
-    residual: ResidualReport | None = None  # where sites have the method "residual"
-
-    @property
-    def swapped(self) -> list[ReportRow]:
-        """The sites that are skip-aware."""
-        return [row for row in self.rows if row.reason is None]
-
-    def __str__(self) -> str:
-        """Return the table."""
-        header = ["module", "class", "q (B, S, H, D)", "k", "attention", "skipped, by slot"]
-        summary = f"{len(self.swapped)} of {len(self.rows)} sites skip-aware"
-        dense = sum(row.dense_kernel for row in self.rows)
-        if dense:
-            summary += f", {dense} with the dense kernel"
-        noted = sum(row.note is not None for row in self.swapped)
-        if noted:
-            summary += f", {noted} of these did not skip in the last forward"
-        lines = [text_table(header, [row.cells() for row in self.rows]), summary, *self._exact()]
-        return "\n".join(lines if self.residual is None else [*lines, str(self.residual)])
-
-    def _exact(self) -> list[str]:
-        """Return a line on exact tokens, if there are any."""
-        counts = Counter((row.exact_tokens, int(row.k_shape[1])) for row in self.swapped if row.exact_tokens)
-        said = [
-            f"{', '.join(f'{start}:{end}' for start, end in ranges)} of {tokens} ({sites} sites)"
-            for (ranges, tokens), sites in counts.items()
-        ]
-        return [f"exact tokens, which are never skipped: {'; '.join(said)}"] if said else []
 
 
 class SparsityLog:
@@ -123,11 +60,11 @@ def named_states(model_or_pipe: Any) -> dict[str, SiteState]:
 
     Calls of one module have one name; the last of them stands for all.
     """
-    rows = [_row_of(site) for site in sites_of(model_or_pipe)]
-    return {row.name: row.state for row in rows if row.reason is None and row.state is not None}
+    sites = [site for site in sites_of(model_or_pipe) if site.swapped]
+    return {site.name: state for site in sites for state in [site.last] if state is not None}
 
 
-def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
+def report(model_or_pipe: Any, *, process_group: ProcessGroup | None = None, file: TextIO | None = None) -> Report:
     """Print and return a table of the attention sites that a model has shown so far, after its first call.
 
     A row says whether the site is skip-aware, or why it is left alone, and the share of tiles that the next call skips,
@@ -136,19 +73,30 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
     the device. With method "residual" the share is that which sparse steps skip, and a last line says how many steps
     are of which kind, what they compute, what memory it takes, and who told the flow's time.
 
+    Where several processes share the model, shapes are those of the whole, and a row says which heads and queries its
+    shares are of, those here; no process waits for another. With `process_group` shares are of the whole model, memory
+    is summed, and all processes get the same.
+
     Args:
         model_or_pipe: a model or pipeline, compiled with our backend, given to `enable`, or holding `LiteAttention`.
+        process_group: gather over these processes, all of which call this; the first of them prints.
         file: where to print; None = standard output.
 
     Raises:
-        ValueError: it is neither a model nor a pipeline with a transformer.
+        ValueError: it is neither a model nor a pipeline with a transformer, or the group is none.
+        RuntimeError: with a group: another process failed, or did not call this within the timeout of the group.
     """
-    sites = sites_of(model_or_pipe)
-    rows = [_row_of(site) for site in sites]
-    result = Report(rows, residual_report([site for site in sites if site.swapped]))
-    print(result, file=sys.stdout if file is None else file)
+    is_first = True
+    if process_group is None:
+        result = _report_of_here(model_or_pipe)
+    else:
+        from lite_attention.report_gather import gathered_report  # most run in one process
+
+        result, is_first = gathered_report(lambda: _report_of_here(model_or_pipe), process_group)
+    if is_first:
+        print(result, file=sys.stdout if file is None else file)
     if not result.swapped:
-        why = "; ".join(sorted({str(row.reason) for row in rows})) or (
+        why = "; ".join(sorted({str(row.reason) for row in result.rows})) or (
             "no scaled_dot_product_attention was seen: has the model run, through our backend, "
             "with diffusers' native attention backend?"
         )
@@ -156,9 +104,6 @@ def report(model_or_pipe: Any, *, file: TextIO | None = None) -> Report:
     return result
 
 
-def _row_of(found: ModelSite) -> ReportRow:
-    site = found.site
-    return ReportRow(
-        found.name, site.class_name, *found.shapes, found.reason, site.dense_kernel, found.last, found.note,
-        () if found.record is None else found.record.exact_tokens,
-    )  # fmt: skip
+def _report_of_here(model_or_pipe: Any) -> Report:
+    sites = sites_of(model_or_pipe)
+    return Report([row_of(site) for site in sites], residual_report([site for site in sites if site.swapped]))

@@ -7,7 +7,7 @@ path of the module in its model, below the name of the transformer if it is a pi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -85,20 +85,26 @@ class ModelSite:
 
     @property
     def last(self) -> SiteState | None:
-        """The state of the latest call, None before the first."""
-        if self.record is not None:
-            return self.record.last
-        assert self.module is not None
-        return self.module.state
+        """The state of the latest call, None before the first; of several parts of the heads, the first."""
+        return self.latest[0] if self.latest else None
+
+    @property
+    def latest(self) -> list[SiteState]:
+        """The states of the latest call: none before the first, more than one where heads are computed in parts."""
+        if self.module is not None:
+            return self.module.states
+        last = None if self.record is None else self.record.last
+        return [] if last is None else [last]
 
     @property
     def shapes(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Shapes of q and k, (B, S, H, D): of the latest call that skipped, before that of the first call."""
-        q, k = self.site.q_shape, self.site.k_shape
+        """Shapes of q and k in the whole model, (B, S, H, D): of the latest call that skipped, or else of the first."""
+        site = self.site
         states = self.record.states if self.record is not None else {}
-        for (batch, seq_q, seq_k), *_ in (key for key, state in states.items() if state is self.last):
-            q, k = (batch, seq_q, *q[2:]), (batch, seq_k, *k[2:])
-        return q, k
+        for (batch, seq_q, seq_k), _, _, _, shard in (key for key, state in states.items() if state is self.last):
+            q, k = (batch, seq_q, *site.q_shape[2:]), (batch, seq_k, *site.k_shape[2:])
+            site = shard.whole(replace(site, q_shape=q, k_shape=k))
+        return site.q_shape, site.k_shape
 
     @property
     def num_steps(self) -> int | None:

@@ -189,7 +189,10 @@ class LiteAttention(SiteModule):
             return [self._options.new_state(sizes, value_dim, device)]
         seq_k = sizes["seq_k"]
         options = [exchange.own_options(self._options, part, seq_k, tile_m) for part in range(exchange.parts)]
-        return [of_part.new_state(sizes, value_dim, device) for of_part in options]
+        states = [of_part.new_state(sizes, value_dim, device) for of_part in options]
+        for part, state in enumerate(states):
+            state.hold_place(exchange.part_words(part, seq_k))
+        return states
 
     def _use(self, states: list[SiteState]) -> None:
         self._adopt(states)

@@ -23,6 +23,7 @@ class ResidualReport:
 
     plan: list[int]  # the kind of each step
     kept: float  # share of the tiles that sparse steps compute, over all sites
+    tiles: int  # of these sites, over the batch
     nbytes: int  # of all states
     time_sources: list[str]  # who tells the flow's time: branch, cache_context, scheduler, timestep, or else the step
 
@@ -44,7 +45,7 @@ class ResidualReport:
 
 def residual_report(sites: Sequence[ModelSite]) -> ResidualReport | None:
     """Return what the residual of some sites does, None where none has been called. Waits for the device."""
-    last = [(site, state) for site in sites for state in [site.last] if isinstance(state, ResidualState)]
+    last = [(site, state) for site in sites for state in site.latest if isinstance(state, ResidualState)]
     if not last:
         return None
     sessions = [default_session if site.store is None else site.store.session for site, _ in last]
@@ -56,7 +57,8 @@ def residual_report(sites: Sequence[ModelSite]) -> ResidualReport | None:
     return ResidualReport(
         plan=(plan + plan[-1:] * steps)[:steps],
         kept=kept,
-        nbytes=sum(state.nbytes for site, _ in last for state in site.states),
+        tiles=sum(tiles),
+        nbytes=sum(state.nbytes for site in sites for state in site.states if isinstance(state, ResidualState)),
         time_sources=sorted({source for session in sessions for source in session.time_sources.values()}),
     )
 

@@ -307,6 +307,7 @@ class ResidualState(SiteState):
             plan=state_dict["plan"][:-1], keep=state_dict["keep"], device=device,
             initial_mask=cls._saved_initial_mask(state_dict, geometry),
         )  # fmt: skip
+        state.hold_place(state_dict.get("part"))
         state.load_state_dict(state_dict)
         return state
 

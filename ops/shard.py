@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lite_attention.ops.part import Part
 from lite_attention.ops.site import Site
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import holds_unless_unknown
@@ -121,6 +122,13 @@ class Shard:
         return rows_of_queries(mask, start, seq_q, seq_k, tile_m)
 
     # ---- sites -----------------------------------------------------------------------------------------------------
+
+    def part(self, heads: int, seq_q: int, seq_k: int) -> Part:
+        """Return which part of a site so many heads, queries and keys are."""
+        start = self.query_start(seq_q, seq_k)
+        return Part(
+            tuple(self.heads_here(heads)), self.all_heads(heads), start or 0, seq_q, self.all_queries(seq_q, seq_k)
+        )
 
     def whole(self, site: Site) -> Site:
         """Return a site as it is in the model: with all its heads and queries."""

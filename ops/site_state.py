@@ -15,6 +15,7 @@ from lite_attention.ops.bitmask import pack_bits, unpack_bits
 from lite_attention.ops.buffers import Buffers, Sizes
 from lite_attention.ops.memory import Memory
 from lite_attention.ops.options import check_options
+from lite_attention.ops.part import Part
 from lite_attention.ops.tiles import ceil_div
 
 __all__ = ["DEFAULT_SLOTS", "SiteState"]
@@ -41,6 +42,7 @@ class SiteState(Memory):
     skip_mask: torch.Tensor
     control: torch.Tensor
     initial_mask: torch.Tensor | None
+    part: torch.Tensor | None  # `Part.words`, where other processes have the rest
     _thread: int | None = None  # that calls the op
 
     def __init__(
@@ -87,6 +89,7 @@ class SiteState(Memory):
         for name in self.BUFFERS:
             # accelerate takes what is not persistent for a tensor.
             self.register_buffer(name, buffers[name], persistent=self.persistent or buffers[name] is None)
+        self.register_buffer("part", None)
 
     def _pack_initial_mask(self, mask: torch.Tensor) -> torch.Tensor:
         batch, heads = self.capacity[:2]
@@ -133,6 +136,18 @@ class SiteState(Memory):
     def query_start(self, start: int | None) -> None:
         word = 0 if start is None else 1 + check_count("query_start", start, least=0, most=(1 << 30) - 1)
         self.control[c.QUERY_START : c.QUERY_START + 1].fill_(word)
+
+    @property
+    def place(self) -> Part | None:
+        """Which heads and queries of the whole model these are; None = all. Waits for the device."""
+        words = self._buffers.get("part")  # states that 0.1 pickled have none
+        return None if words is None else Part.of_words(words, self.capacity[2])
+
+    def hold_place(self, words: torch.Tensor | None) -> None:
+        """Be of this part of the whole model, `Part.words`."""
+        with torch.inference_mode(False):
+            own = None if words is None else words.to(self.control.device, torch.int64).clone()
+        self.register_buffer("part", own, persistent=self.persistent or own is None)
 
     def step(self, slot: int | None = None) -> int:
         """Return the step that the next call of a slot (None = the current one) belongs to. Waits for the device."""
@@ -219,6 +234,11 @@ class SiteState(Memory):
             per: axes to keep, of "slot", "batch" and "head"; the result has them in this order. A slot not in use
                 counts as 0 where the slots are kept.
         """
+        skipped, tiles = self.tile_counts(per)
+        return (skipped / tiles.clamp(min=1)).float()
+
+    def tile_counts(self, per: str | Collection[str] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how many tiles that is, and of how many, float64; as for `sparsity`."""
         kept_axes = {per} if isinstance(per, str) or not isinstance(per, Collection) else set(per)
         if not kept_axes <= set(_AXES):
             raise ValueError(f"per: expected names out of {_AXES}, got {[*kept_axes - set(_AXES)]}")
@@ -237,9 +257,7 @@ class SiteState(Memory):
             total.append(sizes)
         summed = [dim for dim, axis in enumerate(_AXES) if axis not in kept_axes]
         numerator, denominator = torch.stack(skipped), torch.stack(total)
-        if summed:
-            numerator, denominator = numerator.sum(summed), denominator.sum(summed)
-        return (numerator / denominator.clamp(min=1)).float()
+        return (numerator.sum(summed), denominator.sum(summed)) if summed else (numerator, denominator)
 
     @property
     def nbytes(self) -> int:
@@ -294,7 +312,7 @@ class SiteState(Memory):
             ValueError: a tensor is missing, unknown or not one.
         """
         required = {"geometry", *cls.BUFFERS} - cls.OPTIONAL
-        if not required <= set(state_dict) <= required | cls.OPTIONAL:
+        if not required <= set(state_dict) <= required | cls.OPTIONAL | {"part"}:
             raise ValueError(f"state_dict: expected {sorted(required)}, got {sorted(state_dict)}")
         for name, saved in state_dict.items():
             check_has_values(name, saved)

@@ -166,5 +166,6 @@ class SkipState(SiteState):
             **named, slots=table.shape[0], threshold=table, device=device,
             initial_mask=cls._saved_initial_mask(state_dict, geometry),
         )  # fmt: skip
+        state.hold_place(state_dict.get("part"))
         state.load_state_dict(state_dict)
         return state

@@ -14,6 +14,7 @@ from lite_attention.ops import control as c
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.memory import Memory
+from lite_attention.ops.part import FIRST_HEAD
 from lite_attention.ops.shard import Ranks, Shard, rows_of_queries
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import all_gather, arrived, is_fake
@@ -250,6 +251,8 @@ class ModuleExchange(Memory):
         for words in slots:  # of other branches, too: these are other heads now
             words[:, c.FRESH].bitwise_or_(begins.to(words.dtype))
         for part, state in enumerate(states):
+            if state.part is not None:
+                state.part[FIRST_HEAD:].copy_(self._heads_of(part))
             if self.thresholds is not None and isinstance(state, SkipState):
                 state.threshold.copy_(self.thresholds.index_select(2, self._heads_of(part)))
             if self.initial_mask is not None and state.initial_mask is not None:
@@ -277,6 +280,14 @@ class ModuleExchange(Memory):
 
     def _heads_of(self, part: int) -> torch.Tensor:
         return self.own_heads.view(self.parts, -1)[part]
+
+    def part_words(self, part: int, seq_len: int) -> torch.Tensor | None:
+        """Return which heads, and queries of so many tokens, a state is of, as `Part.words`; None = all."""
+        if self.shard.place.ranks * self.parts == 1:
+            return None
+        keys = spread(self.group, self.key_group, seq_len).keys
+        own = [len(self.order), 0 if keys is None else keys.query_start, seq_len]
+        return torch.cat([torch.tensor(own, device=self.order.device), self._heads_of(part)])
 
     def own(self, name: str, table: Any, part: int, dim: int = -1) -> Any:
         """Return what of a tensor is of the heads of a state; one for all heads, or a number, as it is.

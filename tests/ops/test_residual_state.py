@@ -76,7 +76,7 @@ def test_sizes_and_bytes(residual_dtype: Any, forecast: bool) -> None:
     sizes = {**SIZES, "seq_k": 8 * 33, "slots": 3, "forecast": forecast, "residual_dtype": residual_dtype}
     state = ResidualState(**sizes, plan=step_plan(20), num_steps=50)
     planes = 2 if forecast else 1
-    assert (*state._buffers,) == RESIDUAL_BUFFERS
+    assert (*state._buffers,) == (*RESIDUAL_BUFFERS, "part")
     assert state.skip_mask.shape == (3, 2, 2, 4, 7, 2)
     assert state.residual.shape == (3, planes, 2, 4, 50, 8)
     assert state.row_lse.shape == (3, 1 + planes, 2, 4, 50)
