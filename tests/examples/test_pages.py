@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lite_attention import ResidualState
+from lite_attention import ResidualState, presets
 from tools import pays
 from tools.pages import DOCS, PAGES
 from tools.reasons import MEANINGS, reasons
@@ -82,3 +83,31 @@ def test_the_readme_has_the_figures_of_the_pages() -> None:
     assert f"{balanced} s with `balanced`, in place of {dense} s" in readme
     models = len(re.findall(r"^\| `", (DOCS / "reference/models.md").read_text(), re.MULTILINE))
     assert f"each of {models} transformers" in readme
+
+
+PSNR_OF = {
+    "`quality`": "residual:0.5,2",
+    "`balanced`": "residual:0.3,3",
+    "`fast`": "residual:0.2,3",
+    "`balanced`, tokens in blocks": "residual:0.3,3,tile3d",
+    "`quality`, INT8 and FP8": "residual-fp8:0.5,2",
+    "`fast`, INT8 and FP8": "residual-fp8:0.2,3",
+    "`fast`, INT8 scores, FP8 values": "residual-fp8:0.2,3",
+    "fewer steps: 12 of 20": "steps:12",
+    "votes, threshold -2": "threshold:-2",
+    "Sol-Attn, for comparison": "sol:1,4",
+    "Sol-Attn, tau 1, first 4 steps dense": "sol:1,4",
+}
+
+
+def test_short_tables_have_the_means_of_the_long_one() -> None:
+    with (DOCS / "data/quality.csv").open() as file:
+        mean = {row["method"]: row["psnr"] for row in csv.DictReader(file) if row["run"] == "euler-20"}
+    many_steps = (presets.__doc__ or "").split("In a generation of at most")[0]
+    texts = [(CHECKOUT / "README.md").read_text(), (DOCS / "results.md").read_text()]
+    texts += [(DOCS / "how-to/presets.md").read_text(), re.sub(r"^\| (\w+)", r"| `\1`", many_steps, flags=re.M)]
+    for text, least in zip(texts, (4, 9, 3, 3), strict=True):
+        rows = re.findall(r"^\| (?:preset )?(.+?) \|.*?\| ([\d.]+) dB \|", text, re.MULTILINE)
+        said = [(PSNR_OF[name], psnr) for name, psnr in rows if name in PSNR_OF]
+        assert len(said) >= least
+        assert [(name, psnr) for name, psnr in said if psnr != mean[name]] == []
