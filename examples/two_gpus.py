@@ -37,5 +37,5 @@ video = pipe(
 ).frames[0]  # fmt: skip
 if rank == 0:
     export_to_video(video, args.output, fps=16)
-    lite_attention.report(pipe)
+lite_attention.report(pipe, process_group=dist.group.WORLD)  # of all processes; the first one prints
 dist.destroy_process_group()
