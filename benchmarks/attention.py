@@ -35,17 +35,18 @@ import torch
 import lite_attention
 from benchmarks import peers, residual_steps
 from benchmarks.host import report_host
-from benchmarks.measure import block, going_on, one_line, require_gpu, where
+from benchmarks.measure import going_on, one_line, require_gpu, where
 from benchmarks.peers import Contender
-from lite_attention.cli.arguments import integer, number
+from lite_attention.cli.arguments import number, shape
+from lite_attention.cli.planted import planted, skipping
+from lite_attention.cli.timing import block
 from lite_attention.ops import SkipState
-from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.tiles import tile_shape
 
-SHAPES = ["1,40,32760,128", "1,40,75600,128", "1,12,32760,128", "1,32,11264,128", "2,24,16384,128", "4,16,4096,64"]
-SHAPES += ["2,24,16384,64"]
+SHAPES = [(1, 40, 32760, 128), (1, 40, 75600, 128), (1, 12, 32760, 128), (1, 32, 11264, 128), (2, 24, 16384, 128)]
+SHAPES += [(4, 16, 4096, 64), (2, 24, 16384, 64)]
 SPARSITIES = (0.0, 0.21, 0.42, 0.57, 0.77)
 SOME_SPARSITIES = (0.42, 0.77)
 QUANTIZED = {"INT8": "int8", "INT8 and FP8": "int8_fp8"}
@@ -56,7 +57,6 @@ PEERS: dict[str, tuple[str, Callable[..., Contender]]] = {
     **{f"sol-{tau:g}": (f"Sol-Attn, tau {tau:g}", partial(peers.sol, tau=tau)) for tau in (1.0, 1.3, 1.5)},
 }  # fmt: skip
 IN_8_BITS = ("fa3-fp8", "sage")
-NO_VOTE = -60.0  # random inputs: nothing is voted out, so the planted mask stays
 
 
 def runs_of_tiles(share: torch.Tensor, q_tiles: int, k_tiles: int) -> torch.Tensor:
@@ -69,31 +69,12 @@ def runs_of_tiles(share: torch.Tensor, q_tiles: int, k_tiles: int) -> torch.Tens
     return ((tile >= start) & (tile < start + length)).any(-1)
 
 
-def planted(q: torch.Tensor, share: torch.Tensor, quantization: str) -> SkipState:
-    """Return a state in use, of which about this share of the tiles of each head is skipped."""
-    state = SkipState.for_inputs(q, q, threshold=NO_VOTE, slots=1, quantization=quantization)
-    # From now on the step is not fresh.
-    lite_attention.skip_attention(q, q, q, state, quantization=quantization)
-    _, batch, heads, q_tiles, _ = state.skip_mask.shape
-    k_tiles = -(-q.shape[1] // state.tile_n)
-    mask = runs_of_tiles(share.expand(heads, 1), q_tiles, k_tiles)
-    state.skip_mask[0] = pack_bits(mask).to(q.device).expand(batch, -1, -1, -1)
-    return state
-
-
 def accumulated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> SkipState:
     """Return a state whose mask was voted, on clustered inputs over a few steps."""
     state = SkipState.for_inputs(q, k, threshold=-4.0, slots=1)
     for _ in range(3):
         lite_attention.skip_attention(q, k, v, state)
     return state
-
-
-def skipping(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: SkipState, quantization: str = "none"
-) -> Contender:
-    skipped = state.sparsity().item()
-    return lambda: lite_attention.skip_attention(q, k, v, state, quantization=quantization), skipped
 
 
 def dense_flag(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, quantization: str = "none") -> Contender:
@@ -136,11 +117,12 @@ def contenders(
     heads = q.shape[2]
 
     def planting(share: float | torch.Tensor, quantization: str = "none") -> Contender:
-        state = planted(q, torch.as_tensor(share).reshape(-1, 1), quantization)
-        return skipping(q, k, v, state, quantization)
+        shares = torch.as_tensor(share).reshape(-1, 1).expand(heads, 1)
+        state = planted(q, k, v, partial(runs_of_tiles, shares), quantization=quantization)
+        return skipping(q, k, v, state, quantization=quantization)
 
     def flex_planted(share: float) -> Contender:
-        return peers.flex(q, k, v, lambda *tiles: runs_of_tiles(torch.full((heads, 1), share), *tiles))
+        return peers.flex(q, k, v, partial(runs_of_tiles, torch.full((heads, 1), share)))
 
     for peer in others:
         if "dense" in only or ("int8" in only and peer in IN_8_BITS):
@@ -177,16 +159,19 @@ def sqnr(out: Any, reference: Any) -> float:
     return float(10 * torch.log10(reference.float().square().mean() / noise))
 
 
-def measure_shape(text: str, only: Collection[str], others: Collection[str], seconds: float) -> list[dict[str, Any]]:
+def measure_shape(
+    sizes: tuple[int, ...], only: Collection[str], others: Collection[str], seconds: float
+) -> list[dict[str, Any]]:
     """Time all contenders at one shape, and print a line each."""
-    batch, heads, seq, dim = map(int, text.split(","))
+    batch, heads, seq, dim = sizes
+    text = ",".join(map(str, sizes))
     torch._dynamo.reset()  # FlexAttention is compiled for each shape: it must not run into the limit of recompiles
     q, k, v = (torch.randn(batch, seq, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     flops = 4 * batch * heads * seq * seq * dim
     columns = f"{'ratio':>7}{'ms':>9}{'FA3 ms':>9}{'TFLOP/s':>9}{'skipped':>9}{'SQNR':>9}"
     print(f"\n(B, H, S, D) = ({text}), bf16\n{'':42}{columns}")
     fa3, _ = peers.fa3(q, k, v)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, make in contenders(q, k, v, only, others):
         with going_on(name):
             call, share = make()
@@ -202,17 +187,10 @@ def measure_shape(text: str, only: Collection[str], others: Collection[str], sec
                 "shape": text, "name": name, "ratio": ours / peer, "ms": ours, "fa3_ms": [before, after],
                 "tflops": speed, "skipped": share, "sqnr": decibels,
             })  # fmt: skip
-    for name, cost, ratio, like in residual_steps.generations(rows):
+    for name, cost, ratio, like in residual_steps.generations({row["name"]: row["ratio"] for row in rows}):
         print(f"{name:42}{ratio:7.3f}  votes {like:.3f}  {cost:9.1%} computed", flush=True)
         rows.append({"shape": text, "name": name, "ratio": ratio, "votes": like, "computed": cost})
     return rows
-
-
-def shape(text: str) -> str:
-    """Return a shape as it is written, if it is one."""
-    if len([integer(1)(size) for size in text.split(",")]) != 4:
-        raise argparse.ArgumentTypeError(f"expected B,H,S,D, got {text!r}")
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,9 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "host" in args.only:
         with going_on("host time"):
             result["host"] = report_host()
-    for text in args.shapes if set(args.only) - {"host"} else ():
-        with going_on(f"shape {text}"):
-            result["rows"] += measure_shape(text, args.only, args.peers, args.seconds)
+    for sizes in args.shapes if set(args.only) - {"host"} else ():
+        with going_on(f"shape {sizes}"):
+            result["rows"] += measure_shape(sizes, args.only, args.peers, args.seconds)
         if args.json:
             args.json.write_text(json.dumps(result, indent=1))
     if args.json:
@@ -265,14 +243,12 @@ def draw(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
         plot(name, name)
     speed.set(xlabel="tokens", ylabel="TFLOP/s", title="Dense attention, bf16, head dim 128", ylim=(0, None))
     speed.legend()
-    for shape in dict.fromkeys(r["shape"] for r in rows):
+    for text in dict.fromkeys(r["shape"] for r in rows):
         found = [
-            (r["skipped"], r["ratio"])
-            for r in rows
-            if r["shape"] == shape and r["name"].startswith("ours, mask in use")
+            (r["skipped"], r["ratio"]) for r in rows if r["shape"] == text and r["name"].startswith("ours, mask in use")
         ]
         if found:
-            time_axis.plot(*zip(*found, strict=True), "o-", label=f"({shape})")
+            time_axis.plot(*zip(*found, strict=True), "o-", label=f"({text})")
     time_axis.plot([0, 1], [1, 0], "k:", label="ideal: FA3 x (1 - skipped)")
     time_axis.set(xlabel="share of tiles skipped", ylabel="time / FlashAttention-3 dense", title="Skipping, bf16")
     time_axis.legend(fontsize=8)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import block, one_line, require_gpu, where
+from benchmarks.measure import one_line, require_gpu, where
 from lite_attention.cli.arguments import number
+from lite_attention.cli.timing import block
 from lite_attention.ops.targets import SM90A
 
 SIZES = [(4096, 4096, 4096), (8192, 8192, 8192), (8192, 8192, 16384), (16384, 16384, 16384)]  # M, N, K
@@ -38,7 +39,7 @@ def matrix_rates(seconds: float) -> dict[str, float]:
         a, b, bt = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((m, k), (k, n), (n, k)))
         out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
         for layout, right in (("A B", b), ("A B^T", bt.t())):
-            ms = block(lambda a=a, right=right, out=out: torch.matmul(a, right, out=out), seconds, IN_A_ROW)  # type: ignore[misc]
+            ms = block(lambda a=a, right=right, out=out: torch.matmul(a, right, out=out), seconds, in_a_row=IN_A_ROW)  # type: ignore[misc]
             rates[f"{m} x {n} x {k}, {layout}"] = 2 * m * n * k / ms / 1e9
     return rates
 
@@ -49,7 +50,7 @@ def exp_rate(seconds: float) -> float:
 
     programs = PROGRAMS_AN_SM * torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.empty(programs * BLOCK, device="cuda")
-    ms = block(lambda: exponentials[(programs,)](out, ROUNDS, BLOCK=BLOCK, num_warps=WARPS), seconds, IN_A_ROW)
+    ms = block(lambda: exponentials[(programs,)](out, ROUNDS, BLOCK=BLOCK, num_warps=WARPS), seconds, in_a_row=IN_A_ROW)
     return programs * BLOCK * ROUNDS / ms / 1e6
 
 

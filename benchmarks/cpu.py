@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lite_attention.cli.arguments import integer
+from lite_attention.cli.arguments import integer, shape
 from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops.tiles import ceil_div, tile_shape
 
@@ -74,14 +74,6 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def shape(text: str) -> list[int]:
-    """Return the sizes of "batch,heads,seq_len,head_dim"."""
-    sizes = [integer(1)(size) for size in text.split(",")]
-    if len(sizes) != 4:
-        raise argparse.ArgumentTypeError(f"expected batch,heads,seq_len,head_dim, got {text!r}")
-    return sizes
-
-
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "shape": args.shape,
+        "shape": list(args.shape),
         "dtype": "float32",
         "repeats": args.repeats,
     }

@@ -26,9 +26,10 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import lite_attention
-from benchmarks.measure import Call, going_on, one_line, require_gpu, where
+from benchmarks.measure import going_on, one_line, require_gpu, where
 from benchmarks.peers import fa3
 from lite_attention.cli.arguments import integer
+from lite_attention.cli.timing import Call
 from lite_attention.ops import SkipState
 
 DEVICE = "cuda"

@@ -1,36 +1,15 @@
-"""What the GPU benchmarks share: timing in blocks, what they ran on, and going on after a failure."""
+"""What the GPU benchmarks share: that there is a GPU, what they ran on, and going on after a failure."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-Call = Callable[[], Any]
-
-
-def block(call: Call, seconds: float, in_a_row: int = 1) -> float:
-    """Return the median time of a call in ms, over the second half of a block; `in_a_row` calls are timed as one."""
-    call()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 4:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(in_a_row):
-            call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / in_a_row)
-    return statistics.median(times[len(times) // 2 :])
 
 
 def require_gpu() -> None:

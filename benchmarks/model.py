@@ -35,9 +35,10 @@ from torch.nn.attention import SDPBackend
 
 import lite_attention
 from benchmarks.attention import SPARSITIES
-from benchmarks.measure import Call, block, going_on, one_line, require_gpu, where
+from benchmarks.measure import going_on, one_line, require_gpu, where
 from benchmarks.model_variants import LAYERS, Variants, build, fa3, inputs_of, no_attention
 from lite_attention.cli.arguments import integer, number
+from lite_attention.cli.timing import Call, block
 from lite_attention.ops import step_plan
 from lite_attention.ops.plan import DECIDING, FULL, SPARSE
 from lite_attention.presets import PRESETS

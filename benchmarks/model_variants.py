@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lite_attention
 from benchmarks.attention import runs_of_tiles
-from benchmarks.measure import Call
+from lite_attention.cli.timing import Call
 from lite_attention.inspection import named_states
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.plan import DECIDING, FULL

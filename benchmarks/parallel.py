@@ -24,9 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import Call, one_line, where
+from benchmarks.measure import one_line, where
 from benchmarks.parallel_layer import Layer
 from lite_attention.cli.arguments import add_device, integer, number
+from lite_attention.cli.timing import Call
 from lite_attention.parallel import leave_processors
 from lite_attention.parallel.balance import deal
 

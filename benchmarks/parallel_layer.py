@@ -9,15 +9,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.attention import runs_of_tiles
-from benchmarks.measure import Call
 from lite_attention import LiteAttention, SkipState, skip_attention
-from lite_attention.ops.bitmask import pack_bits
+from lite_attention.cli.planted import planted
+from lite_attention.cli.timing import Call
 from lite_attention.ops.tiles import ceil_div, tile_shape
 from lite_attention.parallel import ulysses_attention
 from lite_attention.parallel.exchange import begin_gather, begin_scatter, end_gather, end_scatter, spread
 from lite_attention.parallel.group import ALONE, Group
-
-NO_VOTE = -60.0  # random inputs: nothing is voted out, so a planted mask stays
 
 Captured = Callable[[], tuple[float, Call]]  # makes it; returns the largest difference to eager, and a call
 
@@ -51,10 +49,7 @@ class Layer:
     def _planted(self, mask: torch.Tensor, quantization: str) -> SkipState:
         """Return a state in use of as many heads as the mask."""
         q = self.whole[0][:, :, : len(mask)]
-        state = SkipState.for_inputs(q, q, threshold=NO_VOTE, slots=1, quantization=quantization)
-        skip_attention(q, q, q, state, quantization=quantization)  # from now on the step is not fresh
-        state.skip_mask[0] = pack_bits(mask).to(self.device)
-        return state
+        return planted(q, q, q, lambda *_: mask, quantization=quantization)
 
     def _own(self, mask: torch.Tensor, parts: int = 1) -> list[torch.Tensor]:
         """Return what this rank has of something by head, in parts."""

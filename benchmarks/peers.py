@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.measure import Call
+from lite_attention.cli.timing import Call
 
 Contender = tuple[Call, float]
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["add_device", "integer", "number", "threshold"]
+__all__ = ["add_device", "integer", "number", "shape", "threshold"]
 
 _Number = TypeVar("_Number", int, float)
 
@@ -37,6 +37,14 @@ def number(*, least: float = -math.inf, above: float = -math.inf, most: float = 
     return lambda text: _parsed(
         float, text, lambda value: math.isfinite(value) and least <= value <= most and value > above, what
     )
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Return batch, heads, tokens and head dim, out of "B,H,S,D"."""
+    sizes = tuple(integer(1)(size) for size in text.split(","))
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"expected four sizes B,H,S,D, got {text!r}")
+    return sizes
 
 
 def threshold(text: str) -> float:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from lite_attention import LiteAttention
 from lite_attention._version import __version__
-from lite_attention.cli.arguments import add_device, integer, number
+from lite_attention.cli.arguments import add_device, number, shape
+from lite_attention.cli.planted import planted, skipping
 from lite_attention.cli.timing import block
-from lite_attention.ops import SkipState, attention, skip_attention, step_plan
-from lite_attention.ops.bitmask import pack_bits
+from lite_attention.ops import attention, step_plan
 from lite_attention.presets import PRESETS, computed_share
 from lite_attention.tables import text_table
 
@@ -28,7 +28,6 @@ _SHAPES = {"cuda": (1, 40, 32760, 128), "cpu": (1, 2, 2048, 64)}  # the first: W
 _FORMATS = {"": "none", ", INT8": "int8", ", INT8 and FP8": "int8_fp8"}
 _PLANTED = 0.42  # share of tiles that votes skip: about what the preset does
 _PRESET, _STEPS = "balanced", 20
-_NO_VOTE = -60.0  # random inputs: nothing is voted out, so the planted mask stays
 _PYTORCH = "PyTorch, dense"
 _FA3 = "FlashAttention-3, dense"  # where it is installed
 
@@ -63,7 +62,7 @@ def add_parser(commands: Any) -> None:
     add_device(parser)
     parser.add_argument(
         "--shape",
-        type=_shape,
+        type=shape,
         metavar="B,H,S,D",
         help="batch, heads, tokens and head dim; those of a layer of Wan 14B at 480p unless given",
     )
@@ -75,37 +74,30 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(command=main)
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(integer(1)(size) for size in text.split(","))
-    if len(sizes) != 4:
-        raise argparse.ArgumentTypeError(f"expected four sizes B,H,S,D, got {text!r}")
-    return sizes
-
-
 def main(args: argparse.Namespace) -> int:
     """Measure, print, draw and save what the command line asks for, and return the exit status."""
     device = torch.device(args.device)
-    shape = args.shape or _SHAPES[device.type]
+    sizes = args.shape or _SHAPES[device.type]
     about = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "shape": list(shape),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "shape": list(sizes),
         "lite-attention": __version__, "torch": torch.__version__, "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    rows, left_out = measure(shape, device, args.seconds)
+    rows, left_out = measure(sizes, device, args.seconds)
     print(_table(rows))
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
     if args.json is not None:
         args.json.write_text(json.dumps({**about, "rows": [row._asdict() for row in rows]}, indent=1))
     if args.plot is not None:
-        draw(rows, f"{about['device']}, {shape[2]:,} tokens, {about['date']}", args.plot)
+        draw(rows, f"{about['device']}, {sizes[2]:,} tokens, {about['date']}", args.plot)
         print(f"picture: {args.plot}")
     return 0 if len(rows) > 1 else 1
 
 
-def measure(shape: tuple[int, ...], device: torch.device, seconds: float) -> tuple[list[Row], dict[str, str]]:
+def measure(sizes: tuple[int, ...], device: torch.device, seconds: float) -> tuple[list[Row], dict[str, str]]:
     """Return the rows, PyTorch's first, and why some are missing."""
-    batch, heads, seq, dim = shape
+    batch, heads, seq, dim = sizes
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (torch.randn(batch, seq, heads, dim, device=device, dtype=dtype) for _ in range(3))
@@ -154,16 +146,10 @@ def _flash_attention_3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Cal
 
 
 def _votes(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, quantization: str) -> Contender:
-    state = SkipState.for_inputs(q, k, threshold=_NO_VOTE, slots=1, quantization=quantization)
-
-    def call() -> Any:
-        return skip_attention(q, k, v, state, quantization=quantization)
-
-    call()  # from now on the step is not fresh
-    _, batch, heads, q_tiles, _ = state.skip_mask.shape
-    skipped = torch.rand(heads, q_tiles, -(-k.shape[1] // state.tile_n)) < _PLANTED
-    state.skip_mask[0] = pack_bits(skipped).to(q.device).expand(batch, -1, -1, -1)
-    return Contender(name, call, 1, 1 - float(skipped.float().mean()))
+    heads = q.shape[2]
+    state = planted(q, k, v, lambda *tiles: torch.rand(heads, *tiles) < _PLANTED, quantization=quantization)
+    call, skipped = skipping(q, k, v, state, quantization=quantization)
+    return Contender(name, call, 1, 1 - skipped)
 
 
 def _preset(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, quantization: str) -> Contender:
