@@ -162,15 +162,15 @@ def follow_cache_context(model: nn.Module, session: Callable[[], Session]) -> Un
 
 
 def follow_parallelism(model: nn.Module) -> Undo:
-    """Let attention that diffusers splits over a ring of processes be one that can skip, split before or after this."""
-    detach = [_gather_keys(model)]
+    """Let attention that diffusers splits over processes be one that can skip, split before or after this."""
+    detach = [_split_attention(model)]
     inner = getattr(model, "enable_parallelism", None)
     if inner is None:
         return lambda _: None
 
     def enable_parallelism(*args: Any, **kwargs: Any) -> None:
         inner(*args, **kwargs)
-        detach.append(_gather_keys(model))
+        detach.append(_split_attention(model))
 
     take_off = _override(model, "enable_parallelism", enable_parallelism)
 
@@ -182,12 +182,12 @@ def follow_parallelism(model: nn.Module) -> Undo:
     return undo
 
 
-def _gather_keys(model: nn.Module) -> Callable[[], None]:
-    """Let the keys of a ring be gathered, if there is one, and return what undoes it."""
+def _split_attention(model: nn.Module) -> Callable[[], None]:
+    """Let attention that is split over processes be the one of `diffusers_member`, and return what undoes it."""
     from lite_attention.parallel.shard import context_parallel_of
 
     split = context_parallel_of(model, "_parallel_config")
-    if split is None or split.ring_degree == 1:
+    if split is None or max(split.ring_degree, split.ulysses_degree) == 1:
         return lambda: None
     from lite_attention.parallel.diffusers_member import attach
 

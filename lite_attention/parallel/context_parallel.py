@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import all_gather, arrived
 from lite_attention.parallel.group import gathered_rows
 
-__all__ = ["attend"]
+__all__ = ["attend", "own_heads_of_mask"]
 
 
 def attend(
@@ -58,6 +59,21 @@ def attend(
     return out if by_heads is None else _exchanged(out, by_heads, 1, 2)
 
 
+def own_heads_of_mask(mask: torch.Tensor, heads: int, config: Any) -> torch.Tensor:
+    """Return the part of a mask (batch, heads or 1, ...) that is of the heads of this rank; others as they are.
+
+    Args:
+        mask: of any shape.
+        heads: of the whole model.
+        config: diffusers' `ContextParallelConfig`.
+    """
+    if mask.dim() != 4 or mask.shape[1] == 1 or mask.shape[1] != heads:
+        return mask
+    each = ceil_div(heads, config.ulysses_degree)
+    start = each * config._ulysses_local_rank
+    return mask[:, start : start + each].contiguous()
+
+
 def _exchanged(x: torch.Tensor, group: Any, scattered: int, gathered: int) -> torch.Tensor:
     from diffusers.models.attention_dispatch import SeqAllToAllDim
 
@@ -89,8 +105,8 @@ def _of_all_keys(mask: torch.Tensor, keys: int, config: Any) -> torch.Tensor:
             "attn_mask: expected one of keys alone, (batch, keys) or (batch, heads, 1, keys), with a ring of "
             f"processes, got {tuple(mask.shape)}"
         )
-    if mask.shape[1] > 1:
-        mask = mask.tensor_split(config.ulysses_degree, 1)[config._ulysses_local_rank]
+    if config.ulysses_degree > 1:
+        mask = own_heads_of_mask(mask, mask.shape[1], config)
     if mask.shape[3] != keys:
         return mask
     of_keys = mask.permute(3, 0, 1, 2)

@@ -14,7 +14,7 @@ from torch import nn
 
 from lite_attention.compile.other_attention import NATIVE_BACKENDS
 from lite_attention.integrations.enum_member import add_member
-from lite_attention.parallel.context_parallel import attend
+from lite_attention.parallel.context_parallel import attend, own_heads_of_mask
 
 __all__ = ["MEMBER", "NAME", "attach"]
 
@@ -43,6 +43,8 @@ def _attend(
     if split is not None and split.ring_degree > 1 and not return_lse:
         how: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return attend(query, key, value, attn_mask, split, **how)
+    if split is not None and attn_mask is not None:
+        attn_mask = own_heads_of_mask(attn_mask, query.shape[2], split)
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, _parallel_config)
     return _native(*arguments)  # type: ignore[no-any-return]
 
@@ -51,10 +53,10 @@ _registry.register(MEMBER, supports_context_parallel=True)(_attend)
 
 
 def attach(model: nn.Module) -> Callable[[], None]:
-    """Let a model whose queries are split over a ring attend to gathered keys, and return what undoes it.
+    """Let a model whose attention is split attend by this backend, and return what undoes it.
 
-    Where heads alone are exchanged, diffusers calls scaled_dot_product_attention by itself. What runs another backend's
-    attention is left as it is.
+    In a ring it attends to gathered keys. Where heads alone are exchanged, diffusers does it all but cut a mask by head
+    to the heads here, as LTX needs it. What runs another backend's attention is left as it is.
     """
     before = [(processor, processor._attention_backend) for processor in _native_processors(model)]
     for processor, _ in before:

@@ -63,22 +63,46 @@ def _attribute(model: Any, name: str) -> Any:
 
 
 def check_of_sequence(model: nn.Module, arguments: Sequence[str]) -> Callable[..., None]:
-    """Return a check before each forward that the sequence is in the order in which arguments name its tokens.
+    """Return a check before each forward that diffusers has split the sequence so that attention can be computed.
 
     Where ranks split text and picture apart, joint attention has text, picture, text, picture. The check raises
-    ValueError then, if there are such arguments. It does not keep the model alive.
+    ValueError then, if there are arguments that name tokens; and where rotary embeddings of LTX-2 are not split as the
+    tokens are, which diffusers leaves out. It does not keep the model alive.
     """
     of = weakref.ref(model)
 
     def check(*_: object) -> None:
         model = of()
-        if arguments and context_parallel_of(model) is not None and _splits_joint_attention(model):
+        if context_parallel_of(model) is None:
+            return
+        for name in _unsplit_rotary(model):
+            raise ValueError(
+                f"cp_plan: expected one that splits what {name} of {type(model).__name__} returns, got one that does "
+                "not, as that of diffusers: give enable_parallelism() the plan that the page on several GPUs has"
+            )
+        if arguments and _splits_joint_attention(model):
             raise ValueError(
                 f"{arguments[0]}: expected none for {type(model).__name__} with enable_parallelism(), whose joint "
                 "attention then has text and picture of each process in turn: it would name other tokens"
             )
 
     return check
+
+
+def _unsplit_rotary(model: Any) -> list[str]:
+    """Return the rotary embeddings of the video in LTX-2, one of its own and one for audio, that are not split."""
+    modules = {name: model._modules.get(name) for name in ("rope", "cross_attn_rope")}
+    if None in modules.values() or context_parallel_of(model, "_parallel_config") is None:
+        return []
+    dims = 4 if getattr(model.config, "rope_type", "") == "split" else 3  # with a dim for heads
+    return [name for name, module in modules.items() if dims not in _split_dims(module)]
+
+
+def _split_dims(module: Any) -> set[int]:
+    """Return of how many dims outputs of a module are split over processes, by hooks of diffusers."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    plans = [hook.metadata for hook in hooks.values() if isinstance(getattr(hook, "metadata", None), dict)]
+    return {split.expected_dims for plan in plans for split in plan.values()}
 
 
 def _splits_joint_attention(model: Any) -> bool:

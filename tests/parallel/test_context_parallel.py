@@ -137,12 +137,27 @@ def test_the_residual_is_of_the_ranks_heads_and_queries(
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["LTX", "Flux"])
-def test_other_models_that_skip_nothing_are_dense(two: Ranks, name: str, degrees: dict[str, Any]) -> None:
-    """LTX has a mask for its text, which diffusers exchanges in a ring alone."""
-    for error, sites in two.run(cases.by_name, name, degrees):
+@pytest.mark.parametrize(("name", "compile"), [("LTX", False), ("LTX", "blocks"), ("Flux", False)])
+def test_other_models_that_skip_nothing_are_dense(
+    two: Ranks, name: str, compile: bool | str, degrees: dict[str, Any]
+) -> None:
+    """LTX has a mask for its text, by head, of which diffusers alone takes those of all ranks."""
+    for error, sites in two.run(cases.by_name, name, degrees, {"compile": compile}):
         assert error < 2e-5
         assert sites
+
+
+@BOTH
+@pytest.mark.parametrize("rope_type", ["interleaved", "split"])
+def test_ltx2_needs_a_plan_that_splits_all_that_is_of_the_video(
+    two: Ranks, rope_type: str, degrees: dict[str, Any]
+) -> None:
+    """That of diffusers leaves out the one of attention to audio, and both where they have a dim for heads."""
+    name = "rope" if rope_type == "split" else "cross_attn_rope"
+    for said in two.run(cases.ltx2, degrees, rope_type, False):
+        assert said.startswith(f"cp_plan: expected one that splits what {name} of LTX2VideoTransformer3DModel returns")
+    for error in two.run(cases.ltx2, degrees, rope_type, True):
+        assert error < 1e-5
 
 
 @BOTH

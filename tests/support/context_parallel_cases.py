@@ -10,8 +10,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig, WanTransformer3DModel
+from diffusers import ContextParallelConfig, LTX2VideoTransformer3DModel, WanTransformer3DModel
 from diffusers import logging as diffusers_logging
+from diffusers.models._modeling_parallel import ContextParallelInput
 from torch import nn
 
 import lite_attention
@@ -303,20 +304,39 @@ def residual(degrees: dict[str, Any]) -> Kept:
 # ---- other models ----------------------------------------------------------------------------------------------------
 
 
-def of_dense(case: dm.Case, degrees: dict[str, Any]) -> tuple[float, list[str]]:
+def of_dense(case: dm.Case, degrees: dict[str, Any], options: dict[str, Any]) -> tuple[float, list[str]]:
     """The error of a model that skips nothing, and its sites that may."""
     with diffusers_on_cpus():
         inputs = case.inputs(0, 0)
-        if degrees.get("ring_degree", 1) == 1:
-            inputs = {name: None if name == "encoder_attention_mask" else x for name, x in inputs.items()}
         want = dm.run(case.model(), inputs)
-        model = enable(split(case.model(), **degrees), threshold=-math.inf)
+        model = enable(split(case.model(), **degrees), threshold=-math.inf, **options)
         got = dm.run(model, inputs)
         return float((got - want).abs().max()), [name for name in named_states(model)]
 
 
-def by_name(name: str, degrees: dict[str, Any]) -> tuple[float, list[str]]:
-    return of_dense(next(case for case in [*dm.SUPPORTED, dm.MINIMAX_H3] if case.name == name), degrees)
+def by_name(name: str, degrees: dict[str, Any], options: dict[str, Any]) -> tuple[float, list[str]]:
+    return of_dense(next(case for case in [*dm.SUPPORTED, dm.MINIMAX_H3] if case.name == name), degrees, options)
+
+
+def ltx2(degrees: dict[str, Any], rope_type: str, has_plan: bool) -> str | float:
+    """Return the error of LTX-2 that skips nothing, or what it is told."""
+    at = {"split": (2, 4), "interleaved": (1, 3)}[rope_type]
+    splits = [ContextParallelInput(split_dim=at[0], expected_dims=at[1], split_output=True)] * 2
+    plan = {
+        **LTX2VideoTransformer3DModel._cp_plan,
+        **{name: dict(enumerate(splits)) for name in ("rope", "cross_attn_rope")},
+    }
+    with diffusers_on_cpus():
+        models = [dm.ltx2(rope_type=rope_type) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        one, model = models
+        want = dm.run(one, dm.LTX2.inputs(0, 0))
+        model.enable_parallelism(config=ContextParallelConfig(**degrees), cp_plan=plan if has_plan else None)
+        enable(model, threshold=-math.inf)
+        try:
+            return float((dm.run(model, dm.LTX2.inputs(0, 0)) - want).abs().max())
+        except ValueError as error:
+            return str(error)
 
 
 def joint(degrees: dict[str, Any], name: str) -> str:

@@ -127,11 +127,11 @@ def _ltx_inputs(step: int = 0, seed: int = 0) -> Inputs:
     }  # fmt: skip
 
 
-def _ltx2() -> nn.Module:
+def ltx2(**options: Any) -> nn.Module:
     return LTX2VideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
         audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=8,
-        audio_cross_attention_dim=16, num_layers=2, caption_channels=16,
+        audio_cross_attention_dim=16, num_layers=2, caption_channels=16, **options,
     )  # fmt: skip
 
 
@@ -290,7 +290,7 @@ LTX = Case(
     _paths("transformer_blocks", 3, "attn1"), {".attn2": "torch.float32 mask"},
 )  # fmt: skip
 LTX2 = Case(
-    "LTX-2", _ltx2, _ltx2_inputs, _paths("transformer_blocks", 2, *_LTX2_MODULES),
+    "LTX-2", ltx2, _ltx2_inputs, _paths("transformer_blocks", 2, *_LTX2_MODULES),
     _paths("transformer_blocks", 2, "attn1", "audio_attn1"),
     {"_to_video_attn": "cross-attention", "_to_audio_attn": "cross-attention", "attn2": "torch.float32 mask"},
 )  # fmt: skip
