@@ -36,3 +36,12 @@ def test_two_processes_learn_what_one_does(two: Ranks, case: Case) -> None:
     heads = [of_rank.heads for of_rank in found]
     dealt = case.method == "votes" and not case.gathers
     assert heads == [[*range(4)]] * 2 if case.gathers else (heads != [[0, 1], [2, 3]]) == dealt
+
+
+@pytest.mark.parametrize("degree", ["ulysses_degree", "ring_degree"])
+def test_two_processes_share_a_model_of_diffusers(two: Ranks, degree: str) -> None:
+    pytest.importorskip("diffusers")
+    for of_rank in two.run(cases.of_diffusers, degree):
+        assert of_rank.error < 0.02
+        assert of_rank.other_tiles < 0.05
+        assert of_rank.skipped > 0.05

@@ -109,3 +109,11 @@ def test_in_bf16_two_processes_learn_what_one_does(two: Ranks, method: str, quan
         assert found.same_masks
         assert found.skipped > 0.05
         assert found.error < 2**-6
+
+
+@pytest.mark.parametrize("degree", ["ulysses_degree", "ring_degree"])
+def test_in_bf16_two_processes_share_a_model_of_diffusers(two: Ranks, degree: str) -> None:
+    for found in two.run(two_process_cases.of_diffusers, degree, "cpu"):
+        assert found.error < 0.02
+        assert found.other_tiles == 0
+        assert found.skipped > 0.05

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+import lite_attention
 from lite_attention import LiteAttention
 from lite_attention.ops import tile_shape
 from tests.support.op_cases import clustered_qkv
@@ -111,3 +114,55 @@ def generations(case: Case) -> Found:
         masks = masks.narrow(-2, rank * TILES, TILES) if case.gathers else masks
     same = torch.equal(ours.state.skip_mask, masks)
     return Found(float(max(errors)), same, float(ours.sparsity()), heads.tolist())
+
+
+class OfModel(NamedTuple):
+    """How a tiny Wan of diffusers differs whose tokens two processes share."""
+
+    error: float  # of outputs that skip nothing
+    other_tiles: float  # share of the mask's bits: linear layers of other sizes may round otherwise
+    skipped: float
+
+
+@torch.no_grad()
+def of_diffusers(degree: str, device: str = "cuda") -> OfModel:
+    """Run a generation with each of two processes, and in one, which skip nothing and then something."""
+    from diffusers import WanTransformer3DModel
+
+    from lite_attention.inspection import named_states
+    from tests.support import context_parallel_cases
+    from tests.support import diffusers_models as dm
+
+    _by_host()
+    tile_m, dtype = tile_shape(DIM, torch.bfloat16, device)[0], torch.bfloat16
+
+    def build() -> Any:
+        sizes: dict[str, Any] = {"attention_head_dim": DIM, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+        sizes |= {"num_attention_heads": HEADS, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 64}
+        return dm.peaked(lambda: WanTransformer3DModel(**sizes)).to(device, dtype)
+
+    def generation(model: Any) -> torch.Tensor:
+        steps = [
+            {**dm.WAN.inputs(step, 0), "hidden_states": dm.latents(6, tile_m // 4, 16, step)} for step in range(STEPS)
+        ]
+        on_device = [{name: x.to(device, dtype) for name, x in inputs.items()} for inputs in steps]
+        return torch.stack([dm.run(model, inputs).float() for inputs in on_device])
+
+    def pair(threshold: float) -> tuple[list[Any], float]:
+        models = [build(), context_parallel_cases.split(build(), **{degree: 2})]
+        models = [lite_attention.enable(m, threshold=threshold, num_steps=STEPS, compile=False) for m in models]
+        want, got = map(generation, models)
+        return models, float((want - got).abs().max() / want.abs().max())
+
+    with mock.patch.object(torch.accelerator, "device_count", return_value=1):
+        error = pair(-math.inf)[1]
+        one, ours = ([*named_states(model).values()] for model in pair(-4.0)[0])
+    here = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    rows = slice(3 * dist.get_rank(), 3 * dist.get_rank() + 3)
+    differ = [
+        (a.kept_tiles()[0, 0, here] if degree == "ulysses_degree" else a.kept_tiles()[0, 0, :, rows])
+        ^ b.kept_tiles()[0, 0]
+        for a, b in zip(one, ours, strict=True)
+    ]
+    skipped = sum(float(state.sparsity()) for state in ours) / len(ours)
+    return OfModel(error, float(torch.stack(differ).float().mean()), skipped)
