@@ -37,7 +37,7 @@ from benchmarks import peers, residual_steps
 from benchmarks.host import report_host
 from benchmarks.measure import going_on, one_line, require_gpu, where
 from benchmarks.peers import Contender
-from lite_attention.cli.arguments import number, shape
+from lite_attention.cli.arguments import new_file, number, picture, shape
 from lite_attention.cli.planted import planted, skipping
 from lite_attention.cli.timing import block
 from lite_attention.ops import SkipState
@@ -202,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="batch, heads, tokens and head dim; seven unless given",
     )  # fmt: skip
     parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the figures there")
     args = parser.parse_args(arguments)
 
     require_gpu()

@@ -14,12 +14,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from benchmarks.measure import one_line, require_gpu, where
-from lite_attention.cli.arguments import number
+from lite_attention.cli.arguments import new_file, number
 from lite_attention.cli.timing import block
 from lite_attention.ops.targets import SM90A
 
@@ -70,7 +69,7 @@ def bounds(matrix: float, exp: float) -> list[dict[str, float]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=number(above=0), default=1.0, help="length of a block")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
 
     require_gpu()

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lite_attention.cli.arguments import new_file
 from lite_attention.cute_kernels.aot import kernel_configs
 from lite_attention.cute_kernels.config import Config
 from lite_attention.ops.targets import SM90A
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--head-dims", type=int, nargs="+", choices=head_dims, default=head_dims, help="all unless given"
     )
     parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp16"), default=["bf16"], help="bf16 unless given")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.job:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lite_attention.cli.arguments import integer, shape
+from lite_attention.cli.arguments import integer, new_file, shape
 from lite_attention.ops import SkipState, skip_attention
 from lite_attention.ops.tiles import ceil_div, tile_shape
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=integer(1), default=7, help="rounds; each variant runs once a round")
     parser.add_argument("--shape", type=shape, default="1,8,4096,64", help="batch,heads,seq_len,head_dim")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--threads", type=integer(1), help="as torch chooses, unless given")
     args = parser.parse_args(arguments)
     if args.threads:

@@ -18,7 +18,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import lite_attention
 from benchmarks.measure import going_on, one_line, require_gpu, where
 from benchmarks.peers import fa3
-from lite_attention.cli.arguments import integer
+from lite_attention.cli.arguments import integer, new_file
 from lite_attention.cli.timing import Call
 from lite_attention.ops import SkipState
 
@@ -169,7 +168,7 @@ def report_host(sites: int = 8) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=integer(1), default=8, help="N: sites of the smaller graph")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
     require_gpu()
     about = where()

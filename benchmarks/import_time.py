@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lite_attention.cli.arguments import integer
+from lite_attention.cli.arguments import integer, new_file
 
 STATEMENTS = ("import torch", "import torch; import lite_attention")
 
@@ -29,7 +29,7 @@ def seconds_to_run(statement: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=integer(1), default=11, help="fresh processes for each statement, in turns")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
 
     for statement in STATEMENTS:

@@ -37,7 +37,7 @@ import lite_attention
 from benchmarks.attention import SPARSITIES
 from benchmarks.measure import going_on, one_line, require_gpu, where
 from benchmarks.model_variants import LAYERS, Variants, build, fa3, inputs_of, no_attention
-from lite_attention.cli.arguments import integer, number
+from lite_attention.cli.arguments import integer, new_file, number
 from lite_attention.cli.timing import Call, block
 from lite_attention.ops import step_plan
 from lite_attention.ops.plan import DECIDING, FULL, SPARSE
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=integer(1), nargs="+", default=[20, 50], help="of generations by the residual")
     parser.add_argument("--profile", action="store_true", help="count the GPU kernels of a step")
     parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
     require_gpu()
     torch._dynamo.config.recompile_limit = 64  # the variants of a model are compiled code of one function

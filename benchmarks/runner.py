@@ -20,7 +20,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import lite_attention
 from benchmarks.measure import going_on, one_line, require_gpu, where
-from lite_attention.cli.arguments import integer
+from lite_attention.cli.arguments import integer, new_file
 
 DEVICE = "cuda"
 WIDTH, HEADS = 256, 4
@@ -112,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=integer(1), default=4, help="N: layers of the model")
     parser.add_argument("--tokens", type=integer(256), default=2048, help="tokens of the latent, at least 256")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
     require_gpu()
     about = where()

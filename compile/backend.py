@@ -13,11 +13,12 @@ from lite_attention.compile.multihead import take_apart
 from lite_attention.compile.other_attention import sites_of_ops
 from lite_attention.compile.provenance import value_of
 from lite_attention.compile.runner import generations_unknown, nothing_swapped
-from lite_attention.compile.settings import SkipSettings
+from lite_attention.compile.settings import SkipOptions, SkipSettings, check_options_of_torch
 from lite_attention.compile.sites import GraphSite, Names, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.store import StateStore
 from lite_attention.compile.swap import swap_site
 from lite_attention.ops import Session, default_session
+from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.site import Site
 from lite_attention.ops.torch_internals import (
     FakeModes,
@@ -31,8 +32,6 @@ from lite_attention.ops.torch_internals import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from lite_attention.compile.settings import SkipOptions
 
 __all__ = ["LiteAttentionBackend", "liteattn_backend"]
 
@@ -60,6 +59,7 @@ class LiteAttentionBackend:
         ValueError: an option out of range.
     """
 
+    @takes_options(*SkipOptions.__annotations__)
     def __init__(
         self,
         *,
@@ -120,6 +120,7 @@ class LiteAttentionBackend:
     def _compile(
         self, gm: fx.GraphModule, inputs: list[Any], mode: str | None, options: dict[str, Any] | None
     ) -> _Compiled:
+        check_options_of_torch(options)
         if self._inner != "inductor":
             if mode not in (None, "default") or options:
                 raise ValueError(f"mode, options: expected none with inner={self._inner!r}, got {mode!r}, {options!r}")

@@ -13,18 +13,17 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from lite_attention.compile.other_attention import sites_of_ops
 from lite_attention.compile.provenance import value_of
-from lite_attention.compile.settings import SkipSettings
+from lite_attention.compile.settings import SkipOptions, SkipSettings
 from lite_attention.compile.sites import GraphSite, find_sites, log_sites, sites_in_subgraphs
 from lite_attention.compile.swap import swap_site
 from lite_attention.ops.methods import METHOD_OF_OP
+from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import AUTO_FUNCTIONALIZED, fake_mode_of, upper_bound
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from lite_attention.compile.settings import SkipOptions
 
 __all__ = ["SkipAwareProgram", "make_skip_aware", "skip_states"]
 
@@ -53,6 +52,7 @@ class SkipAwareProgram(ExportedProgram):
         return program  # type: ignore[no-any-return]
 
 
+@takes_options(*SkipOptions.__annotations__)
 def make_skip_aware(exported_program: ExportedProgram, **settings: Unpack[SkipOptions]) -> SkipAwareProgram:
     """Swap the self-attention of an exported program, and add the skip states as buffers.
 
@@ -96,7 +96,7 @@ def make_skip_aware(exported_program: ExportedProgram, **settings: Unpack[SkipOp
     log_sites(program.sites, "torch.export")
     if not any(site.swapped for site in program.sites):
         reasons = "; ".join(sorted({str(site.reason) for site in program.sites})) or "there is none in the program"
-        warnings.warn(f"make_skip_aware: no attention was swapped ({reasons})", stacklevel=2)
+        warnings.warn(f"make_skip_aware: no attention was swapped ({reasons})", stacklevel=3)
     swapped: dict[fx.Node, fx.Node] = {}
     for original in found:
         item = original.remap(swapped)  # its inputs may be the output of another site

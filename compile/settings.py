@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypedDict
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from lite_attention.ops import DEFAULT_SLOTS, DEFAULT_THRESHOLD, tile_shape
-from lite_attention.ops.arguments import check_choice, check_count
+from lite_attention.ops.arguments import check_choice, check_count, require
 from lite_attention.ops.buffers import Buffers, Sizes, residual_buffers, vote_buffers
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.options import RESIDUAL_DTYPES
@@ -25,7 +25,7 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import holds_unless_unknown
 from lite_attention.ops.validate import check_threshold
 
-__all__ = ["CommonOptions", "OtherOptions", "SkipOptions", "SkipSettings"]
+__all__ = ["CommonOptions", "OtherOptions", "SkipOptions", "SkipSettings", "check_options_of_torch"]
 
 
 class CommonOptions(TypedDict, total=False):
@@ -64,6 +64,17 @@ class SkipOptions(OtherOptions, total=False):
 
     threshold: SiteThreshold | None
     keep: SiteKeep | None
+
+
+def check_options_of_torch(options: Mapping[str, Any] | None) -> None:
+    """Check that what is meant for torch.compile(options=) is.
+
+    Raises:
+        ValueError: it has options of ours.
+    """
+    ours = [name for name in options or {} if name in SkipOptions.__annotations__]
+    got = f"{ours}, which enable() and LiteAttentionBackend() take by name"
+    require(not ours, "options", "those of torch.compile", got)
 
 
 _OF_RESIDUAL = tuple(field.name for field in fields(ResidualSettings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 
 from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
+from lite_attention.compile.settings import OtherOptions, SkipSettings, check_options_of_torch
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
 from lite_attention.exact_tokens import check_exact_tokens, kept_exact
@@ -22,6 +24,7 @@ from lite_attention.model_sites import models_of, parts_of, sites_of
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.arguments import check_time, require
 from lite_attention.ops.clock import Clock
+from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lite_attention.compile.runner import Check
-    from lite_attention.compile.settings import OtherOptions, SkipSettings
     from lite_attention.compile.store import StateStore
     from lite_attention.exact_tokens import ExactTokenOption
     from lite_attention.ops.shard import Shard
@@ -53,6 +55,7 @@ _freed: list[tuple[set[type[nn.Module]], object]] = []
 _pipelines: weakref.WeakKeyDictionary[Any, Undo] = weakref.WeakKeyDictionary()
 
 
+@takes_options(*OtherOptions.__annotations__)
 def enable(
     model_or_pipe: _Target,
     *,
@@ -116,8 +119,6 @@ def enable(
         TypeError: a setting that there is not.
         OSError: the file of a table cannot be read.
     """
-    from lite_attention.compile.settings import SkipSettings
-
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
     for name, model in parts_of(model_or_pipe).items():
@@ -130,6 +131,7 @@ def enable(
         if token_order is not None:
             order.check(token_order, model)
     # Wrong ones are told before anything is changed.
+    check_options_of_torch(options)
     check_exact_tokens(exact_tokens, token_order)
     told_shard = _shard_by(process_group)
     if all(type(model).__name__ in _ONE_PASS for model in parts_of(model_or_pipe).values()):
@@ -168,7 +170,7 @@ def chosen_options(
     """Return the options of `SkipSettings` out of those of `enable`."""
     chosen, num_steps = dict(options), options.get("num_steps")
     if preset is not None:
-        require(chosen.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
+        _check_goes_with_preset(preset, threshold, chosen)
         given = {name: value for name, value in chosen.items() if value is not None or name not in Preset._fields}
         chosen = {"method": "residual", **preset_of(preset, num_steps)._asdict(), **given}
     if threshold is not None:
@@ -182,6 +184,15 @@ def chosen_options(
     if token_order is not None and isinstance(mask, Pattern):
         chosen["initial_mask"] = replace(mask, token_order=token_order)
     return chosen
+
+
+def _check_goes_with_preset(preset: object, threshold: object, options: Mapping[str, Any]) -> None:
+    """Raise ValueError where an option is not one of the method that presets are of."""
+    method, expected = options.get("method", "residual"), f"none with preset={preset!r}, whose method is 'residual'"
+    require(method == "residual", "method", expected, repr(method))
+    of_votes = {"threshold": threshold, "allow_positive": options.get("allow_positive") or None}
+    for name, value in of_votes.items():
+        require(value is None, name, expected, reprlib.repr(value))
 
 
 def _shard_by(process_group: ProcessGroup | None) -> Shard | None:

@@ -13,6 +13,7 @@ from lite_attention.module_options import ModuleOptions
 from lite_attention.ops import DEFAULT_SLOTS, ResidualState, default_session, tile_shape
 from lite_attention.ops.arguments import check_choice, check_count, check_switch, require
 from lite_attention.ops.methods import METHODS
+from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.quantization import quantization_of
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import FakeTensor, is_fake
@@ -84,6 +85,7 @@ class LiteAttention(SiteModule):
         ValueError: an option out of range, or one of the other method.
     """
 
+    @takes_options()
     def __init__(
         self,
         enable_skipping: bool = True,

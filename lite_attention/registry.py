@@ -13,6 +13,7 @@ import torch
 from lite_attention.model_sites import methods_of, set_dense, sites_of
 from lite_attention.ops import DEFAULT_THRESHOLD
 from lite_attention.ops.arguments import require
+from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.validate import check_threshold
 from lite_attention.parallel.agreement import first_writes, shard_of_all, texts_of_all
 from lite_attention.setting import set_threshold
@@ -70,6 +71,7 @@ class LiteAttentionRegistry:
         self._force = False
 
     @classmethod
+    @takes_options()
     def from_model(
         cls,
         model: Any,

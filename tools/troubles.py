@@ -183,7 +183,7 @@ def _traced() -> None:
 
 
 def _no_such_option() -> None:
-    lite_attention.enable(Model(), sparsity=0.5)  # type: ignore[call-arg]
+    lite_attention.enable(Model(), treshold=-6.0)  # type: ignore[call-arg]
 
 
 def _no_memory() -> None:
@@ -237,8 +237,8 @@ TROUBLES: dict[str, list[Trouble]] = {
         Trouble(lambda: _warning(_copied), "As it says."),
     ],
     "An error": [
-        Trouble(lambda: _error(_no_such_option), "Options are those of `enable` and "
-                "[`SkipSettings`](reference/compile.md)."),
+        Trouble(lambda: _error(_no_such_option).partition(" There are ")[0], "The message goes on with all that there "
+                "are. [`SkipSettings`](reference/compile.md) says what each is."),
         Trouble(lambda: _error(_of_another_length), "Calibrate for this number of steps. A threshold counts from the "
                 "steps before it, so one for other steps is another threshold. `ThresholdTable.apply(..., "
                 "strict=False)` overrides."),

@@ -103,7 +103,7 @@ def claimed(path: str | Path, options: Mapping[str, Any]) -> Iterator[Path]:
             expected, got = differing(options, _only(options, file)) if file.exists() else ({}, {})
             if not expected:
                 if file != path:
-                    warnings.warn(f"lite_attention: autosave: {path} {why}; this one goes to {file}", stacklevel=4)
+                    warnings.warn(f"lite_attention: autosave: {path} {why}; this one goes to {file}", stacklevel=5)
                 yield file
                 return
             why = f"is of another calibration, with {got} in place of {expected}"

@@ -11,6 +11,7 @@ from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.measurement import check_target
 from lite_attention.calibration.probe import Place
 from lite_attention.calibration.recorder import Recorder, RecorderOptions
+from lite_attention.ops.option_names import takes_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,6 +56,7 @@ class Calibration(Recorder):
         FloatingPointError: while generating: attention gives NaN or infinity; names site, slot and step.
     """
 
+    @takes_options(*RecorderOptions.__annotations__)
     def __init__(
         self,
         model_or_pipe: Any,

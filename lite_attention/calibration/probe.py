@@ -23,6 +23,7 @@ from lite_attention.module import LiteAttention
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, Call, read_control, write_control
 from lite_attention.ops.cpu import skipped_tiles
 from lite_attention.ops.methods import METHODS
+from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.schema import ATTENTION, IMPLEMENTATIONS
 from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import override, override_of, plain_call, traced_call, uncompiled, unwrapped
@@ -131,11 +132,8 @@ class AttentionProbe:
 
     method: ClassVar[Literal["votes", "residual"]] = "votes"  # whose calls are caught
 
+    @takes_options(*EnableOptions.__annotations__)
     def __init__(self, model_or_pipe: Any, num_steps: int | None = None, **settings: Unpack[EnableOptions]) -> None:
-        known = EnableOptions.__optional_keys__
-        unknown = sorted(settings.keys() - known)
-        if unknown:
-            raise TypeError(f"settings: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
         self._target = model_or_pipe
         self._models = parts_of(model_or_pipe)
         self._sites: dict[

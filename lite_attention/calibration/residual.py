@@ -19,6 +19,7 @@ from lite_attention.calibration.tile_statistics import error_of, error_parts
 from lite_attention.model_sites import methods_of
 from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.control import FLAG_DENSE, FLAGS, read_control
+from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.plan import DECIDING, SPARSE
 from lite_attention.ops.residual_settings import check_keep
 from lite_attention.parallel.agreement import told_of_errors
@@ -106,6 +107,7 @@ class _SparseErrors(AttentionProbe):
         return float(error_of(self._metric, parts).mean())
 
 
+@takes_options(*EnableOptions.__annotations__)
 def calibrate_residual(
     model_or_pipe: Any,
     generate: Callable[[int], Any],

@@ -23,6 +23,7 @@ from lite_attention.calibration.probe import AttentionProbe, EnableOptions, Plac
 from lite_attention.calibration.recorder import QUERIES, THRESHOLDS, Choose, Recorder, check_candidates
 from lite_attention.calibration.verification import Verification
 from lite_attention.ops.arguments import check_count
+from lite_attention.ops.option_names import takes_options
 from lite_attention.parallel.agreement import shard_of_all, texts_of_all, told_of_errors
 from lite_attention.tables import text_table
 from lite_attention.threshold_table import ThresholdTable
@@ -76,6 +77,7 @@ class CalibrationResult:
         return f"{text_table(['', *self.calibration.header()], rows)}\ncost in eager dense generations: {cost}"
 
 
+@takes_options(*EnableOptions.__annotations__)
 def calibrate(
     model_or_pipe: Any,
     generate: Callable[[int], Any],
@@ -288,7 +290,7 @@ def _may_resume(recorder: Recorder, file: Path) -> bool:
     measured = read(file)["measured"] if file.exists() else {}
     saved = texts_of_all(recorder.shard, repr(sorted(measured.items())))
     if len(set(saved)) > 1:
-        warnings.warn(f"lite_attention: autosave: {file} and those of other ranks differ: begun anew", stacklevel=5)
+        warnings.warn(f"lite_attention: autosave: {file} and those of other ranks differ: begun anew", stacklevel=6)
     return bool(measured) and len(set(saved)) == 1
 
 

@@ -11,6 +11,7 @@ from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.measurement import Measurement
 from lite_attention.calibration.probe import CaughtCall, EnableOptions, Output
 from lite_attention.calibration.tile_statistics import error_of, error_parts, loss_of
+from lite_attention.ops.option_names import takes_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,6 +37,7 @@ class Verification(Measurement):
         FloatingPointError: likewise: attention gives NaN or infinity.
     """
 
+    @takes_options(*EnableOptions.__annotations__)
     def __init__(
         self,
         model_or_pipe: Any,

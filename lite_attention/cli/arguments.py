@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-__all__ = ["add_device", "integer", "number", "shape", "threshold"]
+__all__ = ["add_device", "integer", "new_file", "number", "picture", "shape", "threshold"]
 
 _Number = TypeVar("_Number", int, float)
 
@@ -45,6 +46,25 @@ def shape(text: str) -> tuple[int, ...]:
     if len(sizes) != 4:
         raise argparse.ArgumentTypeError(f"expected four sizes B,H,S,D, got {text!r}")
     return sizes
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a file to write, whose folder is there."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
+
+
+def picture(text: str) -> Path:
+    """Return the path of a picture to draw, if there is what draws it: missing it after minutes of work is too late."""
+    from lite_attention.plot import require_matplotlib
+
+    try:
+        require_matplotlib()
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {text!r}") from None
+    return new_file(text)
 
 
 def threshold(text: str) -> float:

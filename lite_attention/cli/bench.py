@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lite_attention import LiteAttention
 from lite_attention._version import __version__
-from lite_attention.cli.arguments import add_device, number, shape
+from lite_attention.cli.arguments import add_device, new_file, number, picture, shape
 from lite_attention.cli.planted import planted, skipping
 from lite_attention.cli.timing import block
 from lite_attention.ops import attention, step_plan
@@ -69,8 +69,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--seconds", type=number(above=0), default=0.7, help="length of a block of calls; 0.7 unless given"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write; needs matplotlib")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--plot", type=picture, metavar="FILE.png", help='picture to write; needs the extra "plot"')
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures there, too")
     parser.set_defaults(command=main)
 
 

@@ -31,8 +31,9 @@ def add_parser(commands: Any) -> None:
         "check",
         help="say which kernel runs here, and try it",
         description="Prints versions, the device, and the kernel that bf16 attention runs on; compiles it, and "
-        "compares five steps of each method with the CPU kernel. Without a GPU it says what is missing, unless "
-        "--device says cpu. Its output belongs in a bug report.",
+        "compares five steps of each method with the CPU kernel. The exit status is 0 if all works. Without a GPU "
+        "it is 1, and the last line says what is missing, unless --device says cpu. The output belongs in a bug "
+        "report.",
     )
     add_device(parser)
     parser.set_defaults(command=main, device=None)
@@ -46,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
     tries = [(head_dim, method) for head_dim in _HEAD_DIMS for method in METHODS]
     problems = [problem for what in tries if (problem := _problem(*what, device))]
     if device.type == "cpu" and args.device is None:
+        problems += [] if problems else ["the CPU kernel works, which --device cpu asks for alone"]
         problems.append(f"no GPU: {_missing()}")
     print("\n".join(problems) or "works")
     return 1 if problems else 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lite_attention.cli.arguments import picture
 from lite_attention.threshold_table import ThresholdTable
 
 __all__ = ["add_parser", "main"]
@@ -20,7 +21,7 @@ def add_parser(commands: Any) -> None:
         "Files of the original project are read, too.",
     )
     parser.add_argument("file", type=Path, help="the threshold file, TOML")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="picture to write; needs matplotlib")
+    parser.add_argument("--plot", type=picture, metavar="FILE.png", help='picture to write; needs the extra "plot"')
     parser.set_defaults(command=main)
 
 

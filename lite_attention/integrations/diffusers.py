@@ -37,10 +37,11 @@ from torch import nn
 
 from lite_attention import api
 from lite_attention.compile.runner import timestep_of
-from lite_attention.compile.settings import OtherOptions, SkipSettings
+from lite_attention.compile.settings import OtherOptions, SkipSettings, check_options_of_torch
 from lite_attention.enabled import Wiring, wirings
 from lite_attention.exact_tokens import check_exact_tokens
 from lite_attention.ops.arguments import require
+from lite_attention.ops.option_names import takes_options
 from lite_attention.parallel.diffusers_member import MEMBER, NAME
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ _within: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionar
 _is_inside: ContextVar[bool] = ContextVar("inside the call of a model", default=False)
 
 
+@takes_options(*Options.__annotations__)
 def configure(**options: Unpack[Options]) -> None:
     """Say how the backend runs the models that it is set on from now on; what is not given is as by default.
 
@@ -92,6 +94,7 @@ def configure(**options: Unpack[Options]) -> None:
     given: dict[str, Any] = {"threshold": None, "keep": None, "preset": None, "token_order": None, **options}
     how = {name: given.pop(name, None) for name in _HOW}
     require(how["compile"] in (None, True, False, "blocks"), "compile", "True, False or 'blocks'", repr(how["compile"]))
+    check_options_of_torch(how["options"])
     check_exact_tokens(given.pop("exact_tokens", None), given["token_order"])
     threshold, keep, preset, order = (given.pop(name) for name in ("threshold", "keep", "preset", "token_order"))
     SkipSettings(**api.chosen_options(threshold, keep, preset, order, given))

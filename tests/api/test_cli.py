@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def test_check_says_why_there_is_no_gpu(
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(check, "_driver", lambda: driver)
     assert main(["check"]) == 1
-    *_, last = capsys.readouterr().out.splitlines()
+    *_, before, last = capsys.readouterr().out.splitlines()
+    assert before == "the CPU kernel works, which --device cpu asks for alone"
     assert last.startswith("no GPU: ")
     assert said in last
     assert main(["check", "--device", "cpu"]) == 0  # what was asked for is there
@@ -200,6 +202,20 @@ def test_bench_times_a_generation_as_it_says(monkeypatch: pytest.MonkeyPatch) ->
     assert sum(0.3 if kind == SPARSE else 1.0 for kind in kinds) / 20 == pytest.approx(contender.computed)
     contender.call()
     assert kinds[20:] == kinds[:20]
+
+
+@pytest.mark.parametrize("command", ["bench --device cpu", "inspect none.toml"])
+def test_a_picture_that_cannot_be_drawn_is_told_before_any_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--plot", str(tmp_path / "none" / "a.png")])
+    assert "argument --plot: expected a file in a folder that exists, got " in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import fails
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--plot", str(tmp_path / "a.png")])
+    said = capsys.readouterr().err
+    assert 'argument --plot: pictures need matplotlib: pip install "lite-attention[plot]", got' in said
 
 
 def test_bench_refuses_a_shape(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import lite_attention
-from lite_attention import LiteAttention, LiteAttentionBackend
-from lite_attention.calibration import Calibration, Verification, calibrate
+from lite_attention import LiteAttention, LiteAttentionBackend, LiteAttentionRegistry
+from lite_attention.calibration import Calibration, Verification, calibrate, calibrate_residual
 from lite_attention.calibration.probe import AttentionProbe, EnableOptions
 from lite_attention.calibration.recorder import Recorder, RecorderOptions
 from lite_attention.compile.settings import SkipOptions, SkipSettings
@@ -78,32 +78,77 @@ def _exported() -> torch.export.ExportedProgram:
     return torch.export.export(Toy(1), (tokens(0), context()))
 
 
+def _configured(**options: Any) -> None:
+    from lite_attention.integrations.diffusers import configure
+
+    configure(**options)
+
+
+def _calibrated_residual(**options: Any) -> Any:
+    return calibrate_residual(Toy(1), lambda _: None, num_steps=2, target_error=0.1, **options)
+
+
 TAKE_OPTIONS: dict[str, Callable[..., Any]] = {
     "enable": lambda **options: lite_attention.enable(Toy(1), **options),
-    "backend": LiteAttentionBackend,
+    "LiteAttentionBackend": LiteAttentionBackend,
+    "LiteAttention": LiteAttention,
+    "LiteAttentionRegistry.from_model": lambda **options: LiteAttentionRegistry.from_model(Toy(1), **options),
+    "configure": _configured,
     "make_skip_aware": lambda **options: lite_attention.make_skip_aware(_exported(), **options),
     "AttentionProbe": lambda **options: AttentionProbe(Toy(1), **options),
     "Calibration": lambda **options: Calibration(Toy(1), target_error=0.1, **options),
     "Verification": lambda **options: Verification(Toy(1), {}, **options),
     "calibrate": lambda **options: calibrate(Toy(1), lambda _: None, num_steps=2, target_error=0.1, **options),
+    "calibrate_residual": _calibrated_residual,
 }
+NO_SUCH = {  # what is meant, and what stands there
+    "LiteAttention": ("threshold", "tresholdd"), "LiteAttentionRegistry.from_model": ("threshold", "treshold"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TAKE_OPTIONS)
-def test_an_unknown_option_is_a_type_error_that_names_it(name: str) -> None:
-    with pytest.raises(TypeError, match=r"tile_shap\b"):
-        TAKE_OPTIONS[name](tile_shap=TILE)
+def test_an_unknown_option_is_a_type_error_that_names_it_and_what_is_near(name: str) -> None:
+    meant, wrong = NO_SUCH.get(name, ("tile_shape", "tile_shap"))
+    said = rf"^{name}: there is no option '{wrong}'; did you mean '{meant}'.* There are .*\b{meant}\b"
+    with pytest.raises(TypeError, match=said) as raised:
+        TAKE_OPTIONS[name](**{wrong: TILE})
+    listed = str(raised.value).partition("There are ")[2].split(", ")
+    assert len(listed) == len({*listed})
+    assert not {"model_or_pipe", "self", "cls", "settings"} & {*listed}
+
+
+def test_what_is_near_nothing_is_told_with_all_that_there_is() -> None:
+    said = r"^enable: there is no option 'sparsity'\. There are compile, mode, .*, memory, num_steps$"
+    with pytest.raises(TypeError, match=said):
+        lite_attention.enable(Toy(1), sparsity=0.5)  # type: ignore[call-arg]
+
+
+def test_an_operand_may_be_given_by_name() -> None:
+    model = Toy(1)
+    assert lite_attention.enable(model_or_pipe=model, compile=False) is model
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'model_or_pipe'"):
+        lite_attention.enable(compile=False)  # type: ignore[call-arg]
+
+
+def test_our_options_among_those_of_torch_are_told() -> None:
+    said = r"options: expected those of torch\.compile, got \['threshold'\], which enable\(\) and"
+    for take in (lite_attention.enable, lambda _, **options: _configured(**options)):
+        with pytest.raises(ValueError, match=said):
+            take(Toy(1), options={"threshold": -6.0})
+    compiled = torch.compile(Toy(1), backend=LiteAttentionBackend(tile_shape=TILE), options={"threshold": -6.0})
+    with pytest.raises(Exception, match=said):  # dynamo's own
+        compiled(tokens(0), context())
 
 
 @pytest.mark.parametrize("name", ["AttentionProbe", "Calibration", "Verification", "calibrate"])
 def test_what_a_calibration_would_not_heed_is_refused(name: str) -> None:
-    with pytest.raises(TypeError, match=r"settings: expected some of .*tile_shape.*, got threshold$"):
+    with pytest.raises(TypeError, match=rf"^{name}: there is no option 'threshold'.* There are .*tile_shape"):
         TAKE_OPTIONS[name](threshold=-4.0)
 
 
 def test_an_unknown_option_is_told_of_a_model_with_options_of_its_own_too() -> None:
     model = lite_attention.enable(Toy(1), compile=False, tile_shape=TILE)
-    with pytest.raises(TypeError, match=r"got tile_shap$"):
+    with pytest.raises(TypeError, match=r"no option 'tile_shap'"):
         Calibration(model, target_error=0.1, tile_shap=TILE)
 
 
