@@ -1,11 +1,12 @@
 """Attention of one layer on several GPUs of a host against one: exchange, efficiency, balance, overlap, masks.
 
-    torchrun --nproc-per-node 2 -m benchmarks.parallel [--tokens 75600 32760] [--only exchange attention ...]
-                                                       [--seconds 0.4] [--budget 220] [--json FILE]
+    torchrun --nproc-per-node 2 -m benchmarks.parallel [--tokens 32760 75600] [--only exchange attention ...]
+                                                       [--seconds 0.4] [--budget 200] [--json FILE]
 
 A figure is ms a call, calls back to back, of the slowest rank; efficiency is T1 / (ranks * TP), where T1 is one GPU
 with the same mask and all heads. Inputs are normal numbers, bf16, with planted masks; what is compared bit for bit is
-clustered and votes. It ends by itself: what the budget, in seconds, has no room for is left out, and said.
+clustered and votes. It ends by itself: what the budget, in seconds, has no room for is left out, and said; whatever
+hangs is ended with it. The file is written anew with each figure. A rank that fails alone ends the run.
 `--device cpu` is a dry run with gloo, which shows only that everything runs.
 """
 
@@ -16,6 +17,7 @@ import datetime
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +30,19 @@ from benchmarks.measure import one_line, where
 from benchmarks.parallel_layer import Layer
 from lite_attention.cli.arguments import add_device, integer, number
 from lite_attention.cli.timing import Call
+from lite_attention.ops.torch_internals import default_store
 from lite_attention.parallel import leave_processors
 from lite_attention.parallel.balance import deal
 
 SHARES = (0.0, 0.5, 0.77)
 PARTS = (1, 2, 4, 5)
 LEFT_FREE = (0, 8, 16)
+LAST_START = 0.9  # of the budget: no block of calls begins after it
+TOGETHER = datetime.timedelta(seconds=20)  # within which all ranks fail, if it is the same on all
+
+
+class Spent(Exception):
+    """The budget has no room for more."""
 
 
 class Bench:
@@ -43,6 +52,7 @@ class Bench:
         self.seconds, self.budget, self.json = args.seconds, args.budget, args.json
         self.device = torch.device(args.device if args.device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
         self.start = time.perf_counter()
+        self.failures = 0
         self.rows: list[dict[str, Any]] = []
         self.about: dict[str, Any] = {}
 
@@ -55,12 +65,21 @@ class Bench:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return float(most)
 
+    def _check_time(self) -> None:
+        if self.slowest(time.perf_counter() - self.start) > LAST_START * self.budget:
+            raise Spent(f"{self.budget:g} s are spent")
+
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def timed(self, call: Call) -> float:
-        """Return ms a call, of the slowest rank."""
+        """Return ms a call, of the slowest rank.
+
+        Raises:
+            Spent: the time is up, on all ranks.
+        """
+        self._check_time()
 
         def run(count: int) -> float:
             self._synchronize()
@@ -77,20 +96,43 @@ class Bench:
     def note(self, tokens: int, name: str, **figures: Any) -> None:
         self.rows.append({"tokens": tokens, "name": name, **figures})
         self.say(f"  {name:62}" + "".join(f"  {key} {value:8.3f}" for key, value in figures.items()))
+        if self.json and dist.get_rank() == 0:
+            whole = self.json.with_name(f"{self.json.name}.new")  # so that there is always a whole one
+            whole.write_text(json.dumps({**self.about, "rows": self.rows}, indent=1))
+            whole.replace(self.json)
 
     def attempt(self, what: str, function: Callable[..., None], *arguments: Any) -> None:
-        """Run a part, unless the budget is spent; a failure is one of all ranks, and the next part goes on."""
-        if self.slowest(time.perf_counter() - self.start) > self.budget:
-            self.say(f"  ({what}: left out, {self.budget:g} s are spent)")
-            return
+        """Run a part as far as the budget goes. After a failure of all ranks the next part goes on.
+
+        Raises:
+            RuntimeError: this rank failed alone, so the others are in the middle of the part.
+        """
         try:
+            self._check_time()
             function(self, *arguments)
+        except Spent as error:
+            self.say(f"  ({what}: left out, {error})")
         except Exception as error:
-            self.say(f"  ({what}: left out, {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]})")
+            told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
+            if not self._all_failed():
+                raise RuntimeError(f"rank {dist.get_rank()} alone, {what}: {told}") from error
+            self.say(f"  ({what}: left out, {told})")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.json and dist.get_rank() == 0:
-            self.json.write_text(json.dumps({**self.about, "rows": self.rows}, indent=1))
+
+    def _all_failed(self) -> bool:
+        """Return whether all ranks fail now, which they say by the store: collectives of another are under way."""
+        self.failures += 1
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        keys = [f"failed/{self.failures}/{each}" for each in range(ranks)]
+        store = default_store()
+        store.set(keys[rank], "")
+        try:
+            store.wait(keys, TOGETHER)
+        except RuntimeError:
+            store.delete_key(keys[rank])  # what another says later is of something else
+            return False
+        return True
 
 
 def measure_exchange(bench: Bench, layer: Layer) -> None:
@@ -187,12 +229,12 @@ PARTS_OF_IT = ["masks", "exchange", "attention", "balance", "overlap", "captured
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=integer(least=64), nargs="+", default=[75600, 32760])
+    parser.add_argument("--tokens", type=integer(least=64), nargs="+", default=[32760, 75600])
     parser.add_argument("--heads", type=integer(least=1), default=40)
     parser.add_argument("--head-dim", type=integer(least=8), default=128)
     parser.add_argument("--only", nargs="+", choices=PARTS_OF_IT, default=PARTS_OF_IT)
     parser.add_argument("--seconds", type=number(above=0), default=0.4, help="length of a block of calls")
-    parser.add_argument("--budget", type=number(above=0), default=220, help="seconds after which nothing new begins")
+    parser.add_argument("--budget", type=number(above=0), default=200, help="seconds after which it has ended")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     add_device(parser)
     return parser.parse_args(arguments)
@@ -202,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parsed(arguments)
     if "RANK" not in os.environ:
         raise SystemExit("this benchmark runs on several ranks: torchrun --nproc-per-node 2 -m benchmarks.parallel")
+    signal.setitimer(signal.ITIMER_REAL, args.budget)  # ends this process wherever it is
     bench = Bench(args)
     timeout = datetime.timedelta(seconds=60)
     if args.device == "cuda":

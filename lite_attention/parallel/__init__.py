@@ -2,8 +2,9 @@
 
 `shard` says which part of it is here; `context_parallel` gathers the keys of diffusers' ring, in models that have the
 backend `diffusers_member`. The library's own exchange is for attention by hand: `ulysses` calls the op between two of
-`exchange`, among the ranks of a `group`. What a `LiteAttention` with a process group has of it is `module_exchange`;
-`balance` deals the heads by what they cost in this run, or, by `costs`, in another.
+`exchange`, among the ranks of a `group`. What a `LiteAttention` with a process group has of it is `module_exchange`,
+whose calls are compared in `agreed_calls`, and whose heads are `dealt_heads`: `balance` deals them by what they cost in
+this run, or, by `costs`, in another.
 """
 
 from __future__ import annotations

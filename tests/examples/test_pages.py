@@ -111,3 +111,19 @@ def test_short_tables_have_the_means_of_the_long_one() -> None:
         said = [(PSNR_OF[name], psnr) for name, psnr in rows if name in PSNR_OF]
         assert len(said) >= least
         assert [(name, psnr) for name, psnr in said if psnr != mean[name]] == []
+
+
+def _times_of_presets(kept: int) -> tuple[float, float]:
+    """Return time over FlashAttention-3 in bf16, and with INT8 and FP8: the mean of 20 steps, every third full."""
+    plans = (DOCS / "performance.md").read_text().split(f"| 20 steps, {kept} % kept, every second full |")[1]
+    cells = re.search(r"\| every third \|(.*)", plans)[1].split("|")  # type: ignore[index]
+    return float(cells[1]), float(cells[3])
+
+
+def test_times_of_presets_are_those_that_were_measured() -> None:
+    balanced, fast = _times_of_presets(30), _times_of_presets(20)
+    readme, results = (CHECKOUT / "README.md").read_text(), (DOCS / "results.md").read_text()
+    assert f"| preset `balanced` | 58 % | {balanced[0]:.2f} |" in readme
+    assert f"| preset `fast` | 52 % | {fast[0]:.2f} |" in readme
+    assert f"| `fast`, INT8 scores, FP8 values | 52 % | {fast[1]:.2f} |" in readme
+    assert re.search(rf"\| 1, 40, 75,600, 128 \| bf16 \| [\d.]+ \| {balanced[0]:.2f} \| {fast[0]:.2f} \|", results)

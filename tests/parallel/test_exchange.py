@@ -93,12 +93,14 @@ def test_every_rank_refuses_before_it_sends(two: Ranks, change: str) -> None:
     assert told == [message.format(rank=rank) for rank in (0, 1)]
 
 
-def test_where_a_rank_died_the_others_are_told() -> None:
-    with ranks_of(2, timeout=5) as ranks:
-        told, dead = ranks.run(cases.without_one)
-    assert isinstance(dead, EOFError)
-    assert "nothing was told" not in told
+@pytest.mark.parametrize("way", ["by hand", "heads", "keys", "stays away"])
+def test_where_a_rank_died_or_stays_away_the_others_are_told(way: str) -> None:
+    """Within the timeout of their group, at the latest."""
+    with ranks_of(2, timeout=3) as ranks:
+        told, gone = ranks.run(cases.without_one, way)
+    assert gone == "stays away" if way == "stays away" else isinstance(gone, EOFError)
     assert isinstance(told, str)
+    assert "nothing was told" not in told
 
 
 @pytest.mark.parametrize("gathers", [False, True], ids=["heads", "keys"])

@@ -204,13 +204,19 @@ def copied(case: Case) -> tuple[int, int]:
     return copies.elements, sum(x.numel() for x in (*local, out))
 
 
-def without_one() -> str:
-    """Return what a rank is told of one that died."""
+def without_one(way: str) -> str:
+    """Return what a rank is told of one that died, or that does not come, after a call in which it was."""
     case = Case()
+    module = LiteAttention(num_steps=STEPS, **{"key_group" if way == "keys" else "process_group": dist.group.WORLD})
+    local = [*map(part, tokens(case, 0))]
+    module(*local)
     if dist.get_rank() == 1:
-        os._exit(1)
+        return "stays away" if way == "stays away" else os._exit(1)
     try:
-        ulysses_attention(*map(part, tokens(case, 0)), new_state(case, torch.arange(2)), dist.group.WORLD)
+        if way == "by hand":
+            ulysses_attention(*local, new_state(case, torch.arange(2)), dist.group.WORLD)
+        else:
+            module(*local)
     except RuntimeError as error:
         return str(error)
     return "nothing was told"
