@@ -69,7 +69,7 @@ class DealtHeads(Memory):
 
     def deal_out(self, heads: int, kv_heads: int, device: torch.device) -> bool:
         """Deal heads of another number as they come, and return whether there were others before."""
-        had_others = self.balance and len(self.order) > 0
+        had_others = self.is_dealt and len(self.order) > 0
         if (len(self.order), self.kv_heads, self.order.device) == (heads, kv_heads, device):
             return False
         self.kv_heads = kv_heads

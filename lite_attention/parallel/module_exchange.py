@@ -102,7 +102,8 @@ class ModuleExchange(DealtHeads):
         tokens = self._agreed.get(call)
         is_new = tokens is None
         if tokens is None:
-            tokens = agreed_tokens(q, k, v, self.group, self.key_group, seq_len, self.parts)
+            others = {"balance": (self.balance, self.learns), "costs": self._costs}
+            tokens = agreed_tokens(q, k, v, self.group, self.key_group, seq_len, self.parts, others)
         if self.deal_out(q.shape[2], k.shape[2], q.device):
             for state in states:
                 state.start_fresh()  # its heads are others now
@@ -140,6 +141,11 @@ class ModuleExchange(DealtHeads):
         heads = state.capacity[1] * self.group.ranks
         self._agreed = {}
         self.deal_out(heads, heads, state.control.device)
+
+    def set_costs(self, costs: Sequence[float]) -> None:
+        """Deal heads by these costs, where the next generation begins; the next call compares them over the ranks."""
+        super().set_costs(costs)
+        self._agreed = {}
 
     def adopt(self, options: ModuleOptions, states: Sequence[SiteState]) -> None:
         """Serve new states, which calls of other sizes may not fit."""

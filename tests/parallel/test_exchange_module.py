@@ -37,7 +37,13 @@ def test_heads_with_residuals_are_dealt_by_what_another_run_found(two: Ranks) ->
 REFUSED = {
     "heads": ["heads of k: expected a multiple of 2 ranks, got 3"] * 2,
     "tokens": ["seq_len: expected the same on all ranks, or seq_len= of all of them, got [510, 508]"] * 2,
-    "dtype": ["dtype of q: expected the same on all ranks"] * 2,
+    "dtype": [
+        f"dtype of q: expected the same on all ranks, got torch.float{bits} here, which is not what all have"
+        for bits in (32, 64)
+    ],
+    "parts": ["parts: expected the same on all ranks, got [1, 2]"] * 2,
+    "balance": [f"balance: expected the same on all ranks, got ({x}, True) here" for x in (False, True)],
+    "costs": [f"costs: expected the same on all ranks, got {x} here" for x in (None, (4.0, 3.0, 1.0, 2.0))],
     "no count": ["seq_len: expected an integer, at least 1, got 512.0"] * 2,
     "values of one rank": [
         "q, k, v: expected calls that all ranks accept, got one that rank 1 refuses",

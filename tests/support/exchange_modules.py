@@ -77,7 +77,11 @@ def refused(kind: str) -> list[str]:
     """Return what this rank is told of a call that does not fit, here or on rank 1 alone, and then of one that does."""
     case = CASE._replace(count=510 if kind == "tokens" else 512)
     q, k, v = local(0, case)
-    module, is_one = new_module(), dist.get_rank() == 1
+    is_one = dist.get_rank() == 1
+    options: dict[str, dict[str, Any]] = {"parts": {"parts": 1 + is_one}, "balance": {"balance": is_one}}
+    module = new_module(**options.get(kind, {}))
+    if kind == "costs" and is_one:
+        lite_attention.parallel.deal_heads(nn.ModuleDict({"attn": module}), {"attn": [4.0, 3.0, 1.0, 2.0]})
     if kind == "heads":
         q, k, v = (x[:, :, :3] for x in (q, k, v))
     elif kind == "tokens" and is_one:
@@ -88,9 +92,10 @@ def refused(kind: str) -> list[str]:
         v = v[:, :-1]
     told = []
     seq_len = 512.0 if kind == "no count" else None
-    for call, count in (((q, k, v), seq_len), (local(0), None)):
+    then = new_module() if kind in ("parts", "balance", "costs") else module
+    for at, call, count in ((module, (q, k, v), seq_len), (then, local(0), None)):
         try:
-            module(*call, seq_len=count)
+            at(*call, seq_len=count)
             told.append("fits")
         except ValueError as error:
             told.append(str(error))
