@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -91,7 +92,7 @@ class ModuleOptions:
             query, key, value, quantization=quantization, implementation=implementation, **options
         )
 
-    def loaded_state(self, saved: dict[str, Any], device: torch.device | None) -> SiteState:
+    def loaded_state(self, saved: Mapping[str, Any], device: torch.device | None) -> SiteState:
         """Return a state that holds what was saved, in a `state_dict`.
 
         Raises:

@@ -14,6 +14,7 @@ from lite_attention.ops import default_session
 from lite_attention.ops.arguments import check_switch
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.residual_settings import ResidualSettings
+from lite_attention.ops.saved_parts import own_part, whole_sizes
 from lite_attention.ops.site import Site
 from lite_attention.ops.site_state import SiteState
 
@@ -100,10 +101,9 @@ class SiteModule(nn.Module):
             # Taken out, so that the state is not loaded once more, over the flags and the slot that hold here.
             saved = {key.removeprefix(prefix + "state."): state_dict.pop(key) for key in names}
             device = None if self.state is None else self.state.control.device
-            state = self._options.loaded_state(saved, device)
-            if self.exchange is not None:
-                self.exchange.prepare_for(state)
-            self._adopt([state])
+            exchange = self.exchange
+            place = None if exchange is None else exchange.prepare_for(*whole_sizes(saved), device)
+            self._adopt([self._options.loaded_state(own_part(saved, place), device)])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self: _Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Module:

@@ -16,6 +16,7 @@ from lite_attention.ops.buffers import Buffers, Sizes
 from lite_attention.ops.memory import Memory
 from lite_attention.ops.options import check_options
 from lite_attention.ops.part import Part
+from lite_attention.ops.saved_parts import masked_by_head, own_part
 from lite_attention.ops.tiles import ceil_div
 
 __all__ = ["DEFAULT_SLOTS", "SiteState"]
@@ -281,10 +282,15 @@ class SiteState(Memory):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy saved buffers into this state, in place.
 
+        A state that is of a part of a model takes what it saved itself, or its own of one of the whole model.
+
         Raises:
-            ValueError: a tensor is missing or unknown, or was saved by a state of another geometry; nothing is written.
+            ValueError: a tensor is missing or unknown, or was saved by a state of another geometry, or of another part;
+                nothing is written.
         """
         own = self.state_dict()
+        if own.keys() <= {*state_dict, "part"}:
+            state_dict = masked_by_head(own_part(state_dict, self.place), own)
         if set(own) != set(state_dict):
             raise ValueError(f"state_dict: expected {sorted(own)}, got {sorted(state_dict)}")
         for name, tensor in own.items():

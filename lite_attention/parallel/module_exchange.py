@@ -10,6 +10,7 @@ import torch
 
 from lite_attention.module_options import ModuleOptions
 from lite_attention.ops.arguments import require
+from lite_attention.ops.part import Part
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.torch_internals import is_fake
 from lite_attention.parallel.agreed_calls import agreed_tokens, done_by_all
@@ -136,11 +137,16 @@ class ModuleExchange(DealtHeads):
         self.deal_out(heads, kv_heads, torch.empty(0, device=device).device)
         return heads // states, sum(spread(self.group, self.key_group, seq_len).lengths)
 
-    def prepare_for(self, state: SiteState) -> None:
-        """Get ready for calls with a state that was loaded, whose heads are not dealt."""
-        heads = state.capacity[1] * self.group.ranks
+    def prepare_for(self, heads: int, seq_len: int, device: torch.device | None) -> Part | None:
+        """Get ready for calls with a state of so many heads and tokens that was saved; return which part is here.
+
+        Raises:
+            ValueError: heads do not divide.
+        """
         self._agreed = {}
-        self.deal_out(heads, heads, state.control.device)
+        _, queries = self.prepare(heads, heads, seq_len, device or torch.get_default_device())
+        words = self.part_words(0, seq_len)
+        return None if words is None else Part.of_words(words, queries)
 
     def set_costs(self, costs: Sequence[float]) -> None:
         """Deal heads by these costs, where the next generation begins; the next call compares them over the ranks."""
