@@ -81,6 +81,7 @@ def test_a_module_with_a_process_group_tells_the_heads_that_it_was_dealt(
             assert row.here == said_of([Part(tuple(heads), 4, 0, 512, 512)])
         assert row.tiles == tuple(tiles / 2 for tiles in whole.tiles)
     assert whole.here == ""
+    assert whole.tiles[0] == 2 * 4 * 8 * 8  # of 64 x 64
     assert whole.skipped == tuple(map(sum, zip(*(own.rows[0].skipped for own, _, _ in found), strict=True)))
     assert whole.skipped[0] > 0
 
