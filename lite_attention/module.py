@@ -16,7 +16,7 @@ from lite_attention.ops.methods import METHODS
 from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.quantization import quantization_of
 from lite_attention.ops.site_state import SiteState
-from lite_attention.ops.torch_internals import FakeTensor, is_fake
+from lite_attention.ops.torch_internals import FakeTensor
 from lite_attention.ops.validate import check_inputs, is_bshd
 from lite_attention.site_module import SiteModule
 
@@ -250,7 +250,7 @@ class LiteAttention(SiteModule):
             raise RuntimeError(_NOT_ALLOCATED)
         qkv = (query, key, value)
         tokens = self.exchange.tokens(*qkv, seq_len, self.states, self._room_for)
-        attend = partial(self._attend_part, **options)
+        attend = partial(self._attend, **options)
         return self.exchange.attend(attend, *qkv, tokens, self.states, return_softmax_lse)
 
     def _room_for(self, qkv: Sequence[torch.Tensor]) -> Callable[[], None]:
@@ -259,16 +259,6 @@ class LiteAttention(SiteModule):
         if not states or not self._fits(states[0], *qkv):
             return partial(self._use, self._states_for(*qkv))
         return lambda: None
-
-    def _attend_part(self, query: torch.Tensor, *key_and_value: torch.Tensor, part: int, **options: Any) -> Any:
-        """Attend for a part of the heads of a rank. A call that fails counts, since the other ranks go on."""
-        attend: Any = self._attend
-        try:
-            return attend(query, *key_and_value, part=part, **options)
-        except Exception:
-            if not is_fake(query):
-                self.states[part].pass_over()
-            raise
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: int = 0, keys: Keys | None = None,

@@ -57,7 +57,10 @@ class ModuleExchange(DealtHeads):
         self, attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tokens: Tokens,
         states: Sequence[SiteState], return_lse: bool,
     ) -> Any:  # fmt: skip
-        """Exchange, attend, exchange; learn what heads cost, from a call that fails, too: the other ranks do.
+        """Exchange, attend, exchange, and learn what heads cost.
+
+        A call that fails here counts, where the others go on: else ranks and parts would be at other steps. One that
+        fails on all ranks changes nothing.
 
         Args:
             attend: attention by the module's states, which is told `part`, and `keys` where they are gathered.
@@ -70,11 +73,14 @@ class ModuleExchange(DealtHeads):
         """
         order = None if is_fake(q) else self.order_for(states)
         attends = [partial(attend, part=part, keys=tokens.keys) for part in range(self.parts)]
-        failures: list[Exception] = []
+        failures: dict[int, Exception] = {}
         result = exchanged_attention(attends, q, k, v, tokens, order, return_lse, failures)
         self.learn_from(states, q)
-        if failures:
-            raise failures[0]
+        if failures and not is_fake(q) and not _is_of_none(result[0] if return_lse else result):
+            for part in failures:
+                states[part].pass_over()
+        for error in failures.values():
+            raise error
         return result
 
     def tokens(
@@ -157,3 +163,8 @@ class ModuleExchange(DealtHeads):
         """Serve new states, which calls of other sizes may not fit."""
         self._agreed = {}
         self.hold(options, states)
+
+
+def _is_of_none(out: torch.Tensor) -> bool:
+    """Return whether all ranks have failed, of whose heads NaN come."""
+    return bool(out.isnan().all())

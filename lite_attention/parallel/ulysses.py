@@ -88,10 +88,10 @@ def ulysses_attention(
         for each in states:
             tokens.keys.place(each)
     attends = [partial(methods[0].attend, state=s, **options) for s in states]
-    failures: list[Exception] = []
+    failures: dict[int, Exception] = {}
     result = exchanged_attention(attends, q, k, v, tokens, order, return_lse, failures)
-    if failures:
-        raise failures[0]
+    for error in failures.values():
+        raise error
     return result
 
 
@@ -103,11 +103,11 @@ def exchanged_attention(
     tokens: Tokens,
     order: torch.Tensor | None,
     return_lse: bool,
-    failures: list[Exception],
+    failures: dict[int, Exception],
 ) -> Any:
     """Exchange, attend, exchange; each of `attends` gets its part of the heads of this rank.
 
-    What one of them raises is added to the failures, to be raised after the exchange, which the other ranks are in:
+    What one of them raises is put into the failures, to be raised after the exchange, which the other ranks are in:
     they get NaN of these heads.
     """
     if tokens.group.ranks == 1 and len(attends) == 1:
@@ -115,8 +115,8 @@ def exchanged_attention(
     shapes = [shape[2:] for shape in tokens.shapes((q, k, v), len(attends))]
     coming = [begin_scatter(q, k, v, tokens, order, len(attends), part) for part in range(len(attends))]
     going, lse = [], []
-    for attend, begun in zip(attends, coming, strict=True):
-        out, of_part = _attended(attend, _with_all_keys(end_scatter(begun, shapes), tokens), failures)
+    for part, (attend, begun) in enumerate(zip(attends, coming, strict=True)):
+        out, of_part = _attended(attend, _with_all_keys(end_scatter(begun, shapes), tokens), part, failures)
         going.append(begin_gather(out, tokens))
         lse.append(of_part)
     whole = end_gather(going, tokens, order)
@@ -124,15 +124,15 @@ def exchanged_attention(
 
 
 def _attended(
-    attend: Attend, qkv: Sequence[torch.Tensor], failures: list[Exception]
+    attend: Attend, qkv: Sequence[torch.Tensor], part: int, failures: dict[int, Exception]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out and lse; NaN where it fails, which is added to the failures."""
+    """Return out and lse of a part; NaN where it fails, which is put into the failures."""
     if torch.compiler.is_compiling():
         return attend(*qkv, return_lse=True)  # type: ignore[no-any-return]
     try:
         return attend(*qkv, return_lse=True)  # type: ignore[no-any-return]
     except Exception as error:
-        failures.append(error)
+        failures[part] = error
         q, _, v = qkv
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), torch.nan, dtype=torch.float32)
         return q.new_full((*q.shape[:3], v.shape[3]), torch.nan), lse

@@ -153,6 +153,14 @@ def test_a_call_that_fails_on_one_rank_counts_there_too(two: Ranks, call: int, p
     assert found[0].heads[-1] != [0, 1]
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_call_that_fails_on_all_ranks_changes_nothing(two: Ranks, parts: int) -> None:
+    for told, error, same_masks in two.run(modules.mistaken, parts):
+        assert told == ["must_do expects"] * 3
+        assert error < 1e-6
+        assert same_masks
+
+
 def test_where_one_rank_has_no_room_for_a_state_none_goes_on(two: Ranks) -> None:
     found = two.run(modules.no_room_on_one)
     assert [told for told, _, _ in found] == [

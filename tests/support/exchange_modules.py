@@ -206,6 +206,24 @@ def swallowed(call: int, parts: int, failing: int) -> Swallowed:
     return found
 
 
+def mistaken(parts: int) -> tuple[list[str], float, bool]:
+    """Return what is told of calls that all get wrong, and whether what follows is as if there were none."""
+    single, module = (LiteAttention(num_steps=STEPS, threshold=-3.5), new_module(threshold=-3.5, parts=parts))
+    told, errors = [], []
+    assert module.exchange is not None
+    for call in range(3 * STEPS):
+        if call in (0, STEPS + 1, 2 * STEPS):
+            try:
+                module(*local(call % STEPS), must_do_list=[5, 3])
+            except ValueError as error:
+                told.append(str(error)[:15])
+        expected = part(single(*tokens(CASE, call % STEPS)))
+        errors.append(float((module(*local(call % STEPS)) - expected).abs().max()))
+    assert isinstance(single.state, SkipState)
+    masks = torch.cat([state.skip_mask for state in module.states], 2)
+    return told, max(errors), torch.equal(masks, single.state.skip_mask[:, :, module.exchange.own_heads])
+
+
 def no_room_on_one() -> tuple[str, int, float]:
     """Return what a rank is told where rank 1 has no memory for a state, how many it has, and how far it is off."""
     single, module = LiteAttention(num_steps=STEPS), new_module()
