@@ -55,28 +55,15 @@ def swap_site(
         return emit(aten.permute.default, node, list(order))
 
     with graph.inserting_before(call.node):
-        q, k, v = (
-            operand(node, order)
-            for node, order in (
-                (call.q, call.q_permutation),
-                (call.k, call.k_permutation),
-                (call.v, call.v_permutation),
-            )
-        )
+        q = operand(call.q, call.q_permutation)
+        k = operand(call.k, call.k_permutation)
+        v = operand(call.v, call.v_permutation)
         key_mask = None
         if call.mask is not None:  # [B or 1, 1, 1, Sk] -> [B or 1, Sk]
             key_mask = emit(aten.select.int, emit(aten.select.int, call.mask, 1, 0), 1, 0)
+        op, of_state, options = _op(found, state, settings)
         scale = None if call.scale is None else float(call.scale)
-        if state is None:
-            pair = emit(ATTENTION, q, k, v, key_mask, scale=scale)
-        else:
-            tile_m, tile_n = settings.tile_shape_for(found.site)
-            op, must_do = METHODS[settings.method].implementations[settings.implementation], None
-            pair = emit(
-                op, q, k, v, *state, must_do, key_mask, scale=scale, tile_m=tile_m, tile_n=tile_n,
-                quantization=settings.quantization,
-            )  # fmt: skip
-        attended = emit(operator.getitem, pair, 0)
+        attended = emit(operator.getitem, emit(op, q, k, v, *of_state, key_mask, scale=scale, **options), 0)
         if call.rows is not None:  # [B or 1, 1, 1, Sq], or so -> [B or 1, Sq, 1, 1]
             rows = emit(aten.flatten.using_ints, emit(aten.logical_not.default, call.rows), 1)
             for dim in (2, 3):
@@ -88,3 +75,14 @@ def swap_site(
         if not node.users:
             graph.erase_node(node)
     return out
+
+
+def _op(
+    found: GraphSite, state: Sequence[fx.Node | None] | None, settings: SkipSettings
+) -> tuple[Any, list[fx.Node | None], dict[str, Any]]:
+    """Return the op of a site, what it takes between the values and the key mask, and its options."""
+    if state is None:
+        return ATTENTION, [], {}
+    tile_m, tile_n = settings.tile_shape_for(found.site)
+    op, must_do = METHODS[settings.method].implementations[settings.implementation], None
+    return op, [*state, must_do], {"tile_m": tile_m, "tile_n": tile_n, "quantization": settings.quantization}

@@ -119,6 +119,33 @@ def enable(
         TypeError: a setting that there is not.
         OSError: the file of a table cannot be read.
     """
+    # What is wrong is told before anything is changed.
+    _check_models(model_or_pipe, compile, token_order)
+    check_options_of_torch(options)
+    check_exact_tokens(exact_tokens, token_order)
+    told_shard = _shard_by(process_group)
+    if all(type(model).__name__ in _ONE_PASS for model in parts_of(model_or_pipe).values()):
+        settings.setdefault("slots", 1)
+    keep = loaded("keep", keep)
+    known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
+    if isinstance(keep, ThresholdTable):
+        check_method(keep, known.residual)
+    how = _How(
+        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, told_shard,
+        exact_tokens,
+    )  # fmt: skip
+    is_open = all(given is None for given in (keep, settings.get("num_steps"), settings.get("full_every")))
+    _disable_all(model_or_pipe)
+    try:
+        _enable_all(model_or_pipe, how, preset if is_open else None)
+    except BaseException:
+        disable(model_or_pipe)
+        raise
+    return model_or_pipe
+
+
+def _check_models(model_or_pipe: Any, compile: object, token_order: str | Sequence[int] | None) -> None:
+    """Raise ValueError where models cannot be enabled so."""
     if compile not in (True, False, "blocks"):
         raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
     for name, model in parts_of(model_or_pipe).items():
@@ -130,38 +157,32 @@ def enable(
             )
         if token_order is not None:
             order.check(token_order, model)
-    # Wrong ones are told before anything is changed.
-    check_options_of_torch(options)
-    check_exact_tokens(exact_tokens, token_order)
-    told_shard = _shard_by(process_group)
-    if all(type(model).__name__ in _ONE_PASS for model in parts_of(model_or_pipe).values()):
-        settings.setdefault("slots", 1)
-    keep = loaded("keep", keep)
-    known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
-    if isinstance(keep, ThresholdTable):
-        check_method(keep, known.residual)
+
+
+def _disable_all(model_or_pipe: Any) -> None:
+    """Disable models, and those within them."""
     disable(model_or_pipe)
     for model in models_of(model_or_pipe).values():
         for within in [module for module in model.modules() if module in wirings]:
             disable(within)
-    how = _How(
-        known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, told_shard,
-        exact_tokens,
-    )  # fmt: skip
-    is_open = all(given is None for given in (keep, settings.get("num_steps"), settings.get("full_every")))
-    open_preset = preset if is_open else None
+
+
+def _enable_all(model_or_pipe: Any, how: _How, open_preset: str | None) -> None:
+    """Enable models, and follow the loop of a pipeline.
+
+    Args:
+        model_or_pipe: whose.
+        how: likewise.
+        open_preset: the preset, where the number of steps that a loop announces decides what it is.
+    """
+    known = how.settings
     clock = PerThread(lambda: Clock(known.num_steps, known.max_steps))
     scheduler = None if isinstance(model_or_pipe, nn.Module) else PipelineScheduler(model_or_pipe)
-    try:
-        for part, model in models_of(model_or_pipe).items():
-            wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, scheduler, open_preset)
-            _enable(model, wiring, how, f"{part}." if part else "")
-        if not isinstance(model_or_pipe, nn.Module):
-            _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))
-    except BaseException:
-        disable(model_or_pipe)
-        raise
-    return model_or_pipe
+    for part, model in models_of(model_or_pipe).items():
+        wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, scheduler, open_preset)
+        _enable(model, wiring, how, f"{part}." if part else "")
+    if not isinstance(model_or_pipe, nn.Module):
+        _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))
 
 
 def chosen_options(

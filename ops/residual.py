@@ -80,7 +80,7 @@ def residual_attention_reference(
             result, total = _recovered(result, total, stored, step.residuals, factor, head.at)
             attends = visits.visited[head.at].any(-1).repeat_interleave(tile_m)[:seq_q]
             result, total = result.where(attends.unsqueeze(-1), 0), total.where(attends, -math.inf)
-        elif step.mask:
+        elif step.stores:
             kept_lse = operands.whole(of_kept.lse(), head.at)
             left_out = torch.where(kept_lse == -math.inf, total, total - kept_lse)
             stored.put(step.residuals % planes, *head.at, result - of_kept.output(), left_out)
@@ -91,14 +91,11 @@ def residual_attention_reference(
     row_lse[call.slot, 0, :batch, :, :seq_q] = lse
     if masses is not None:
         diagonal = _table(q_tiles, k_tiles, lambda i: [diagonal_tile(i, *geometry)], q.device)
-        visitable = visits.by_tile(visits.visited)
-        chosen = chosen_tiles(masses.shares(), visitable, visits.always | diagonal, step.keep)
-        bits[(step.decided + 1) % 2] = pack_bits(~chosen)
-    stores = int(step.full and step.mask > 0)
-    if stores:
+        bits[(step.decided + 1) % 2] = pack_bits(~masses.chosen(visits, diagonal, step.keep))
+    if step.stores:
         times[call.slot, 2] = times[call.slot, 1]
         times[call.slot, 1] = now
-    c.write_control(control, call, sizes, (step.residuals + stores, step.decided + int(step.deciding), step.mask))
+    c.write_control(control, call, sizes, step.words_after())
     return out, lse
 
 
@@ -126,6 +123,15 @@ class _Step(NamedTuple):
         if full and decided > mask:
             residuals, mask = 0, decided
         return cls(full, full and (kind == DECIDING or decided == 0), mask, residuals, decided, share)
+
+    @property
+    def stores(self) -> bool:
+        """Whether there is a residual of it."""
+        return self.full and self.mask > 0
+
+    def words_after(self) -> tuple[int, int, int]:
+        """Return how many residuals and masks there are behind it, and the mask in use."""
+        return self.residuals + int(self.stores), self.decided + int(self.deciding), self.mask
 
 
 def _time_and_factor(times: torch.Tensor, step: int, known: int) -> tuple[float, float]:
@@ -184,9 +190,10 @@ class _Masses(NamedTuple):
         weights = (row.sums.row_max - norms).exp2().unsqueeze(-1)
         self.sums[at][i, tiles] = (row.tile_sums * weights).sum(0).to(torch.float32)
 
-    def shares(self) -> torch.Tensor:
-        """Return each tile's share of its q-tile."""
-        return self.sums / self.sums.sum(-1, keepdim=True)
+    def chosen(self, visits: Visits, diagonal: torch.Tensor, keep: float) -> torch.Tensor:
+        """Return which tiles stay, by the share of its q-tile that each has; some come before all others."""
+        shares = self.sums / self.sums.sum(-1, keepdim=True)
+        return chosen_tiles(shares, visits.by_tile(visits.visited), visits.always | diagonal, keep)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +16,9 @@ __all__ = ["ResidualOracleResult", "decoded_residual", "residual_attention_oracl
 
 _BINS = 32 * 64  # 1/64 octave each, from 2^-32 up
 _HASH = 2654435761
+
+_At = tuple[int, int, slice]  # batch element, head and rows
+_Attended = tuple[torch.Tensor, torch.Tensor]  # output and LSE
 
 
 class ResidualOracleResult(NamedTuple):
@@ -72,116 +76,205 @@ def residual_attention_oracle(
         slack: how far masses may be off, in bins of 1/64 octave, before a choice is uncertain.
     """
     (batch, seq_q, heads, _), seq_k = q.shape, k.shape[1]
-    q_tiles, k_tiles = math.ceil(seq_q / tile_m), math.ceil(seq_k / tile_n)
-    planes = residual.shape[1]
+    shape = (batch, heads, math.ceil(seq_q / tile_m), math.ceil(seq_k / tile_n))
     skip_mask, control, times = skip_mask.clone(), control.clone(), times.clone()
-    stored, row_lse = decoded_residual(residual, residual_scale), row_lse.double()
     allowed = torch.ones(batch, seq_k, dtype=torch.bool) if key_mask is None else key_mask.expand(batch, seq_k)
     scores, values = scores_of(q, k, allowed, scale), values_of(v, heads)
     shift = torch.zeros(batch, heads, seq_q, dtype=torch.float64) if lse_shift is None else lse_shift.double()
-
     told = Told.of(control, (batch, seq_q, seq_k))
     geometry = (seq_q, seq_k, tile_m, tile_n, told.query_start)
-    slot, step, dense, fresh = told.slot, told.step, told.dense, told.fresh
-    # A fresh start forgets masks and residuals.
-    residuals, decided, mask = (0, 0, 0) if fresh or dense else told.words[c.RESIDUALS :]
-    kind = int(plan[min(step, len(plan) - 1)])
-    # Full: fresh, or the plan says so, or there is no residual of the mask in use. Deciding: full, and the plan says so
-    # or no mask has been decided.
-    full = dense or fresh or kind > 0 or residuals == 0
-    deciding = full and not dense and (kind == 2 or decided == 0)
-    # A mask decided since the one in use was comes into use first, and there are no residuals of it.
-    if full and decided > mask:
-        mask, residuals = decided, 0
-    now = step if math.isnan(times[slot, 0]) else float(times[slot, 0])
-    factor = 0.0
-    if residuals > 1 and planes > 1 and times[slot, 1] != times[slot, 2]:
-        factor = (now - float(times[slot, 1])) / float(times[slot, 1] - times[slot, 2])
-        factor = factor if math.isfinite(factor) else 0.0
-    last, before, free = (1 + (residuals - n) % planes for n in (1, 2, 0))  # planes of row_lse; of residual, one less
+    step = _Step.of(told, plan, times[told.slot], residual.shape[1])
+    memory = _Memory.of(decoded_residual(residual, residual_scale), row_lse.double(), told.slot, step.residuals)
+    masks = skip_mask[told.slot]
+    tiles = _tiles(shape, masks[step.mask % 2] if step.mask else None, initial_mask, must_do, allowed, geometry)
 
     out = torch.zeros(batch, seq_q, heads, v.shape[3], dtype=torch.float64)
     lse = torch.full((batch, heads, seq_q), -math.inf, dtype=torch.float64)
-    mass = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.float64)
-    visitable = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool)
-    visited, first = torch.zeros_like(visitable), torch.zeros_like(visitable)
-    new_stored, new_row_lse = stored.clone(), row_lse.clone()
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(q_tiles):
-                rows = slice(i * tile_m, min((i + 1) * tile_m, seq_q))
-                kept = torch.zeros(seq_k, dtype=torch.bool)
-                able = torch.zeros(seq_k, dtype=torch.bool)
-                for j in range(k_tiles):
-                    tile = slice(j * tile_n, min((j + 1) * tile_n, seq_k))
-                    must = must_do is not None and bit(must_do, j)
-                    barred = initial_mask is not None and bit(
-                        initial_mask[b % len(initial_mask), h % initial_mask.shape[1], i], j
-                    )
-                    if (barred and not must) or not allowed[b, tile].any():
-                        continue
-                    visitable[b, h, i, j] = able[tile] = True
-                    first[b, h, i, j] = must or j == order(i, *geometry)[0]
-                    if mask == 0 or must or not bit(skip_mask[slot, mask % 2, b, h, i], j):
-                        kept[tile] = True
-                    visited[b, h, i, j] = full or kept[tile].any()
-                here = (scores[b, h, rows], values[b, h])
-                kept_out, kept_lse = attend(*here, kept)
-                kept_lse = kept_lse + shift[b, h, rows]
-                if not able.any():  # a row without a visitable tile gives 0 and -inf
-                    kept_lse = torch.full_like(kept_lse, -math.inf)
-                none_kept = kept_lse == -math.inf
-                if full:
-                    whole_out, whole_lse = attend(*here, able)
-                    whole_lse = torch.where(whole_lse == -math.inf, whole_lse, whole_lse + shift[b, h, rows])
-                    if mask > 0:
-                        new_stored[slot, free - 1, b, h, rows] = whole_out - kept_out
-                        new_row_lse[slot, free, b, h, rows] = torch.where(none_kept, whole_lse, whole_lse - kept_lse)
-                    out[b, rows, h], lse[b, h, rows] = whole_out, whole_lse
-                elif able.any():
-                    result, left_out = stored[slot, last - 1, b, h, rows], row_lse[slot, last, b, h, rows]
-                    if factor != 0:
-                        result = result + factor * (result - stored[slot, before - 1, b, h, rows])
-                        change = factor * (left_out - row_lse[slot, before, b, h, rows])
-                        left_out = left_out + torch.where(change.isfinite(), change, 0)
-                    out[b, rows, h] = kept_out + result
-                    lse[b, h, rows] = torch.where(none_kept, left_out, kept_lse + left_out)
-                if deciding:
-                    norm = row_lse[slot, 0, b, h, rows] - shift[b, h, rows]
-                    if fresh:  # the LSE of a sample
-                        sample = torch.zeros(seq_k, dtype=torch.bool)
-                        diagonal = order(i, *geometry)[0]
-                        for j in range(k_tiles):
-                            if j in (0, k_tiles - 1) or (j - diagonal) % 16 == 0:
-                                sample[j * tile_n : (j + 1) * tile_n] = visitable[b, h, i, j]
-                        norm = attend(*here, sample)[1]
-                    weighed = (scores[b, h, rows] - norm.unsqueeze(-1) * math.log2(math.e)).exp2()
-                    weighed[norm == -math.inf] = 0  # no weight
-                    in_all = weighed[:, able].sum()
-                    for j in range(k_tiles):
-                        if visitable[b, h, i, j]:
-                            mass[b, h, i, j] = weighed[:, j * tile_n : (j + 1) * tile_n].sum() / in_all
+    mass = torch.zeros(shape, dtype=torch.float64)
+    for b, h, i in itertools.product(*map(range, shape[:3])):
+        at = (b, h, slice(i * tile_m, min((i + 1) * tile_m, seq_q)))
+        rows = _Rows(scores[at], values[b, h], shift[at], tile_n)
+        visitable, kept = tiles.visitable[b, h, i], tiles.kept[b, h, i]
+        if step.full:
+            out[b, at[2], h], lse[at] = rows.attend(visitable)
+            if step.mask:
+                memory.put(at, rows.attend(visitable), rows.attend(kept))
+        elif visitable.any():  # a row without a visitable tile gives 0 and -inf
+            out[b, at[2], h], lse[at] = memory.added(at, rows.attend(kept), step.factor)
+        if step.deciding:
+            sample = visitable & _sample(order(i, *geometry)[0], shape[3])
+            norm = rows.sampled_lse(sample) if step.fresh else memory.row_lse[0][at] - shift[at]
+            mass[b, h, i] = rows.masses(visitable, norm)
 
-    certain = torch.ones_like(visitable)
-    if deciding:
-        share = float(keep[min(step, len(keep) - 1)])
+    certain = torch.ones(shape, dtype=torch.bool)
+    if step.deciding:
+        share = float(keep[min(told.step, len(keep) - 1)])
         for b in range(batch):
-            chosen, certain[b] = _choose(mass[b], visitable[b], first[b], share, slack)
-            half = skip_mask[slot, (decided + 1) % 2, b]
-            for h in range(heads):
-                for i in range(q_tiles):
-                    for j in range(32 * math.ceil(k_tiles / 32)):
-                        set_bit(half[h, i], j, j < k_tiles and not chosen[h, i, j])
-    if not dense:
-        new_row_lse[slot, 0, :batch, :, :seq_q] = lse
-        stores = full and mask > 0
-        if stores:
-            times[slot, 2] = times[slot, 1]
-            times[slot, 1] = now
-        told.words[c.RESIDUALS :] = residuals + stores, decided + deciding, mask
+            chosen, certain[b] = _choose(mass[b], tiles.visitable[b], tiles.first[b], share, slack)
+            _write_choice(masks[(step.decided + 1) % 2, b], chosen)
+    if not step.dense:
+        memory.lse_after[told.slot, 0, :batch, :, :seq_q] = lse
+        step.note(told, times[told.slot])
         told.write(control)
-    name = "dense" if dense else "deciding" if deciding else "full" if full else "sparse"
-    return ResidualOracleResult(out, lse, skip_mask, control, times, new_stored, new_row_lse, certain, name, visited)
+    visited = tiles.visitable if step.full else tiles.kept
+    return ResidualOracleResult(
+        out, lse, skip_mask, control, times, memory.residuals_after, memory.lse_after, certain, step.kind, visited
+    )
+
+
+class _Step(NamedTuple):
+    """What the state says that a call is to do."""
+
+    dense: bool
+    fresh: bool
+    full: bool
+    deciding: bool
+    mask: int  # the number of the mask in use; 0 = none
+    residuals: int  # stored of that mask
+    decided: int  # masks
+    now: float
+    factor: float  # of the forecast
+
+    @classmethod
+    def of(cls, told: Told, plan: torch.Tensor, times: torch.Tensor, planes: int) -> _Step:
+        # A fresh start forgets masks and residuals.
+        residuals, decided, mask = (0, 0, 0) if told.fresh or told.dense else told.words[c.RESIDUALS :]
+        kind = int(plan[min(told.step, len(plan) - 1)])
+        # Full: fresh, or the plan says so, or there is no residual of the mask in use. Deciding: full, and the plan
+        # says so or no mask has been decided.
+        full = told.dense or told.fresh or kind > 0 or residuals == 0
+        deciding = full and not told.dense and (kind == 2 or decided == 0)
+        # A mask decided since the one in use was comes into use first, and there are no residuals of it.
+        if full and decided > mask:
+            mask, residuals = decided, 0
+        now = told.step if math.isnan(times[0]) else float(times[0])
+        factor = 0.0
+        if residuals > 1 and planes > 1 and times[1] != times[2]:
+            factor = (now - float(times[1])) / float(times[1] - times[2])
+        return cls(
+            told.dense, told.fresh, full, deciding, mask, residuals, decided, now,
+            factor if math.isfinite(factor) else 0.0,
+        )  # fmt: skip
+
+    def note(self, told: Told, times: torch.Tensor) -> None:
+        """Write down what this step has stored and decided."""
+        stores = self.full and self.mask > 0
+        if stores:
+            times[2] = times[1]
+            times[1] = self.now
+        told.words[c.RESIDUALS :] = self.residuals + stores, self.decided + self.deciding, self.mask
+
+    @property
+    def kind(self) -> str:
+        return "dense" if self.dense else "deciding" if self.deciding else "full" if self.full else "sparse"
+
+
+# ---- tiles ---------------------------------------------------------------------------------------------------------
+
+
+class _Tiles(NamedTuple):
+    """Which tiles are what, bool [B, Hq, q_tiles, k_tiles]."""
+
+    visitable: torch.Tensor
+    first: torch.Tensor  # those that a choice takes before all others
+    kept: torch.Tensor
+
+
+def _tiles(
+    shape: tuple[int, ...],
+    mask: torch.Tensor | None,
+    initial_mask: torch.Tensor | None,
+    must_do: torch.Tensor | None,
+    allowed: torch.Tensor,
+    geometry: tuple[Any, ...],
+) -> _Tiles:
+    """Return what each tile is, by the mask in use, int32 [B, Hq, q_tiles, k_words]; None = there is none."""
+    tiles, tile_n = _Tiles(*torch.zeros(3, *shape, dtype=torch.bool)), geometry[3]
+    for b, h, i, j in itertools.product(*map(range, shape)):
+        must = must_do is not None and bit(must_do, j)
+        barred = initial_mask is not None and bit(initial_mask[b % len(initial_mask), h % initial_mask.shape[1], i], j)
+        if (barred and not must) or not allowed[b, j * tile_n : (j + 1) * tile_n].any():
+            continue
+        tiles.visitable[b, h, i, j] = True
+        tiles.first[b, h, i, j] = must or j == order(i, *geometry)[0]
+        tiles.kept[b, h, i, j] = mask is None or must or not bit(mask[b, h, i], j)
+    return tiles
+
+
+def _sample(diagonal: int, k_tiles: int) -> torch.Tensor:
+    """Return which tiles, bool [k_tiles], a fresh step takes the LSE of."""
+    return torch.tensor([j in (0, k_tiles - 1) or (j - diagonal) % 16 == 0 for j in range(k_tiles)])
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """The rows of a q-tile of a head."""
+
+    scores: torch.Tensor  # [m, Sk], log2 units
+    values: torch.Tensor  # [Sk, Dv]
+    shift: torch.Tensor  # [m], what the scores lack
+    tile_n: int
+
+    def keys(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return the keys of tiles."""
+        return tiles.repeat_interleave(self.tile_n)[: self.scores.shape[1]]
+
+    def attend(self, tiles: torch.Tensor) -> _Attended:
+        """Return attention over tiles, normalized by itself, and its LSE."""
+        out, lse = attend(self.scores, self.values, self.keys(tiles))
+        return out, torch.where(lse == -math.inf, lse, lse + self.shift)
+
+    def sampled_lse(self, sample: torch.Tensor) -> torch.Tensor:
+        """Return the LSE of the scores of a sample of the tiles, as they are."""
+        return attend(self.scores, self.values, self.keys(sample))[1]
+
+    def masses(self, visitable: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Return the mass of each visitable tile, [k_tiles], 0 of others."""
+        weighed = (self.scores - norm.unsqueeze(-1) * math.log2(math.e)).exp2()
+        weighed[norm == -math.inf] = 0  # no weight
+        in_all = weighed[:, self.keys(visitable)].sum()
+        of_tiles = torch.stack([weights.sum() for weights in weighed.split(self.tile_n, 1)])
+        return torch.where(visitable, of_tiles / in_all, 0)
+
+
+class _Memory(NamedTuple):
+    """Residuals, and what their masks leave out of the LSE; those of a slot are read, copies of all are written."""
+
+    residuals: torch.Tensor  # [planes, B, Hq, Sq, Dv]
+    row_lse: torch.Tensor  # [1 + planes, B, Hq, Sq]
+    residuals_after: torch.Tensor
+    lse_after: torch.Tensor
+    slot: int
+    stored: int  # residuals
+
+    @classmethod
+    def of(cls, residuals: torch.Tensor, row_lse: torch.Tensor, slot: int, stored: int) -> _Memory:
+        return cls(residuals[slot], row_lse[slot], residuals.clone(), row_lse.clone(), slot, stored)
+
+    def plane(self, back: int) -> int:
+        """Return where the last residual but so many is; -1 = where the next one goes."""
+        return (self.stored - 1 - back) % len(self.residuals)
+
+    def put(self, at: _At, whole: _Attended, kept: _Attended) -> None:
+        """Store what is not kept, in place of the older one of two."""
+        (out, lse), (kept_out, kept_lse), plane = whole, kept, self.plane(-1)
+        self.residuals_after[self.slot, plane][at] = out - kept_out
+        self.lse_after[self.slot, 1 + plane][at] = torch.where(kept_lse == -math.inf, lse, lse - kept_lse)
+
+    def added(self, at: _At, kept: _Attended, factor: float) -> _Attended:
+        """Return the kept tiles' attention with the last residual, extended by so much of its change."""
+        (out, lse), last, before = kept, self.plane(0), self.plane(1)
+        residual, left_out = self.residuals[last][at], self.row_lse[1 + last][at]
+        if factor != 0:
+            residual = residual + factor * (residual - self.residuals[before][at])
+            change = factor * (left_out - self.row_lse[1 + before][at])
+            left_out = left_out + torch.where(change.isfinite(), change, 0)
+        return out + residual, torch.where(lse == -math.inf, left_out, lse + left_out)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
 
 
 def _choose(
@@ -208,6 +301,13 @@ def _choose(
             or all(_count(highest, edge) == _count(lowest, edge) for edge in (bins[n], bins[n] + 1))
         )
     return chosen.view(shape), certain.view(shape)
+
+
+def _write_choice(words: torch.Tensor, chosen: torch.Tensor) -> None:
+    """Write what is not chosen of [Hq, q_tiles, k_tiles] as skipped; bits beyond the tiles are 0."""
+    heads, q_tiles, k_tiles = chosen.shape
+    for h, i, j in itertools.product(range(heads), range(q_tiles), range(32 * math.ceil(k_tiles / 32))):
+        set_bit(words[h, i], j, j < k_tiles and not chosen[h, i, j])
 
 
 def _rounded(keep: float, tiles: int) -> int:
