@@ -25,10 +25,11 @@ def test_residuals_are_of_the_heads_of_a_rank(two: Ranks) -> None:
         assert of_rank.costs == found[0].costs
 
 
-def test_heads_with_residuals_are_dealt_by_what_another_run_found(two: Ranks) -> None:
+@pytest.mark.parametrize("backend", ["", "aot_eager"])
+def test_heads_with_residuals_are_dealt_by_what_another_run_found(two: Ranks, backend: str) -> None:
     """Their initial masks follow; a rank keeps the same share of tiles whatever heads it has."""
     costs = [3.0, 4.0, 1.0, 2.0]
-    for of_rank in two.run(modules.residual, costs):
+    for of_rank in two.run(modules.residual, costs, backend):
         assert of_rank.heads == [[1, 2], [0, 3]]
         assert of_rank.error < 1e-6
         assert of_rank.same_masks

@@ -48,16 +48,19 @@ RESIDUAL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def residual(costs: list[float] | None = None) -> Residuals:
+def residual(costs: list[float] | None = None, backend: str = "") -> Residuals:
     """Run two generations, the second with heads that are dealt by what they cost, if that is told."""
     model = nn.ModuleDict({"attn": new_module(**RESIDUAL)})
     ours: Any = model["attn"]
+    ours.allocate(BATCH, CASE.count, HEADS, DIM)
+    torch._dynamo.reset()
+    run: Any = torch.compile(ours, fullgraph=True, backend=backend) if backend else ours
     worst, singles, dealt = 0.0, [], torch.empty(0)
     for call in range(2 * STEPS):
         if call == STEPS and costs is not None:
             lite_attention.parallel.deal_heads(model, {"attn": costs})
         q, k, v = tokens(CASE, call % STEPS)
-        got = ours(*local(call % STEPS), seq_len=CASE.count)
+        got = run(*local(call % STEPS), seq_len=CASE.count)
         if call % STEPS == 0:
             dealt = ours.exchange.order.view(dist.get_world_size(), -1)
             mask = RESIDUAL["initial_mask"]
