@@ -5,26 +5,18 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from lite_attention.cli.check import driver
 
 
 def require_gpu() -> None:
     """Leave with a line where there is no GPU to measure."""
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark measures a GPU, and PyTorch finds no CUDA device")
-
-
-def driver() -> str:
-    """Return the version of the GPU's driver."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
 
 
 def where() -> dict[str, Any]:

@@ -5,8 +5,9 @@ Names are resolved on first use: who runs a model eagerly needs neither the back
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lite_attention.ops.lazy_names import on_first_use
 
 if __name__ == "compile":
     raise ImportError("import lite_attention.compile, not compile: a second copy would hold other states")
@@ -27,18 +28,14 @@ __all__ = [
     "skip_states",
 ]
 
-_ROOMS = {
-    "LiteAttentionBackend": "compile.backend",
-    "Site": "ops.site",
-    "SkipAwareProgram": "compile.export",
-    "SkipSettings": "compile.settings",
-    "liteattn_backend": "compile.backend",
-    "make_skip_aware": "compile.export",
-    "skip_states": "compile.export",
+_LAZY = {
+    "LiteAttentionBackend": "lite_attention.compile.backend",
+    "Site": "lite_attention.ops.site",
+    "SkipAwareProgram": "lite_attention.compile.export",
+    "SkipSettings": "lite_attention.compile.settings",
+    "liteattn_backend": "lite_attention.compile.backend",
+    "make_skip_aware": "lite_attention.compile.export",
+    "skip_states": "lite_attention.compile.export",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(importlib.import_module(f"lite_attention.{_ROOMS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(__name__, _LAZY)

@@ -7,8 +7,7 @@ attn = lite_attention.LiteAttention(threshold=-6.0)           # by hand, one mod
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lite_attention import masks, schedules
 from lite_attention._version import __version__
@@ -16,6 +15,7 @@ from lite_attention.api import branch, disable, enable, reset
 from lite_attention.inspection import Report, SparsityLog, report
 from lite_attention.module import LiteAttention
 from lite_attention.ops import ResidualState, SkipState, attention, residual_attention, skip_attention, step_plan
+from lite_attention.ops.lazy_names import on_first_use
 from lite_attention.registry import LiteAttentionRegistry, ThresholdTable
 from lite_attention.setting import set_keep, set_threshold
 
@@ -63,8 +63,4 @@ _LAZY = {
     "make_skip_aware": "lite_attention.compile",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(__name__, _LAZY)

@@ -18,7 +18,7 @@ from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site_state import SiteState
 from lite_attention.ops.targets import target_of
 
-__all__ = ["add_parser", "main"]
+__all__ = ["add_parser", "driver", "main"]
 
 _HEAD_DIMS = (64, 128)
 _UNKNOWN = "unknown"
@@ -64,7 +64,7 @@ def _about(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         about["device"] = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-        about["driver"] = f"{_driver()}; torch was built for {torch.version.cuda or torch.version.hip}"
+        about["driver"] = f"{driver()}; torch was built for {torch.version.cuda or torch.version.hip}"
     target = target_of(device)
     for head_dim in _HEAD_DIMS:
         tiles = "x".join(map(str, target.tile_shape(head_dim)))
@@ -79,17 +79,18 @@ def _missing() -> str:
     """Return what a GPU needs that is not here."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} was built without CUDA; install a build for CUDA, see pytorch.org"
-    driver = _driver()
-    if driver == _UNKNOWN:
+    found = driver()
+    if found == _UNKNOWN:
         return "there is no driver of NVIDIA, nvidia-smi does not run; install one, or give the container the GPU"
     wanted = torch.version.cuda or torch.version.hip
     return (
-        f"torch finds no device, though driver {driver} is there; torch was built for {wanted}, which may need a newer "
+        f"torch finds no device, though driver {found} is there; torch was built for {wanted}, which may need a newer "
         "driver, or CUDA_VISIBLE_DEVICES hides the GPU"
     )
 
 
-def _driver() -> str:
+def driver() -> str:
+    """Return the version of the GPU's driver, or that it is not known."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

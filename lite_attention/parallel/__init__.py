@@ -9,9 +9,9 @@ this run, or, by `costs`, in another. `states` joins what ranks learned.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lite_attention.ops.lazy_names import on_first_use
 from lite_attention.ops.processors import leave_processors
 
 if TYPE_CHECKING:
@@ -28,8 +28,4 @@ _LAZY = {  # most run in one process
     "ulysses_attention": "lite_attention.parallel.ulysses",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = on_first_use(__name__, _LAZY)

@@ -89,7 +89,7 @@ def test_check_says_why_there_is_no_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    monkeypatch.setattr(check, "_driver", lambda: driver)
+    monkeypatch.setattr(check, "driver", lambda: driver)
     assert main(["check"]) == 1
     *_, before, last = capsys.readouterr().out.splitlines()
     assert before == "the CPU kernel works, which --device cpu asks for alone"

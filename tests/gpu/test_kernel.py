@@ -20,6 +20,7 @@ from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.schema import ATTENTION
 from tests.support.gpu_cases import (
     HERE,
+    VARIANTS,
     Case,
     check_step,
     dense,
@@ -35,12 +36,6 @@ pytestmark = pytest.mark.usefixtures("each_kernel")
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "300"))
 
 
-VARIANTS = [
-    (dim, dtype, quantization)
-    for quantization in QUANTIZATIONS
-    for dim in HERE.head_dims(quantization)
-    for dtype in HERE.dtypes
-]
 OUT_TOLERANCE = {"none": 2e-2, "int8": 0.08, "int8_fp8": 0.15}
 LSE_TOLERANCE = {"none": 1e-3, "int8": 0.045, "int8_fp8": 0.1}
 

@@ -14,19 +14,12 @@ from hypothesis import strategies as st
 import lite_attention
 from lite_attention.ops.control import FLAG_DENSE
 from lite_attention.ops.plan import step_plan
-from lite_attention.ops.quantization import QUANTIZATIONS
-from tests.support.gpu_cases import HERE, implementation, processors
+from tests.support.gpu_cases import HERE, VARIANTS, implementation, processors
 from tests.support.residual_gpu_cases import ResidualCase, check_residual_step, kernel
 
 pytestmark = pytest.mark.usefixtures("each_kernel")
 
 CASES = int(os.environ.get("LITE_ATTENTION_GPU_CASES", "200"))
-VARIANTS = [
-    (dim, dtype, quantization)
-    for quantization in QUANTIZATIONS
-    for dim in HERE.head_dims(quantization)
-    for dtype in HERE.dtypes
-]
 # Of a kernel that is not the GPU's own: one that takes few registers, and one that takes many.
 FEW = [(64, torch.float16, "none", "bf16"), (128, torch.bfloat16, "none", "fp8"), (128, torch.bfloat16, "int8", "fp8")]
 FULL_EVERY_3 = step_plan(12, full_every=3)

@@ -24,6 +24,7 @@ from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.options import ResidualOptions
 from lite_attention.ops.residual_state import RESIDUAL_BUFFERS
+from tests.support.buffers import assert_buffers, buffers_of, bytes_of
 from tests.support.op_cases import Qkv, clustered_qkv
 
 SIZES = {"batch": 2, "heads": 4, "seq_q": 50, "seq_k": 70, "value_dim": 8, "tile_m": 8, "tile_n": 8}  # 7 x 9 tiles
@@ -48,22 +49,6 @@ def _used(**options: Any) -> ResidualState:
         for step in range(3 + slot):
             residual_attention(*_inputs(step), state)
     return state
-
-
-def _bytes(buffer: torch.Tensor) -> torch.Tensor:
-    return buffer.view(torch.uint8) if buffer.dim() else buffer
-
-
-def _buffers(state: ResidualState) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in state.named_buffers()}
-
-
-def _assert_equal(state: ResidualState, buffers: dict[str, torch.Tensor]) -> None:
-    assert {name for name, _ in state.named_buffers()} == set(buffers)
-    for name, buffer in state.named_buffers():
-        assert buffer.dtype == buffers[name].dtype
-        assert buffer.is_contiguous()
-        assert torch.equal(_bytes(buffer), _bytes(buffers[name])), name
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------
@@ -181,18 +166,18 @@ def test_plan_keep_and_time_are_written_in_place() -> None:
 )
 def test_values_that_are_none_change_nothing(write: Any, message: str) -> None:
     state = _used()
-    before = _buffers(state)
+    before = buffers_of(state)
     with pytest.raises(ValueError, match=message):
         write(state)
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 def test_reset() -> None:
     state = _used()
-    before = _buffers(state)
+    before = buffers_of(state)
     state.reset(0)
     assert state.times[0].isnan().all()
-    assert torch.equal(_bytes(state.times[1]), _bytes(before["times"][1]))
+    assert torch.equal(bytes_of(state.times[1]), bytes_of(before["times"][1]))
     assert state.kept_tiles()[0].all()
     assert torch.equal(state.skip_mask[1], before["skip_mask"][1])
     assert (state.step(0), state.step(1)) == (0, 4)
@@ -262,9 +247,9 @@ def test_state_dict_round_trip(residual_dtype: str, options: dict[str, Any]) -> 
     assert [buffer.data_ptr() for buffer in into.buffers()] == addresses
     anew = ResidualState.from_state_dict(saved)
     assert anew.capacity == state.capacity
-    before = _buffers(state)
+    before = buffers_of(state)
     for loaded in (into, anew):
-        _assert_equal(loaded, before)
+        assert_buffers(loaded, before)
         assert torch.equal(residual_attention(*_inputs(5), loaded), residual_attention(*_inputs(5), copy.copy(state)))
 
 
@@ -283,22 +268,22 @@ def test_state_dict_round_trip(residual_dtype: str, options: dict[str, Any]) -> 
 )
 def test_state_dicts_that_do_not_fit(other: dict[str, Any], message: str) -> None:
     state = _used()
-    before = _buffers(state)
+    before = buffers_of(state)
     with pytest.raises(ValueError, match=message):
         state.load_state_dict(_state(**other).state_dict())
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 @pytest.mark.parametrize("name", [name for name in RESIDUAL_BUFFERS if name != "initial_mask"] + ["geometry"])
 @pytest.mark.parametrize("wrong", [None, 3, "x", torch.zeros(1, device="meta"), torch.zeros(7)], ids=str)
 def test_state_dicts_of_what_is_no_state(name: str, wrong: Any) -> None:
     state = _used()
-    before, saved = _buffers(state), {**_state().state_dict(), name: wrong}
+    before, saved = buffers_of(state), {**_state().state_dict(), name: wrong}
     with pytest.raises(ValueError, match=f"({name}.*|plan): expected "):  # which has as many steps as keep
         state.load_state_dict(saved)
     with pytest.raises(ValueError, match=f"({name}.*|plan): expected "):  # which has as many steps as keep
         ResidualState.from_state_dict(saved)
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 def test_a_state_over_buffers_shares_them() -> None:
@@ -317,18 +302,18 @@ def test_a_model_saves_the_state_only_if_persistent(persistent: bool) -> None:
     if persistent:
         names |= {f"1.{name}" for name in (*RESIDUAL_BUFFERS, "geometry") if name != "initial_mask"}
     assert set(saved) == names
-    fresh = _buffers(other[1])
+    fresh = buffers_of(other[1])
     other.load_state_dict(saved)  # strict
-    _assert_equal(other[1], _buffers(model[1]) if persistent else fresh)
+    assert_buffers(other[1], buffers_of(model[1]) if persistent else fresh)
 
 
 @pytest.mark.parametrize("move", [nn.Module.half, nn.Module.double, lambda module: module.to("cpu"), nn.Module.float])
 @pytest.mark.parametrize("residual_dtype", DTYPES)
 def test_casts_of_a_model_leave_the_state_as_it_is(move: Any, residual_dtype: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), _used(residual_dtype=residual_dtype))
-    before = _buffers(model[1])
+    before = buffers_of(model[1])
     move(model)
-    _assert_equal(model[1], before)
+    assert_buffers(model[1], before)
     residual_attention(*_inputs(3), model[1])
 
 
@@ -343,10 +328,10 @@ def test_moving_to_a_device_moves_all() -> None:
 @pytest.mark.parametrize("options", [{}, {"memory": "host"}, {"residual_dtype": "bf16"}], ids=str)
 def test_a_copy_goes_its_own_way(twin: Any, options: dict[str, Any]) -> None:
     state = _used(**options)
-    before, other = _buffers(state), twin(state)
-    _assert_equal(other, before)
+    before, other = buffers_of(state), twin(state)
+    assert_buffers(other, before)
     residual_attention(*_inputs(4), other)
-    _assert_equal(state, before)
+    assert_buffers(state, before)
     assert not torch.equal(other.control, state.control)
 
 
@@ -363,7 +348,7 @@ def test_on_the_cpu_memory_of_the_host_is_the_devices() -> None:
     host, device = _state(memory="host"), _state()
     for step in range(4):
         assert torch.equal(residual_attention(*_inputs(step), host), residual_attention(*_inputs(step), device))
-    _assert_equal(host, _buffers(device))
+    assert_buffers(host, buffers_of(device))
 
 
 def test_what_lives_on_the_host_is_placed_there_and_copied_as_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +366,7 @@ def test_what_lives_on_the_host_is_placed_there_and_copied_as_what_it_holds(monk
     assert placed == both
     _state()
     assert placed == both
-    _assert_equal(copy.copy(state), _buffers(state))
+    assert_buffers(copy.copy(state), buffers_of(state))
 
 
 def test_fake_tensors_on_the_host_are_fake() -> None:

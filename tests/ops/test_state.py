@@ -17,6 +17,7 @@ from lite_attention.ops import SkipState, functional, skip_attention
 from lite_attention.ops import control as c
 from lite_attention.ops.bitmask import unpack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
+from tests.support.buffers import assert_buffers, buffers_of
 from tests.support.op_cases import Qkv, clustered_qkv, live_sparsity
 
 SIZES = {"batch": 2, "heads": 4, "seq_q": 50, "seq_k": 70, "tile_m": 8, "tile_n": 8}  # 7 x 9 tiles
@@ -38,18 +39,6 @@ def _used(**options: Any) -> SkipState:
         for step in range(2 + slot):
             skip_attention(*_inputs(step), state)
     return state
-
-
-def _buffers(state: SkipState) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in state.named_buffers()}
-
-
-def _assert_equal(state: SkipState, buffers: dict[str, torch.Tensor]) -> None:
-    assert {name for name, _ in state.named_buffers()} == set(buffers)
-    for name, buffer in state.named_buffers():
-        assert buffer.dtype == buffers[name].dtype
-        assert buffer.is_contiguous()
-        assert torch.equal(buffer, buffers[name]), name
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------
@@ -90,7 +79,7 @@ def test_sizes_below_1(name: str) -> None:
 @pytest.mark.parametrize("slot", [-1, 2])
 def test_slots_that_are_none(slot: int) -> None:
     state = _used()
-    before = _buffers(state)
+    before = buffers_of(state)
     calls = (
         lambda: setattr(state, "slot", slot), lambda: state.step(slot), lambda: state.set_step(1, slot),
         lambda: state.start_fresh(slot), lambda: state.reset(slot),
@@ -98,19 +87,19 @@ def test_slots_that_are_none(slot: int) -> None:
     for call in calls:
         with pytest.raises(ValueError, match=f"slot: expected 0 to 1, got {slot}"):
             call()
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 def test_other_values_that_are_none() -> None:
     state = _used()
-    before = _buffers(state)
+    before = buffers_of(state)
     with pytest.raises(ValueError, match="step: expected 0 to 2147483647, got -1"):
         state.set_step(-1)
     with pytest.raises(ValueError, match="num_steps: expected at least 1, got 0"):
         state.set_num_steps(0)
     with pytest.raises(ValueError, match=r"per: expected names out of \('slot', 'batch', 'head'\), got \['heads'\]"):
         state.sparsity("heads")
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 def test_each_slot_counts_its_steps_and_wraps() -> None:
@@ -208,10 +197,10 @@ def test_a_table_of_steps_makes_room_for_itself() -> None:
 )
 def test_thresholds_that_are_none(threshold: float | torch.Tensor, message: str) -> None:
     state = _used()
-    before = _buffers(state)
+    before = buffers_of(state)
     with pytest.raises(ValueError, match=message):
         state.set_threshold(threshold)
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 def test_allow_positive() -> None:
@@ -313,13 +302,13 @@ def test_state_dict_round_trip(with_mask: bool) -> None:
     assert anew.capacity == state.capacity
     assert (anew.tile_m, anew.tile_n) == (8, 8)
     for loaded in (into, anew):
-        _assert_equal(loaded, _buffers(state))
+        assert_buffers(loaded, buffers_of(state))
         assert torch.equal(skip_attention(*_inputs(5), loaded), skip_attention(*_inputs(5), copy.deepcopy(state)))
 
 
 def test_from_state_dict_keeps_positive_thresholds() -> None:
     state = _state(threshold=1.5, allow_positive=True)
-    _assert_equal(SkipState.from_state_dict(state.state_dict()), _buffers(state))
+    assert_buffers(SkipState.from_state_dict(state.state_dict()), buffers_of(state))
 
 
 def test_a_state_over_buffers_shares_them() -> None:
@@ -344,33 +333,33 @@ def test_a_state_over_buffers_shares_them() -> None:
 )
 def test_state_dicts_that_do_not_fit(other: dict[str, Any], message: str) -> None:
     state = _used()
-    before = _buffers(state)
+    before = buffers_of(state)
     with pytest.raises(ValueError, match=message):
         state.load_state_dict(_state(**other).state_dict())
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 @pytest.mark.parametrize("name", ["skip_mask", "control", "threshold", "geometry"])
 @pytest.mark.parametrize("wrong", [None, 3, "x", torch.zeros(1, device="meta"), torch.zeros(7)], ids=str)
 def test_state_dicts_of_what_is_no_state(name: str, wrong: Any) -> None:
     state = _used()
-    before, saved = _buffers(state), {**_state().state_dict(), name: wrong}
+    before, saved = buffers_of(state), {**_state().state_dict(), name: wrong}
     with pytest.raises(ValueError, match=f"{name}.*: expected "):
         state.load_state_dict(saved)
     with pytest.raises(ValueError, match=f"{name}.*: expected "):
         SkipState.from_state_dict(saved)
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 def test_state_dicts_with_a_tensor_missing_or_of_another_dtype() -> None:
     state = _used()
-    before, saved = _buffers(state), _state().state_dict()
+    before, saved = buffers_of(state), _state().state_dict()
     with pytest.raises(ValueError, match=r"skip_mask: expected torch.int32 .* got torch.int64"):
         state.load_state_dict({**saved, "skip_mask": saved["skip_mask"].long()})
     del saved["control"]
     with pytest.raises(ValueError, match=r"state_dict: expected \['control', .*got \['geometry'"):
         state.load_state_dict(saved)
-    _assert_equal(state, before)
+    assert_buffers(state, before)
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -387,9 +376,9 @@ def test_a_model_saves_the_state_only_if_persistent(persistent: bool) -> None:
     if persistent:
         names |= {f"site.{name}" for name in ("skip_mask", "control", "threshold", "geometry")}
     assert set(saved) == names
-    fresh = _buffers(other.site)
+    fresh = buffers_of(other.site)
     other.load_state_dict(saved)  # strict
-    _assert_equal(other.site, _buffers(state) if persistent else fresh)
+    assert_buffers(other.site, buffers_of(state) if persistent else fresh)
 
 
 @pytest.mark.parametrize(
@@ -405,9 +394,9 @@ def test_a_model_saves_the_state_only_if_persistent(persistent: bool) -> None:
 )
 def test_casts_of_a_model_leave_the_state_as_it_is(move: Any) -> None:
     model = nn.Sequential(nn.Conv3d(2, 2, 1), _used(initial_mask=torch.rand(2, 4, 7, 9) < 0.3))
-    before = _buffers(model[1])
+    before = buffers_of(model[1])
     move(model)
-    _assert_equal(model[1], before)
+    assert_buffers(model[1], before)
     skip_attention(*_inputs(3), model[1])
 
 
@@ -419,10 +408,10 @@ def test_moving_to_a_device_moves_all() -> None:
 
 def test_a_copy_goes_its_own_way() -> None:
     state = _used()
-    twin, before = copy.deepcopy(state), _buffers(state)
+    twin, before = copy.deepcopy(state), buffers_of(state)
     skip_attention(*_inputs(4), twin)
     twin.set_threshold(-1.0)
-    _assert_equal(state, before)
+    assert_buffers(state, before)
     assert not torch.equal(twin.skip_mask, state.skip_mask)
     assert (twin.tile_m, twin.capacity, twin.slots) == (state.tile_m, state.capacity, state.slots)
 
@@ -432,7 +421,7 @@ def test_a_state_born_in_inference_mode_lives_outside_of_it() -> None:
         state = _used(initial_mask=torch.zeros(1, 1, 7, 9, dtype=torch.bool))
     outside = _used(initial_mask=torch.zeros(1, 1, 7, 9, dtype=torch.bool))
     other = _used(initial_mask=torch.ones(1, 1, 7, 9, dtype=torch.bool), threshold=-2.0)
-    before = _buffers(outside)
+    before = buffers_of(outside)
     for action in (
         lambda state: skip_attention(*_inputs(3), state),
         lambda state: state.set_threshold(-1.0),
@@ -445,9 +434,9 @@ def test_a_state_born_in_inference_mode_lives_outside_of_it() -> None:
         results = [action(x) for x in (state, outside)]
         if isinstance(results[0], torch.Tensor):
             assert torch.equal(*results)
-        _assert_equal(state, _buffers(outside))
+        assert_buffers(state, buffers_of(outside))
         assert any(not torch.equal(buffer, before[name]) for name, buffer in state.named_buffers())
-        before = _buffers(outside)
+        before = buffers_of(outside)
 
 
 # ---- threads -------------------------------------------------------------------------------------------------------

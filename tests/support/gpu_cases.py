@@ -21,11 +21,18 @@ from lite_attention.cute_kernels import launcher
 from lite_attention.ops import SkipState
 from lite_attention.ops.bitmask import pack_bits
 from lite_attention.ops.oracle import skip_attention_oracle
+from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.quantize import QUERY_ROWS
 from lite_attention.ops.schema import IMPLEMENTATIONS
 from lite_attention.ops.targets import Target, target_of
 
 HERE = target_of("cuda")
+VARIANTS = [
+    (head_dim, dtype, quantization)
+    for quantization in QUANTIZATIONS
+    for head_dim in HERE.head_dims(quantization)
+    for dtype in HERE.dtypes
+]
 KERNELS_HERE = (None,) if HERE.portable else (None, "portable")
 REFERENCE = torch.ops.lite_attention.skip_attention_reference.default
 KEY_MEAN = torch.ops.lite_attention.key_mean.default
