@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from lite_attention.calibration import autosave, calibrate, calibrate_residual
 from tests.support import diffusers_models as dm
 from tests.support import exchange_cases
 from tests.support.context_parallel_cases import (
+    HEADS,
     STEPS,
     diffusers_on_cpus,
     enable,
@@ -47,13 +51,17 @@ def off(got: Any, want: Any) -> float:
     return max((float(torch.where(a == b, 0.0, (a - b).abs()).max()) for a, b in pairs), default=float("inf"))
 
 
-def calibration(degrees: dict[str, int], options: dict[str, Any]) -> dict[str, Any]:
+@functools.cache
+def found_by_one(heads: int, **options: Any) -> Any:
+    """Return what one process finds; each rank is one."""
+    return calibrated(enable(wan(heads), threshold=-1.0), **options)
+
+
+def calibration(degrees: dict[str, int], options: dict[str, Any], heads: int = HEADS) -> dict[str, Any]:
     """Return what ranks find, against one process."""
     with diffusers_on_cpus():
-        one = enable(wan(), threshold=-1.0)
-        want = calibrated(one, **options)
-        model = enable(split(wan(), **degrees), threshold=-1.0)
-        got = calibrated(model, **options)
+        want = found_by_one(heads, **options)
+        got = calibrated(enable(split(wan(heads), **degrees), threshold=-1.0), **options)
         return {
             "off": off(got.table, want.table),
             "figures": max(abs(got.table.reached[name] - x) for name, x in want.table.reached.items()),
@@ -70,10 +78,11 @@ def calibration(degrees: dict[str, int], options: dict[str, Any]) -> dict[str, A
 def registry(folder: str) -> dict[str, Any]:
     """All ranks calibrate and load by a registry, in all of its ways; rank 0 writes what one process would."""
     config: Any = {"target_error": 0.05, "thresholds": THRESHOLDS, "progress": False}
-    with diffusers_on_cpus():
+    with diffusers_on_cpus(), contextlib.ExitStack() as undo:
         one, model = enable(wan(), threshold=-1.0), enable(split(wan(), **ULYSSES), threshold=-1.0)
         want = calibrate(one, generate_with(one), num_steps=STEPS, **config).table
         path = Path(folder) / "thresholds.toml"
+        saves = count_saves(undo)
         found = [
             lite_attention.LiteAttentionRegistry.from_model(
                 model, "calib", filename=path, calib_config={"generate": generate_with(model), **config}
@@ -92,7 +101,38 @@ def registry(folder: str) -> dict[str, Any]:
             "off": [off(registry.table, want) for registry in found],
             "files": sorted(file.name for file in Path(folder).iterdir()),
             "saved": off(lite_attention.ThresholdTable.load(path), later.table),
+            "saves": saves,
         }
+
+
+def count_saves(undo: contextlib.ExitStack) -> list[str]:
+    """Return the names of the files that this rank writes from now on."""
+    names: list[str] = []
+    save = lite_attention.ThresholdTable.save
+
+    def counted(table: Any, path: Any) -> None:
+        names.append(Path(path).name)
+        save(table, path)
+
+    undo.enter_context(mock.patch.object(lite_attention.ThresholdTable, "save", counted))
+    return names
+
+
+def results(folder: str, degrees: dict[str, int]) -> list[str]:
+    """Return the names of the files that this rank writes of what all ranks found, and are told to save."""
+    config: Any = {"num_steps": STEPS, "target_error": 0.05}
+    with diffusers_on_cpus(), contextlib.ExitStack() as undo:
+        votes = enable(split(wan(), **degrees), threshold=-1.0)
+        keeping = enable(split(wan(), **degrees), **RESIDUAL)
+        found = {
+            "thresholds.toml": calibrate(votes, generate_with(votes), progress=False, thresholds=[-3.0], **config),
+            "keep.toml": calibrate_residual(keeping, generate_with(keeping), keeps=(0.5,), **config),
+        }
+        saves = count_saves(undo)
+        for name, of_method in found.items():
+            of_method.save(Path(folder) / name)
+    dist.barrier()
+    return saves
 
 
 # ---- attention by hand -----------------------------------------------------------------------------------------------
@@ -112,33 +152,43 @@ class ByHand(nn.Module):
         return self.attn(q, k, v)
 
 
-def by_hand() -> dict[str, Any]:
-    """Calibrate where heads have been dealt by what they cost."""
-    tables, dealt = [], None
+def by_hand(calls: int) -> dict[str, Any]:
+    """Calibrate where heads have been dealt by what they cost in so many calls before, and would be dealt in it."""
+    tables, dealt = [], []
     for shared in (False, True):
         model = ByHand(shared)
-        for step in range(2 * STEPS + 1):  # until the heads lie elsewhere
+        for step in range(calls):
             model(step % STEPS)
-        if model.attn.exchange is not None:
-            dealt = model.attn.exchange.order.tolist()
+        exchange = model.attn.exchange
 
         def generate(number: int, model: ByHand = model) -> None:
             for step in range(STEPS):
                 model(step + number)
+            if model.attn.exchange is not None:
+                dealt.append(model.attn.exchange.order.tolist())
 
         options: dict[str, Any] = {"num_steps": STEPS, "target_error": 0.05, "thresholds": THRESHOLDS}
         tables.append(calibrate(model, generate, prompts=range(2), progress=False, **options).table)
-    return {"off": off(tables[1], tables[0]), "dealt": dealt, "held": model.attn.exchange.is_held}
+    assert exchange is not None
+    for step in range(2 * STEPS + 1):  # they go on being dealt
+        model(step % STEPS)
+    return {
+        "off": off(tables[1], tables[0]), "dealt": dealt, "then": exchange.order.tolist(), "held": exchange.is_held,
+    }  # fmt: skip
 
 
 # ---- residuals -------------------------------------------------------------------------------------------------------
 
 
-def residual(degrees: dict[str, int]) -> tuple[dict[Any, Any], dict[str, list[float]]]:
+RESIDUAL: dict[str, Any] = {
+    "threshold": None, "method": "residual", "full_every": 2, "residual_dtype": "fp32", "keep": 0.5,
+}  # fmt: skip
+
+
+def residual(degrees: dict[str, int], heads: int) -> tuple[dict[Any, Any], dict[str, list[float]]]:
     """Return the errors and the shares that a rank found."""
-    options: dict[str, Any] = {"threshold": None, "method": "residual", "full_every": 2, "residual_dtype": "fp32"}
     with diffusers_on_cpus():
-        model = enable(split(wan(), **degrees), keep=0.5, **options)
+        model = enable(split(wan(heads), **degrees), **RESIDUAL)
         found = calibrate_residual(
             model, generate_with(model), num_steps=STEPS, target_error=0.05, keeps=(0.2, 0.5, 0.8)
         )
@@ -148,13 +198,28 @@ def residual(degrees: dict[str, int]) -> tuple[dict[Any, Any], dict[str, list[fl
 # ---- what goes wrong on one rank -------------------------------------------------------------------------------------
 
 
-def not_finite() -> str:
-    """The last head, which rank 1 has, gives NaN."""
+def not_finite(degrees: dict[str, int], method: str, generation: int) -> tuple[str, str]:
+    """Return what a rank raises, and what it met itself, where what rank 1 has gives NaN from a generation on."""
+    at = {"now": -1}
+
+    def spoiled(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+        is_bad = dist.get_rank() == 1 and at["now"] == generation
+        return out.index_fill(1, torch.tensor([out.shape[1] - 1]), torch.nan) if is_bad else out
+
     with diffusers_on_cpus():
-        model = split(wan(), **ULYSSES)
-        with torch.no_grad():
-            model.blocks[0].attn1.to_v.bias[-1] = float("nan")
-        return _refused(enable(model, threshold=-1.0), generate_with(model))
+        model = split(wan(), **degrees)
+        if "ring_degree" in degrees:  # a query of rank 1
+            model.blocks[0].attn1.to_q.register_forward_hook(spoiled)
+        inner = generate_with(enable(model, **({"threshold": -1.0} if method == "votes" else RESIDUAL)))
+
+        def generate(number: int) -> torch.Tensor:
+            at["now"] += 1
+            if "ring_degree" not in degrees and at["now"] == generation:  # the last head, which rank 1 has
+                with torch.no_grad():
+                    model.blocks[0].attn1.to_v.bias[-1] = torch.nan
+            return inner(number)
+
+        return _refused(model, generate, method)
 
 
 def fails_at(step: int) -> str:
@@ -169,15 +234,20 @@ def fails_at(step: int) -> str:
                 if now < STEPS:
                     dm.run(model, dm.WAN.inputs(now, number))
 
-        return _refused(model, generate)
+        return _refused(model, generate)[0]
 
 
-def _refused(model: nn.Module, generate: Any) -> str:
+def _refused(model: nn.Module, generate: Any, method: str = "votes") -> tuple[str, str]:
+    """Return what is raised, and the kind of what was met here; a rank may be told first what another met."""
+    options: dict[str, Any] = {"num_steps": STEPS, "target_error": 0.05}
     try:
-        calibrate(model, generate, num_steps=STEPS, target_error=0.05, progress=False)
+        if method == "votes":
+            calibrate(model, generate, progress=False, thresholds=[-3.0], **options)
+        else:
+            calibrate_residual(model, generate, keeps=(0.5,), **options)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return f"{type(error).__name__}: {error}", type(error.__cause__ or error).__name__
+    return "", ""
 
 
 # ---- going on after an interrupt -------------------------------------------------------------------------------------
@@ -189,7 +259,7 @@ def interrupted(folder: str, lost: bool) -> dict[str, Any]:
     with diffusers_on_cpus(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = enable(split(wan(), **ULYSSES), threshold=-1.0)
-        want = calibrated(model, target_error=0.05).table
+        want = found_by_one(HEADS, target_error=0.05).table
         measured: list[int] = []
 
         def generate(number: int, steps: int = STEPS) -> torch.Tensor:

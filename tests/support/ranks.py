@@ -19,7 +19,7 @@ from lite_attention.ops import default_session
 __all__ = ["Ranks", "ranks_of"]
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "lite_attention.parallel"])
+_CONTEXT.set_forkserver_preload(["torch", "tests.support.context_parallel_cases"])  # once for all processes
 
 
 class Ranks:
