@@ -15,6 +15,8 @@ import torch
 from lite_attention.ops.arguments import require
 from lite_attention.ops.methods import METHODS
 from lite_attention.ops.site_state import SiteState
+from lite_attention.ops.torch_internals import is_fake
+from lite_attention.parallel.balance import expanded
 from lite_attention.parallel.exchange import (
     Tokens,
     begin_gather,
@@ -76,14 +78,19 @@ def ulysses_attention(
         ValueError: an argument does not fit.
         RuntimeError: a gradient is required, or a rank did not answer within the timeout of its group.
     """
-    states = [state] if isinstance(state, SiteState) else [*state]
-    methods = [m for m in METHODS.values() for s in states[:1] if isinstance(s, m.state)]
-    require(len(methods) == 1, "state", "a SkipState, a ResidualState or some of these", type(state).__name__)
+    states = [state] if isinstance(state, SiteState) else [*state] if isinstance(state, Sequence) else []
+    methods = [m for m in METHODS.values() if states and all(isinstance(s, m.state) for s in states)]
+    require(len(methods) == 1, "state", "a SkipState, a ResidualState or some of one kind", _kinds(state))
     require(
         len(states) == 1 or group is not None, "state", "one where no heads are exchanged", f"{len(states)} of them"
     )
-    heads, keys = (ALONE if g is None else Group.of(g) for g in (group, key_group))
+    heads, keys = (
+        ALONE if given is None else Group.of(given, name)
+        for name, given in (("group", group), ("key_group", key_group))
+    )
     tokens = tokens_of(q, k, v, heads, keys, seq_len, len(states))
+    if order is not None and not torch.compiler.is_compiling():
+        _check_order(order, q, q.shape[2] // k.shape[2])
     if tokens.keys is not None:
         for each in states:
             tokens.keys.place(each)
@@ -93,6 +100,30 @@ def ulysses_attention(
     for error in failures.values():
         raise error
     return result
+
+
+def _kinds(state: object) -> str:
+    if not isinstance(state, Sequence) or isinstance(state, str):
+        return type(state).__name__
+    return ", ".join(type(each).__name__ for each in state) or "none"
+
+
+def _check_order(order: torch.Tensor, q: torch.Tensor, shared: int) -> None:
+    """Check that an order is one of all heads, of which so many share keys; values where that waits for nothing.
+
+    Raises:
+        ValueError: it is not.
+    """
+    heads = q.shape[2]
+    expected = f"int64 ({heads},) on {q.device}"
+    require(isinstance(order, torch.Tensor), "order", expected, type(order).__name__)
+    found = (order.dtype, tuple(order.shape), order.device)
+    require(found == (torch.int64, (heads,), q.device), "order", expected, "{} {} on {}".format(*found))
+    if order.device.type == "cpu" and not is_fake(order):
+        each = torch.equal(order.sort().values, torch.arange(heads))
+        side_by_side = each and torch.equal(expanded(order[::shared] // shared, shared), order)
+        named = "each head once" if shared == 1 else f"each head once, those side by side that share keys, {shared}"
+        require(side_by_side, "order", named, order.tolist())
 
 
 def exchanged_attention(

@@ -83,7 +83,19 @@ REFUSED = {
     "parts": (Case(), "heads of k: expected a multiple of 2 ranks x 8 parts, got 4"),
     "queries alone": (Case(), "seq_len of k: expected that of q, 64, as of one sequence, got 63"),
     "tokens of another rank": (Case(), "seq_len of q: expected 66, which rank {rank} of 2 has of 132 tokens, got 64"),
-}
+    "no state": (Case(), "state: expected a SkipState, a ResidualState or some of one kind, got NoneType"),
+    "states of two kinds": (
+        Case(), "state: expected a SkipState, a ResidualState or some of one kind, got SkipState, ResidualState",
+    ),
+    "no group": (Case(), "key_group: expected a torch.distributed.ProcessGroup, got int"),
+    "no tensor": (Case(), "order: expected int64 (4,) on cpu, got list"),
+    "of some heads": (Case(), "order: expected int64 (4,) on cpu, got torch.int64 (2,) on cpu"),
+    "no integers": (Case(), "order: expected int64 (4,) on cpu, got torch.float32 (4,) on cpu"),
+    "a head twice": (Case(), "order: expected each head once, got [0, 1, 1, 3]"),
+    "sharers apart": (
+        Case(kv_heads=2), "order: expected each head once, those side by side that share keys, 2, got [0, 2, 1, 3]",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", REFUSED)

@@ -155,6 +155,12 @@ def generation(case: Case) -> Found:
     return Found(max(errors), max(lse_errors), same, skipped, max(moved))
 
 
+ORDERS: dict[str, Any] = {
+    "no tensor": [0, 1, 2, 3], "of some heads": torch.arange(2), "no integers": torch.arange(4.0),
+    "a head twice": torch.tensor([0, 1, 1, 3]), "sharers apart": torch.tensor([0, 2, 1, 3]),
+}  # fmt: skip
+
+
 def refused(case: Case, change: str) -> str:
     """Return what a call says that a rule forbids; it says so before anything is sent."""
     q, k, v = (part(x) for x in tokens(case, 0))
@@ -166,9 +172,16 @@ def refused(case: Case, change: str) -> str:
         seq_len = case.count + 2 * dist.get_world_size()
     elif change == "parts":
         parts = 2 * HEADS
-    state = [new_state(case, torch.arange(1))] * parts
+    state: Any = [new_state(case, torch.arange(1))] * parts
+    given: dict[str, Any] = {"group": dist.group.WORLD, "order": ORDERS.get(change)}
+    if change == "no state":
+        state = None
+    elif change == "states of two kinds":
+        state = [*state, new_state(case._replace(method="residual"), torch.arange(1))]
+    elif change == "no group":
+        given["key_group"] = 2
     try:
-        ulysses_attention(q, k, v, state, dist.group.WORLD, seq_len=seq_len)
+        ulysses_attention(q, k, v, state, seq_len=seq_len, **given)
     except ValueError as error:
         return str(error)
     return "nothing was refused"
