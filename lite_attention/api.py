@@ -7,7 +7,7 @@ import reprlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,8 +18,9 @@ from lite_attention import token_order as order
 from lite_attention.compile.settings import OtherOptions, SkipSettings, check_options_of_torch
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
-from lite_attention.exact_tokens import check_exact_tokens, kept_exact
-from lite_attention.masks import Pattern, grid_of_call
+from lite_attention.enabling import How, enable_model
+from lite_attention.exact_tokens import check_exact_tokens
+from lite_attention.masks import Pattern
 from lite_attention.model_sites import models_of, parts_of, sites_of
 from lite_attention.ops import Session, default_session
 from lite_attention.ops.arguments import check_time, require
@@ -27,7 +28,7 @@ from lite_attention.ops.clock import Clock
 from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.threads import PerThread
-from lite_attention.ops.torch_internals import call_of, override, uncompiled, unwrapped
+from lite_attention.ops.torch_internals import unwrapped
 from lite_attention.pipeline_scheduler import PipelineScheduler
 from lite_attention.presets import Preset, preset_of
 from lite_attention.threshold_table import ThresholdTable, check_method, loaded, of_sites
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
-    from lite_attention.compile.runner import Check
-    from lite_attention.compile.store import StateStore
     from lite_attention.exact_tokens import ExactTokenOption
     from lite_attention.ops.shard import Shard
     from lite_attention.ops.site import SiteKeep, SiteThreshold
@@ -49,9 +48,6 @@ _Target = TypeVar("_Target")
 # Distilled to run once a step: room for a second pass would be for nothing, and with residuals it is much.
 _ONE_PASS = {"MiniMaxH3Transformer3DModel"}
 
-# Of models that were freed while they were enabled: the classes of their modules, and the backend. Dynamo forgets them
-# at the next `enable`, since it may be compiling when garbage is collected.
-_freed: list[tuple[set[type[nn.Module]], object]] = []
 _pipelines: weakref.WeakKeyDictionary[Any, Undo] = weakref.WeakKeyDictionary()
 
 
@@ -130,7 +126,7 @@ def enable(
     known = SkipSettings(**chosen_options(threshold, keep, preset, token_order, settings))
     if isinstance(keep, ThresholdTable):
         check_method(keep, known.residual)
-    how = _How(
+    how = How(
         known, compile, {"mode": mode, "options": options, "dynamic": dynamic}, inner, token_order, told_shard,
         exact_tokens,
     )  # fmt: skip
@@ -167,7 +163,7 @@ def _disable_all(model_or_pipe: Any) -> None:
             disable(within)
 
 
-def _enable_all(model_or_pipe: Any, how: _How, open_preset: str | None) -> None:
+def _enable_all(model_or_pipe: Any, how: How, open_preset: str | None) -> None:
     """Enable models, and follow the loop of a pipeline.
 
     Args:
@@ -180,7 +176,7 @@ def _enable_all(model_or_pipe: Any, how: _How, open_preset: str | None) -> None:
     scheduler = None if isinstance(model_or_pipe, nn.Module) else PipelineScheduler(model_or_pipe)
     for part, model in models_of(model_or_pipe).items():
         wiring = wirings[model] = Wiring(PerThread(lambda: Session(known.slots)), clock, scheduler, open_preset)
-        _enable(model, wiring, how, f"{part}." if part else "")
+        enable_model(model, wiring, how, f"{part}." if part else "")
     if not isinstance(model_or_pipe, nn.Module):
         _pipelines[model_or_pipe] = hooks.follow_progress(model_or_pipe, _begin_loops(model_or_pipe))
 
@@ -220,99 +216,6 @@ def _shard_by(process_group: ProcessGroup | None) -> Shard | None:
     from lite_attention.parallel.shard import shard_by
 
     return None if process_group is None else shard_by(process_group)
-
-
-@dataclass(frozen=True)
-class _How:
-    """What `enable` was asked to do with each model."""
-
-    settings: SkipSettings
-    compile: bool | str
-    compile_arguments: dict[str, Any]
-    inner: str | Callable[..., Any]
-    token_order: str | Sequence[int] | None
-    told_shard: Shard | None
-    exact_tokens: ExactTokenOption | None
-
-
-def _enable(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> None:
-    """Enable one model; whatever is done is noted in `wiring.undo`, so that an exception can be undone."""
-
-    checks: list[Check] = []
-    wiring.undo.append(hooks.take_off_compiled(model))
-    wiring.undo.append(hooks.mark(model))
-    wiring.undo.append(hooks.follow_cache_context(model, wiring.session))
-    wiring.undo.append(hooks.follow_parallelism(model))
-    if how.token_order is not None:
-        reordered = order.TokenOrder(model, how.token_order, how.settings.tile_shape, how.settings.quantization)
-        wiring.undo.append(lambda _: reordered.detach())
-        checks.append(reordered.check)
-    if isinstance(how.settings.initial_mask, Pattern):
-        checks.append(_check_of_grid(model, how.settings.initial_mask))
-    checks.append(_check_of_sequence(model, how))
-    run, wiring.store = (_compiled if how.compile else _eager)(model, wiring, how, prefix)
-    wiring.exact_tokens = how.exact_tokens
-    run, looks = kept_exact(model, wiring.store, how.exact_tokens, run)
-    checks += looks
-    wiring.undo.append(hooks.let_dynamo_see(model))
-    override(model, uncompiled(wiring.runner(model, wiring.store, run, checks)))
-    wiring.undo.append(hooks.refuse_compile(model))
-
-
-def _check_of_sequence(model: nn.Module, how: _How) -> Check:
-    from lite_attention.parallel.shard import check_of_sequence
-
-    named = {"initial_mask": how.settings.initial_mask, "exact_tokens": how.exact_tokens}
-    return check_of_sequence(model, [name for name, given in named.items() if given not in (None, "auto")])
-
-
-def _check_of_grid(model: nn.Module, pattern: Pattern) -> Check:
-    """Return a check that each forward is of the video that a pattern is for; it does not keep the model alive."""
-    of = weakref.ref(model)
-
-    def check(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        grid = grid_of_call(of(), args, kwargs)
-        if grid is not None:
-            pattern.check_grid(grid)
-
-    return check
-
-
-def _store(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> StateStore:
-    from lite_attention.compile.store import StateStore
-    from lite_attention.parallel.shard import shard_of
-
-    return StateStore(how.settings, wiring.session, model, prefix, shard_of(model, how.told_shard))
-
-
-def _compiled(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
-    from lite_attention.compile.backend import LiteAttentionBackend
-    from lite_attention.ops.torch_internals import forget_compiled
-
-    store = _store(model, wiring, how, prefix)
-    backend = LiteAttentionBackend.of(store, how.inner)
-    while _freed:
-        forget_compiled(*_freed.pop())
-    freed = weakref.finalize(model, lambda *left: _freed.append(left), {*map(type, model.modules())}, backend)
-    freed.atexit = False
-
-    def forget(model: nn.Module) -> None:
-        freed.detach()
-        forget_compiled({*map(type, model.modules())}, backend)
-
-    wiring.undo.append(forget)
-    compile_model: Any = model.compile_repeated_blocks if how.compile == "blocks" else model.compile
-    compile_model(backend=backend, **how.compile_arguments)
-    return call_of(model), store
-
-
-def _eager(model: nn.Module, wiring: Wiring, how: _How, prefix: str) -> tuple[Callable[..., Any], StateStore]:
-    from lite_attention.compile.eager import attach
-
-    store = _store(model, wiring, how, prefix)
-    run, detach = attach(model, store)
-    wiring.undo.append(lambda _: detach())
-    return run, store
 
 
 def _begin_loops(pipe: Any) -> Callable[[int | None], None]:

@@ -67,6 +67,7 @@ class Model(nn.Module):
 
 
 def tokens(count: int = TOKENS) -> torch.Tensor:
+    """Return an input of `Model`, of a batch of one."""
     return torch.randn(1, count, WIDTH)
 
 
