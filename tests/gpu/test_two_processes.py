@@ -22,7 +22,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    with ranks_of(2, timeout=120) as ranks:  # each may have kernels to compile
+    with ranks_of(2, timeout=120, start_method="spawn") as ranks:  # each may have kernels to compile
         yield ranks
 
 

@@ -18,20 +18,20 @@ from lite_attention.ops import default_session
 
 __all__ = ["Ranks", "ranks_of"]
 
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "tests.support.context_parallel_cases"])  # once for all processes
+mp.set_forkserver_preload(["torch", "tests.support.context_parallel_cases"])  # once for all processes
 
 
 class Ranks:
     """So many processes, each a rank of the default group."""
 
-    def __init__(self, count: int, timeout: float) -> None:
+    def __init__(self, count: int, timeout: float, start_method: str) -> None:
+        context: Any = mp.get_context(start_method)
         self._folder = tempfile.TemporaryDirectory()
         store = f"file://{self._folder.name}/store"
-        pipes = [_CONTEXT.Pipe() for _ in range(count)]
+        pipes = [context.Pipe() for _ in range(count)]
         self._pipes = [ours for ours, _ in pipes]
         self.processes = [
-            _CONTEXT.Process(target=_serve, args=(theirs, rank, count, store, timeout), daemon=True)
+            context.Process(target=_serve, args=(theirs, rank, count, store, timeout), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -89,9 +89,12 @@ def _result_of(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 @contextlib.contextmanager
-def ranks_of(count: int, timeout: float = 60) -> Iterator[Ranks]:
-    """Have so many processes; a collective in which one is missing fails after `timeout` seconds."""
-    ranks = Ranks(count, timeout)
+def ranks_of(count: int, timeout: float = 60, start_method: str = "forkserver") -> Iterator[Ranks]:
+    """Have so many processes; a collective in which one is missing fails after `timeout` seconds.
+
+    Those that use a GPU are to be spawned: what a server imports for all may have asked the driver for devices.
+    """
+    ranks = Ranks(count, timeout, start_method)
     try:
         yield ranks
     finally:
