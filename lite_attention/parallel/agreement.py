@@ -1,13 +1,14 @@
 """What ranks that share a model tell each other on the host: that all went well, or what went wrong on one.
 
 By the store of the process group, which needs no device, and no rank that listens while another speaks. So a rank that
-fails tells why even where the others wait for it in an exchange, until that gives up.
+fails tells why even where the others wait for it in an exchange, until that gives up. A rank that has said the next has
+heard what was said before: so when all have, each takes its own off the store.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from lite_attention.parallel.shard import shard_of
 __all__ = ["check_groups", "first_writes", "shard_of_all", "texts_of_all", "told_of_errors"]
 
 _count: Counter[tuple[str, int]] = Counter()  # of what was agreed upon, by group and rank
+_there: defaultdict[tuple[str, int], set[int]] = defaultdict(set)  # numbers of what this rank has in the store
 
 
 def shard_of_all(model_or_pipe: Any) -> Shard:
@@ -56,6 +58,7 @@ def texts_of_all(shard: Shard, text: str) -> list[str]:
         number = _next(place, name)
         _say(place, name, number, "\0".join(texts))
         texts = [of_rank for rank in range(place.ranks) for of_rank in _heard(name, number, rank).split("\0")]
+        _take_off(place, name, number)
     return texts
 
 
@@ -80,6 +83,8 @@ def told_of_errors(shard: Shard) -> Iterator[None]:
     for at, number in zip(shared, numbers, strict=True):
         _say(*at, number, told or "")
         told = told or _first_error([at], [number], wait=True)
+        if told is None:  # all were heard
+            _take_off(*at, number)
     if told is not None:
         _say_all(shared, numbers, told)
         raise RuntimeError(told)
@@ -108,6 +113,15 @@ def _key(name: str, number: int, rank: int) -> str:
 
 def _say(place: Ranks, name: str, number: int, text: str) -> None:
     default_store().set(_key(name, number, place.rank), text)
+    _there[name, place.rank].add(number)
+
+
+def _take_off(place: Ranks, name: str, number: int) -> None:
+    """Remove what this rank said before a number that all have said."""
+    there = _there[name, place.rank]
+    for before in [earlier for earlier in there if earlier < number]:
+        default_store().delete_key(_key(name, before, place.rank))
+        there.remove(before)
 
 
 def _say_all(shared: list[tuple[Ranks, str]], numbers: list[int], text: str) -> None:

@@ -134,6 +134,14 @@ def test_an_error_after_all_exchanges_is_told_on_all_ranks(two: Ranks) -> None:
     assert waits == "RuntimeError: rank 1 of 2: OSError: the disk of rank 1 is full"
 
 
+@pytest.mark.parametrize("fail", [False, True])
+def test_ranks_take_off_the_store_what_all_have_heard(two: Ranks, four: Ranks, fail: bool) -> None:
+    for ranks, degrees in ((two, cases.ULYSSES), (four, TWO_D)):
+        for agreed, left in ranks.run(cases.left_in_the_store, degrees, fail):
+            assert agreed > 1
+            assert left == {1}  # the last, which nobody knows that all have heard
+
+
 def test_an_error_within_a_generation_is_told_to_those_who_wait_in_an_exchange(hurried: Ranks) -> None:
     waits, fails = hurried.run(cases.fails_at, 1)
     assert fails == "OSError: the disk of rank 1 is full"

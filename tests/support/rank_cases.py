@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,8 @@ from torch import nn
 
 import lite_attention
 from lite_attention.calibration import autosave, calibrate, calibrate_residual
+from lite_attention.ops.torch_internals import default_store
+from lite_attention.parallel import agreement
 from tests.support import diffusers_models as dm
 from tests.support import exchange_cases
 from tests.support.context_parallel_cases import (
@@ -248,6 +251,24 @@ def _refused(model: nn.Module, generate: Any, method: str = "votes") -> tuple[st
     except Exception as error:
         return f"{type(error).__name__}: {error}", type(error.__cause__ or error).__name__
     return "", ""
+
+
+def left_in_the_store(degrees: dict[str, int], fail: bool) -> tuple[int, set[int]]:
+    """Return how often this rank agreed with those of a group, and how many keys of it are left in the store."""
+    with diffusers_on_cpus():
+        model = enable(split(wan(), **degrees), threshold=-1.0)
+        before, shard = Counter(agreement._count), agreement.shard_of_all(model)
+        if fail:  # on rank 1, and then not
+            with contextlib.suppress(OSError, RuntimeError), agreement.told_of_errors(shard):
+                if dist.get_rank() == 1:
+                    raise OSError("the disk of rank 1 is full")
+            agreement.texts_of_all(shard, "and on")
+        else:
+            calibrate(model, generate_with(model), num_steps=STEPS, target_error=0.05, progress=False)
+    made = Counter(agreement._count) - before
+    store = default_store()
+    keys = {of: [agreement._key(of[0], number, of[1]) for number in range(1, agreement._count[of] + 1)] for of in made}
+    return min(made.values()), {sum(store.check([key]) for key in of_rank) for of_rank in keys.values()}
 
 
 # ---- going on after an interrupt -------------------------------------------------------------------------------------
