@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -173,16 +172,14 @@ class Variants:
     def plant(self, call: Call, share: float) -> float:
         """Write an initial mask into all states of `ours`, and return the share of tiles skipped from then on."""
         call()
-        report = lite_attention.report(self.model, file=io.StringIO())
+        states = list(named_states(self.model).values())
         lite_attention.reset(self.model)
-        for row in report.swapped:
-            assert row.state is not None
-            assert row.state.initial_mask is not None
-            _, heads, seq_q, seq_k = row.state.capacity
-            tiles = math.ceil(seq_q / row.state.tile_m), math.ceil(seq_k / row.state.tile_n)
-            row.state.initial_mask.copy_(pack_bits(runs_of_tiles(torch.full((heads, 1), share), *tiles)))
+        for state in states:
+            assert state.initial_mask is not None
+            shares = torch.full((state.capacity[1], 1), share)
+            state.initial_mask.copy_(pack_bits(runs_of_tiles(shares, *state.tiles)))
         call()
-        return report.swapped[0].sparsity[0]
+        return float(states[0].sparsity())
 
     def residual(self) -> Call:
         """Return a step with our backend and the residual; `become` says of which kind."""
