@@ -8,7 +8,9 @@ recorder.py         curves on the dense trajectory, and thresholds out of them
 bounded.py          `Calibration`, whose thresholds keep under a bound
 verification.py     `Verification` on the sparse one
 autosave.py         the file that an interrupted calibration goes on from
-search.py           `calibrate`: from a target to thresholds, for each head or for the whole
+passes.py           the generations of a calibration, and passes over them
+targets.py          from a target to thresholds: a bound for each head, or a price for the whole
+search.py           `calibrate`: all of it, and what the thresholds reach
 residual.py         `calibrate_residual`: from a target to shares to keep
 """
 

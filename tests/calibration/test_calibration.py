@@ -16,7 +16,7 @@ from torch import nn
 
 import lite_attention
 from lite_attention import ThresholdTable
-from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, search, tile_statistics
+from lite_attention.calibration import THRESHOLDS, Calibration, Verification, recorder, targets, tile_statistics
 from lite_attention.calibration.bounded import HEADROOM
 from lite_attention.calibration.error_report import Curve
 from lite_attention.calibration.probe import AttentionProbe
@@ -702,7 +702,7 @@ def test_a_price_counts_what_stays_out() -> None:
         return float(torch.stack(figures[name]).mean())
 
     for name, target in (("error", 2.0), ("sparsity", 0.2)):
-        price = search._price_for(curves, name, target)
+        price = targets.price_for(curves, name, target)
         below, above = reached(name, price * (1 - 1e-6)), reached(name, price * (1 + 1e-6))
         assert below <= target <= above
         assert below < above  # a staircase, of which this is the step
