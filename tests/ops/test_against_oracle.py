@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lite_attention.ops import SkipState
 from lite_attention.ops.oracle import skip_attention_oracle
-from tests.support.drawn_calls import DrawnCall, DrawnCase, near_tile_edges
+from tests.support.drawn_calls import DrawnCall, DrawnCase, fields_of_calls, fields_of_case, sizes
 from tests.support.op_cases import assert_step, clustered_qkv, live_sparsity, too_close
 
 
@@ -23,43 +23,14 @@ class Case(DrawnCase):
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    tile_m, tile_n = draw(st.integers(4, 16)), draw(st.integers(4, 16))
-    many_tiles = draw(st.sampled_from([False] * 7 + [True]))  # more than one word of bits
-    if many_tiles:
-        tile_n = 4
-    batch = 1 if many_tiles else draw(st.integers(1, 2))
-    few = st.integers(1, 5)
-    seq_q = draw(near_tile_edges(tile_m, st.integers(1, 2) if many_tiles else few))
-    seq_k = draw(near_tile_edges(tile_n, st.integers(33, 66) if many_tiles else few))
-    slots = draw(st.integers(1, 3))
-    call = st.builds(
-        DrawnCall,
-        before=st.sampled_from([""] * 8 + ["fresh", "fresh", "dense", "jump", "reset"]),
-        slot=st.integers(0, slots - 1) if draw(st.booleans()) else st.just(0),
-        batch=st.sampled_from([batch, batch, 1]),
-        seq_q=st.sampled_from([seq_q] * 5 + [max(1, seq_q - tile_m)]),
-        seq_k=st.sampled_from([seq_k] * 5 + [max(1, seq_k - tile_n - 1)]),
-        must_do=st.sampled_from([False, False, True]),
-        key_mask=st.sampled_from([""] * 5 + ["tokens", "tiles", "one for all", "nothing"]),
-        scale=st.sampled_from([None, None, 0.7]),
-        query_start=st.one_of(st.none(), st.none(), st.integers(0, seq_k)),
-    )
+    of, slots = draw(sizes()), draw(st.integers(1, 3))
+    any_slot = st.integers(0, slots - 1) if draw(st.booleans()) else st.just(0)
+    call = st.builds(DrawnCall, **fields_of_calls(of, any_slot))
     return Case(
-        seed=draw(st.integers(0, 2**16)),
-        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
-        quantization=draw(st.sampled_from(["none", "none", "int8", "int8_fp8"])),
-        capacity=(batch, seq_q, seq_k),
-        kv_heads=draw(st.integers(1, 2)),
-        group=1 if many_tiles else draw(st.sampled_from([1, 1, 2])),
-        head_dim=draw(st.sampled_from([2, 4, 7, 8])),
-        value_dim=draw(st.sampled_from([1, 4, 8])),
-        tile_m=tile_m,
-        tile_n=tile_n,
-        slots=slots,
+        **draw(fields_of_case(of, slots)),
         num_steps=draw(st.sampled_from([None, None, 2, 3])),
         refresh=draw(st.sampled_from([None, None, 2])),
         auto_step=draw(st.sampled_from([True, True, False])),
-        initial_mask=draw(st.sampled_from([None, None, (False, False), (True, True), (True, False)])),
         threshold=(draw(st.booleans()), draw(st.integers(1, 3)), draw(st.booleans())),
         calls=draw(st.lists(call, min_size=2, max_size=4)),
     )

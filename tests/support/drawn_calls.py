@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -104,6 +104,68 @@ def _key_mask(call: DrawnCall, tile_n: int, rng: torch.Generator) -> torch.Tenso
     if call.key_mask == "nothing":
         mask[0] = False
     return mask
+
+
+# ---- what is drawn -------------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """Of a state."""
+
+    tile_m: int
+    tile_n: int
+    many_tiles: bool  # more than one word of bits has, and more than a sample of a deciding step
+    batch: int
+    seq_q: int
+    seq_k: int
+
+
+@st.composite
+def sizes(draw: st.DrawFn) -> Sizes:
+    """Draw sizes near the edges of tiles, often of few, sometimes of many."""
+    tile_m, tile_n = draw(st.integers(4, 16)), draw(st.integers(4, 16))
+    many_tiles = draw(st.sampled_from([False] * 7 + [True]))
+    if many_tiles:
+        tile_n = 4
+    batch = 1 if many_tiles else draw(st.integers(1, 2))
+    few = st.integers(1, 5)
+    seq_q = draw(near_tile_edges(tile_m, st.integers(1, 2) if many_tiles else few))
+    seq_k = draw(near_tile_edges(tile_n, st.integers(33, 66) if many_tiles else few))
+    return Sizes(tile_m, tile_n, many_tiles, batch, seq_q, seq_k)
+
+
+def fields_of_calls(of: Sizes, slots: st.SearchStrategy[int]) -> dict[str, st.SearchStrategy[Any]]:
+    """Return what the fields of a `DrawnCall` are drawn from, as a rule as large as the state."""
+    return {
+        "before": st.sampled_from([""] * 8 + ["fresh", "fresh", "dense", "jump", "reset"]),
+        "slot": slots,
+        "batch": st.sampled_from([of.batch] * 5 + [1]),
+        "seq_q": st.sampled_from([of.seq_q] * 5 + [max(1, of.seq_q - of.tile_m)]),
+        "seq_k": st.sampled_from([of.seq_k] * 5 + [max(1, of.seq_k - of.tile_n - 1)]),
+        "must_do": st.sampled_from([False, False, True]),
+        "key_mask": st.sampled_from([""] * 5 + ["tokens", "tiles", "one for all", "nothing"]),
+        "scale": st.sampled_from([None, None, 0.7]),
+        "query_start": st.one_of(st.none(), st.none(), st.integers(0, of.seq_k)),
+    }
+
+
+@st.composite
+def fields_of_case(draw: st.DrawFn, of: Sizes, slots: int) -> dict[str, Any]:
+    """Draw the fields of a `DrawnCase` but those of its steps: `num_steps`, `refresh` and `auto_step`."""
+    return {
+        "seed": draw(st.integers(0, 2**16)),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.float64])),
+        "quantization": draw(st.sampled_from(["none", "none", "int8", "int8_fp8"])),
+        "capacity": (of.batch, of.seq_q, of.seq_k),
+        "kv_heads": draw(st.integers(1, 2)),
+        "group": 1 if of.many_tiles else draw(st.sampled_from([1, 1, 2])),
+        "head_dim": draw(st.sampled_from([2, 4, 7, 8])),
+        "value_dim": draw(st.sampled_from([1, 4, 8, 16])),
+        "tile_m": of.tile_m,
+        "tile_n": of.tile_n,
+        "slots": slots,
+        "initial_mask": draw(st.sampled_from([None, None, (False, False), (True, True), (True, False)])),
+    }
 
 
 def near_tile_edges(tile: int, tiles: st.SearchStrategy[int]) -> st.SearchStrategy[int]:
