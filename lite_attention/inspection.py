@@ -36,8 +36,12 @@ class SparsityLog:
 
     def record(self) -> None:
         """Note the sparsity of all sites, over heads and branches. Reading it waits for the device."""
-        states = named_states(self.model_or_pipe)
-        self.steps.append({name: skipped_by_next(state) for name, state in states.items()})
+        shares = {
+            site.name: [skipped_by_next(state) for state in site.latest]  # of as many tiles each
+            for site in sites_of(self.model_or_pipe)
+            if site.swapped and site.latest
+        }
+        self.steps.append({name: sum(of_site) / len(of_site) for name, of_site in shares.items()})
 
     def on_step_end(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Record; what diffusers' pipelines call after each step as `callback_on_step_end`."""

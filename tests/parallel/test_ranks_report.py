@@ -70,10 +70,11 @@ def test_a_module_with_a_process_group_tells_the_heads_that_it_was_dealt(
     found = two.run(cases.by_hand, key_ranks, parts)
     whole = found[0][1].rows[0]
     assert whole.q_shape[:3] == (2, 512, 4)
-    for rank, (own, of_all, heads) in enumerate(found):
+    for rank, (own, of_all, heads, logged) in enumerate(found):
         row = own.rows[0]
         assert of_all == found[0][1]
         assert row.q_shape == whole.q_shape
+        assert logged == pytest.approx(sum(row.skipped) / sum(row.tiles))
         if key_ranks == 2:
             assert row.here == f"queries {256 * rank} to {256 * rank + 255} of 512"
         else:
@@ -82,7 +83,7 @@ def test_a_module_with_a_process_group_tells_the_heads_that_it_was_dealt(
         assert row.tiles == tuple(tiles / 2 for tiles in whole.tiles)
     assert whole.here == ""
     assert whole.tiles[0] == 2 * 4 * 8 * 8  # of 64 x 64
-    assert whole.skipped == tuple(map(sum, zip(*(own.rows[0].skipped for own, _, _ in found), strict=True)))
+    assert whole.skipped == tuple(map(sum, zip(*(own.rows[0].skipped for own, *_ in found), strict=True)))
     assert whole.skipped[0] > 0
 
 

@@ -51,19 +51,21 @@ def of_model(
     return found
 
 
-def by_hand(key_ranks: int, parts: int) -> tuple[Report, Report, list[int]]:
-    """Return the reports of here and of all ranks of a `LiteAttention`, and which heads are here."""
+def by_hand(key_ranks: int, parts: int) -> tuple[Report, Report, list[int], float]:
+    """Return the reports of here and of all ranks of a `LiteAttention`, which heads are here, and the share logged."""
     group, key_group = exchange_cases.groups(key_ranks)
     attn = LiteAttention(threshold=-3.5, num_steps=STEPS, process_group=group, key_group=key_group, parts=parts)
     model = nn.ModuleDict({"attn": attn})
     case = exchange_cases.Case(count=512)
     for step in range(2 * STEPS + 1):  # until heads are dealt by what they cost
         attn(*map(exchange_cases.part, exchange_cases.tokens(case, step % STEPS)))
+    log = lite_attention.SparsityLog(model)
+    log.record()
     here, of_all = silent(model), silent(model, process_group=dist.group.WORLD)
     for report in (here, of_all):
         report.rows[0].state = None
     assert attn.exchange is not None
-    return here, of_all, sorted(attn.exchange.own_heads.tolist())
+    return here, of_all, sorted(attn.exchange.own_heads.tolist()), log.steps[-1]["attn"]
 
 
 def printed(gathered: bool) -> str:
