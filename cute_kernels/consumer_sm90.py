@@ -94,7 +94,7 @@ class Consumer:
             if const_expr(scales.v is not None):
                 if const_expr(self.config.residual):
                     count += jobs.words[ring, REST]
-                self.scale_channels(acc, scales, outputs, batch, head, count)
+                self.epilogue.scale_channels(acc.out, scales.v, gout.shape[2], head, batch, count)
             first_row = q_tile * self.config.tile_m + own_row
             if const_expr(self.config.residual):
                 self.residual_epilogue.store(
@@ -172,7 +172,7 @@ class Consumer:
         head, batch = words[HEAD], words[BATCH]
         if const_expr(scales.v is not None):
             self.mainloop.short_sums.put_back(acc.sums, acc.out)
-            self.scale_channels(acc, scales, outputs, batch, head, words[COUNT])
+            self.epilogue.scale_channels(acc.out, scales.v, outputs.out.shape[2], head, batch, words[COUNT])
         self.residual_epilogue.store_kept(
             outputs.out, outputs.lse, scales.lse_shift, acc.out, rows, first_row, seq_q, head, batch
         )
@@ -180,15 +180,6 @@ class Consumer:
             acc.out.fill(0.0)  # it is in shared memory as it was, and goes on there
             if words[REST] == 0:
                 self.mainloop.short_sums.take(acc.sums, sums_shift, acc.out, rows)
-
-    @cute.jit
-    def scale_channels(
-        self, acc: Accumulators, scales: Scales, outputs: Outputs, batch: Int32, head: Int32, count: Int32
-    ):
-        """Give the sums of quantized values their channels' scales."""
-        if count > 0:  # or else it is 0, whatever the scales
-            kv_head = head // (outputs.out.shape[2] // scales.v.shape[1])
-            self.epilogue.scale_channels(acc.out, scales.v[batch, kv_head, None])
 
     def registers(self, qk_mma, pv_mma, shared: Shared, worker, group):
         """What the products of this warpgroup read and write, and the state of its rows."""

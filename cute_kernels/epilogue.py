@@ -25,13 +25,16 @@ class Epilogue:
         self.pack = PACKS[DTYPES[config.dtype]]
 
     @cute.jit
-    def scale_channels(self, out, scales):
-        """Give the sums of quantized values their channels' scales."""
-        lane = cute.arch.lane_idx()
-        for i in cutlass.range_constexpr(self.head_dim // 4):
-            scale = scales[column(i, lane)]
-            for half in cutlass.range_constexpr(2):
-                out[element(half, i)] = out[element(half, i)] * scale
+    def scale_channels(self, out, scales, heads: Int32, head: Int32, batch: Int32, count: Int32):
+        """Give the sums of quantized values, of so many tiles, their channels' scales."""
+        if const_expr(scales is not None):
+            if count > 0:  # or else it is 0, whatever the scales
+                of_head = scales[batch, head // (heads // scales.shape[1]), None]
+                lane = cute.arch.lane_idx()
+                for i in cutlass.range_constexpr(self.head_dim // 4):
+                    scale = of_head[column(i, lane)]
+                    for half in cutlass.range_constexpr(2):
+                        out[element(half, i)] = out[element(half, i)] * scale
 
     @cute.jit
     def store(

@@ -62,7 +62,7 @@ class Store:
             count += shared.call[REST]
         for b in cutlass.range_constexpr(self.budget.blocks):
             out, rows, first_row = self.products.block_of(acc.out, b), blocks[b].rows, self.first_row(place, b)
-            self.scale_channels(outputs, out, scales, place, count)
+            self.epilogue.scale_channels(out, scales.v, outputs.out.shape[2], place.head, place.batch, count)
             if const_expr(self.config.residual):
                 self.residual_epilogue.store(
                     *outputs, scales.lse_shift, out, rows, residual, shared.call, first_row, seq_q, place.head,
@@ -83,18 +83,12 @@ class Store:
                 self.short_sums.promote(block.sums, block.sums_shift, out, block.rows)
                 out.fill(0.0)
                 self.short_sums.take(block.sums, block.sums_shift, out, block.rows)
-                self.scale_channels(outputs, out, scales, place, shared.call[COUNT])
+                self.epilogue.scale_channels(
+                    out, scales.v, outputs.out.shape[2], place.head, place.batch, shared.call[COUNT]
+                )
             self.residual_epilogue.store_kept(
                 *outputs, scales.lse_shift, out, block.rows, self.first_row(place, b), seq_q, place.head, place.batch
             )
             if const_expr(self.short_sums is not None):
                 out.fill(0.0)  # the sums go on
         cute.arch.sync_warp()
-
-    @cute.jit
-    def scale_channels(self, outputs: Outputs, out, scales: Scales, place: Place, count: Int32):
-        """Give the sums of quantized values their channels' scales."""
-        if const_expr(scales.v is not None):
-            if count > 0:  # or else it is 0, whatever the scales
-                kv_head = place.head // (outputs.out.shape[2] // scales.v.shape[1])
-                self.epilogue.scale_channels(out, scales.v[place.batch, kv_head, None])
