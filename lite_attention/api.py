@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import reprlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +22,14 @@ from lite_attention.exact_tokens import check_exact_tokens
 from lite_attention.masks import Pattern
 from lite_attention.model_sites import models_of, parts_of, sites_of
 from lite_attention.ops import Session, default_session
-from lite_attention.ops.arguments import check_time, require
+from lite_attention.ops.arguments import check_time
 from lite_attention.ops.clock import Clock
 from lite_attention.ops.option_names import takes_options
 from lite_attention.ops.session import BRANCH_TIME
 from lite_attention.ops.threads import PerThread
 from lite_attention.ops.torch_internals import unwrapped
 from lite_attention.pipeline_scheduler import PipelineScheduler
-from lite_attention.presets import Preset, preset_of
+from lite_attention.presets import with_preset
 from lite_attention.threshold_table import ThresholdTable, check_method, loaded, of_sites
 
 if TYPE_CHECKING:
@@ -186,14 +185,12 @@ def chosen_options(
 ) -> dict[str, Any]:
     """Return the options of `SkipSettings` out of those of `enable`."""
     chosen, num_steps = dict(options), options.get("num_steps")
-    if preset is not None:
-        _check_goes_with_preset(preset, threshold, chosen)
-        given = {name: value for name, value in chosen.items() if value is not None or name not in Preset._fields}
-        chosen = {"method": "residual", **preset_of(preset, num_steps)._asdict(), **given}
     if threshold is not None:
         chosen["threshold"] = of_sites("threshold", threshold, num_steps)
     if keep is not None:
         chosen["keep"] = of_sites("keep", keep, num_steps)
+    if preset is not None:
+        chosen = with_preset(preset, chosen)
     # As many as pipelines of diffusers make passes in a step: LTX-2 has three, most have one or two. Residuals take too
     # much memory for a branch that may not come.
     chosen.setdefault("slots", 2 if chosen.get("method") == "residual" else 3)
@@ -201,15 +198,6 @@ def chosen_options(
     if token_order is not None and isinstance(mask, Pattern):
         chosen["initial_mask"] = replace(mask, token_order=token_order)
     return chosen
-
-
-def _check_goes_with_preset(preset: object, threshold: object, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where an option is not one of the method that presets are of."""
-    method, expected = options.get("method", "residual"), f"none with preset={preset!r}, whose method is 'residual'"
-    require(method == "residual", "method", expected, repr(method))
-    of_votes = {"threshold": threshold, "allow_positive": options.get("allow_positive") or None}
-    for name, value in of_votes.items():
-        require(value is None, name, expected, reprlib.repr(value))
 
 
 def _shard_by(process_group: ProcessGroup | None) -> Shard | None:

@@ -23,13 +23,14 @@ number at a head dim of 128.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from lite_attention.ops.arguments import require
+from lite_attention.ops.arguments import check_count, require
 from lite_attention.ops.plan import SPARSE
 
-__all__ = ["PRESETS", "Preset", "computed_share", "preset_of"]
+__all__ = ["PRESETS", "Preset", "computed_share", "preset_of", "with_preset"]
 
 _FEW_STEPS = 8  # the most that are few
 
@@ -54,6 +55,25 @@ def preset_of(name: str, num_steps: int | None = None) -> Preset:
     require(name in (*PRESETS,), "preset", f"one of {[*PRESETS]}", repr(name))
     few = num_steps is not None and num_steps <= _FEW_STEPS
     return (_OF_FEW_STEPS if few else PRESETS)[name]
+
+
+def with_preset(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of `SkipSettings` with those of a preset, where they say nothing else.
+
+    Raises:
+        ValueError: there is no such preset, or an option is of another method.
+    """
+    method, steps = options.get("method", "residual"), options.get("num_steps")
+    preset = preset_of(name, None if steps is None else check_count("num_steps", steps))
+    of_others = {
+        "method": None if method == "residual" else method, "threshold": options.get("threshold"),
+        "allow_positive": options.get("allow_positive") or None,
+    }  # fmt: skip
+    for option, value in of_others.items():
+        expected = f"none with preset={name!r}, whose method is 'residual'"
+        require(value is None, option, expected, reprlib.repr(value))
+    given = {option: value for option, value in options.items() if value is not None or option not in Preset._fields}
+    return {"method": "residual", **preset._asdict(), **given}
 
 
 def computed_share(plan: Sequence[int], kept: float) -> float:

@@ -15,7 +15,7 @@ from lite_attention.compile.settings import SkipSettings
 from lite_attention.exact_tokens import exact_slices
 from lite_attention.integrations.numbers import numbers_in
 from lite_attention.ops.arguments import check_count, require
-from lite_attention.presets import preset_of
+from lite_attention.presets import with_preset
 from lite_attention.token_layout import Layout, Ranges
 from lite_attention.token_slices import TokenSlice, ranges_of
 
@@ -71,7 +71,7 @@ class ServingOptions:
         given |= {name: _steps(name, given[name]) for name in {*_BY_STEP} & {*given}}
         preset = own.get("preset")
         is_open = preset is not None and not {"keep", "full_every", "num_steps"} & {*given}
-        given = given if preset is None else _with_preset(preset, given)
+        given = given if preset is None else with_preset(preset, given)
         given.setdefault("slots", _SLOTS.get(str(given.get("method", "votes")), 1))
         dense_steps = check_count("dense_steps", own.get("dense_steps", 0), least=0)
         if given.get("method") == "residual" and dense_steps:
@@ -90,14 +90,6 @@ class ServingOptions:
         if self.exact_tokens != "auto":
             return tuple(ranges_of(self.exact_tokens, tokens))
         return () if picture is None else Layout(picture[0], picture[1] - picture[0]).ranges(tokens)
-
-
-def _with_preset(preset: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return options with those of a preset, where they say nothing else."""
-    require(given.get("method", "residual") == "residual", "preset", "none with method='votes'", repr(preset))
-    num_steps = given.get("num_steps")
-    steps = None if num_steps is None else check_count("num_steps", num_steps)
-    return {"method": "residual", **preset_of(preset, steps)._asdict(), **given}
 
 
 def _steps(name: str, given: Any) -> Any:

@@ -227,6 +227,9 @@ def test_presets(options: dict[str, Any], want: tuple[float, int]) -> None:
         ({"preset": "best"}, r"preset: expected one of \['quality', 'balanced', 'fast'\], got 'best'"),
         ({"preset": ["fast"]}, r"preset: expected one of .* got \['fast'\]"),
         ({"preset": "fast", "method": "votes"}, "method: expected none with preset='fast', .* got 'votes'"),
+        ({"preset": "fast", "method": "vote"}, "method: expected none with preset='fast', .* got 'vote'"),
+        ({"preset": "fast", "num_steps": "20"}, "num_steps: expected an integer, .* got '20'"),
+        ({"preset": "fast", "allow_positive": True}, "allow_positive: expected none with preset='fast', .* got True"),
         ({"preset": "fast", "threshold": -3.0}, "threshold: expected none with preset='fast', .* 'residual', got -3.0"),
     ],
 )
