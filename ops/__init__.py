@@ -10,7 +10,8 @@ The contract: `docs/contract.md`, and `oracle` as a program.
 * A call: `functional` and `ranges`, checked by `check_calls`, `validate` and `arguments`; `signature` is what they see.
 * Geometry and formats: `tiles`, `targets`, `quantization`, `site`, `shard`. `namespace`: what names begin with.
   `processors`: what kernels leave free.
-* `torch_internals` names what is private of torch, for all floors.
+* For all floors: `torch_internals` names what is private of torch, `option_names` checks what options are called, and
+  `lazy_names` resolves names on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The command line: `lite-attention`, or `python -m lite_attention`. A module a command."""
+"""The command line: `lite-attention`, or `python -m lite_attention`. A module a command.
+
+What commands and benchmarks share: `arguments` parses, `timing` times, `planted` makes what is timed.
+"""
 
 from __future__ import annotations
 
