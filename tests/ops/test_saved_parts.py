@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -142,6 +143,19 @@ def test_a_state_of_another_part_is_refused(kind: str, way: str) -> None:
         whole.load_state_dict(saved)
     assert same(second.state_dict(), before)
     first.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("kind", ["votes", "fp8"])
+def test_copies_and_moves_keep_the_part(kind: str) -> None:
+    place = places(2, 2)[3]
+    state = new_state(kind, place)
+    for twin in (copy.copy(state), copy.deepcopy(state), pickle.loads(pickle.dumps(state)), state.half()):
+        assert twin.place == place
+        twin.load_state_dict(whole_state(kind).state_dict())
+    with torch.inference_mode():
+        born = new_state(kind, place)
+    born.load_state_dict(whole_state(kind).state_dict())
+    assert same(born.state_dict(), state.state_dict())
 
 
 def test_a_whole_of_other_sizes_is_refused() -> None:
