@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx
@@ -35,8 +36,26 @@ if TYPE_CHECKING:
 
 __all__ = ["LiteAttentionBackend", "liteattn_backend"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _Compiled = Callable[..., Any]
 _Size = Callable[[Sequence[Any]], int]
+
+
+def _called_by_torch(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Say how a backend gets options where somebody calls one with them."""
+
+    @functools.wraps(call)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if len(args) < 3 and "example_inputs" not in kwargs:
+            got = ", ".join([type(value).__name__ for value in args[1:]] + [f"{name}=" for name in kwargs])
+            raise TypeError(
+                "liteattn_backend: expected a graph and its inputs, which torch.compile calls a backend with, got "
+                f"{got or 'nothing'}; LiteAttentionBackend(threshold=...) is a backend with options"
+            )
+        return call(*args, **kwargs)
+
+    return checked
 
 
 class LiteAttentionBackend:
@@ -84,6 +103,7 @@ class LiteAttentionBackend:
         self._inner = inner
         self._warned = False
 
+    @_called_by_torch
     def __call__(
         self,
         gm: fx.GraphModule,

@@ -130,6 +130,21 @@ def test_an_operand_may_be_given_by_name() -> None:
         lite_attention.enable(compile=False)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    ("args", "options", "got"),
+    [
+        ((), {"threshold": -6.0}, "threshold="),
+        ((), {"options": {}}, "options="),
+        ((3,), {}, "int"),
+        ((), {}, "nothing"),
+    ],
+)
+def test_a_backend_called_with_options_says_how_one_gets_them(args: tuple[Any, ...], options: Any, got: str) -> None:
+    said = rf"^liteattn_backend: expected a graph .*, got {got}; LiteAttentionBackend\(threshold=\.\.\.\) is"
+    with pytest.raises(TypeError, match=said):
+        lite_attention.liteattn_backend(*args, **options)
+
+
 def test_our_options_among_those_of_torch_are_told() -> None:
     said = r"options: expected those of torch\.compile, got \['threshold'\], which enable\(\) and"
     for take in (lite_attention.enable, lambda _, **options: _configured(**options)):
