@@ -68,13 +68,14 @@ def joined(parts: Sequence[Saved]) -> Saved:
         return first  # each has the whole
     require(len(known) == len(parts), "process_group", "parts of one model", "some that have all of it")
     tile_m = int(first["geometry"][_TILE_M])
+    for saved, place in zip(parts, known, strict=True):
+        _check_alike(first, saved, known[0], place)
     _check_whole(known, tile_m)
     whole = {name: _room(name, x, known[0], tile_m) for name, x in first.items() if name != "part"}
     whole["geometry"][[_HEADS, _SEQ_Q]] = torch.tensor([known[0].all_heads, known[0].all_queries])
     for saved, place in zip(parts, known, strict=True):
         for name in _DIMS.keys() & saved.keys():
             _put(name, whole[name], saved[name], place, tile_m)
-        _check_alike(first, saved, known[0], place)
     whole["control"] = _whole_control(first["control"], known[0])
     return whole
 
@@ -217,8 +218,19 @@ def _control_of(control: torch.Tensor, query_start: int | None, queries: int, th
 
 def _check_alike(first: Saved, saved: Saved, first_place: Part, place: Part) -> None:
     require(first.keys() == saved.keys(), "process_group", f"states of {sorted(first)} on all ranks", sorted(saved))
-    for name in first.keys() - _DIMS.keys() - {"part", "geometry"}:
-        pair = [(first[name], first_place), (saved[name], place)]
-        one, other = [_whole_control(x, of) if name == "control" else x for x, of in pair]
+    for name in ("geometry", *(name for name in first if name not in ("geometry", "part"))):
+        one, other = (_but_part(name, x, of) for x, of in ((first[name], first_place), (saved[name], place)))
         alike = one.shape == other.shape and torch.equal(*(x.contiguous().view(torch.uint8) for x in (one, other)))
         require(alike, name, f"the same on all ranks, which do the same calls: {one.tolist()}", other.tolist())
+
+
+def _but_part(name: str, x: torch.Tensor, place: Part) -> torch.Tensor:
+    """Return what of a saved tensor is alike on all ranks; of one that is by heads, its other sizes."""
+    if name == "control":
+        return _whole_control(x, place)
+    if name == "geometry":
+        return x[[i for i in range(len(x)) if i not in (_HEADS, _SEQ_Q)]]
+    if name not in _DIMS:
+        return x
+    shared = {dim % x.dim() for dim in _DIMS[name] if dim is not None}
+    return torch.tensor([size for dim, size in enumerate(x.shape) if dim not in shared], device="cpu")

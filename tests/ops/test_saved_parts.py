@@ -194,6 +194,20 @@ def test_what_is_not_of_one_whole_is_not_joined() -> None:
         joined([first, states[1].state_dict()])
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("geometry", {"tile_n": 4}), ("geometry", {"batch": 2}), ("threshold", {"threshold": torch.zeros(9, 1)})],
+)
+def test_states_of_other_sizes_are_not_joined(name: str, options: dict[str, Any]) -> None:
+    """Such as those of another card, whose tiles are others."""
+    first, second = (new_state("votes", place).state_dict() for place in places(2, 1))
+    sizes = {"batch": BATCH, "heads": 2, "seq_q": TOKENS, "seq_k": TOKENS, "tile_m": TILE, "tile_n": TILE}
+    other = SkipState(**{**sizes, "num_steps": 6, **options})
+    other.hold_place(second["part"])
+    with pytest.raises(ValueError, match=f"{name}: expected the same on all ranks"):
+        joined([first, other.state_dict()])
+
+
 def test_a_latest_call_of_fewer_queries_is_not_cut() -> None:
     state = new_state("votes")
     assert isinstance(state, SkipState)
