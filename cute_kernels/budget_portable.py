@@ -88,7 +88,8 @@ class Budget:
         config = self.config
         of_score, of_value = config.score_dtype.itemsize, config.value_dtype.itemsize
         tiles = of_score * config.tile_m + variant.stages * config.tile_n * (of_score + of_value)
-        return config.head_dim * tiles + 4 * (2 * MAX_WORDS + self.partial_words + self.references) + _CALL_BYTES
+        words = 2 * MAX_WORDS + self.partial_words + self.references + self.summed
+        return config.head_dim * tiles + 4 * words + _CALL_BYTES
 
     @property
     def partial_words(self) -> int:
@@ -99,6 +100,11 @@ class Budget:
     def references(self) -> int:
         """Words of what rows are held against in masses; one that nobody reads where there is no residual."""
         return 2 * self.config.tile_m if self.config.residual else 1
+
+    @property
+    def summed(self) -> int:
+        """Words that say of which tiles there are masses; one that nobody reads where there is no residual."""
+        return 32 if self.config.residual else 1
 
     @property
     def warps(self) -> int:
@@ -146,7 +152,8 @@ class Budget:
         if self.config.residual and self.config.head_dim > 192:  # compilers for Blackwell spill
             return False
         columns = self.config.tile_n * 3 // 2 + self.value_columns + self.promoted_columns
-        return self.blocks * columns // 2 <= self.config.target.sum_registers + _HELD_REGISTERS
+        spare = -_HELD_REGISTERS if self.config.residual else _HELD_REGISTERS  # masses take some, too
+        return self.blocks * columns // 2 <= self.config.target.sum_registers + spare
 
     @property
     def ones(self) -> int:

@@ -12,7 +12,6 @@ from lite_attention.cute_kernels.config import KernelConfig, Masks, Residual, Sc
 from lite_attention.cute_kernels.epilogue import Epilogue
 from lite_attention.cute_kernels.jobs_sm90 import Jobs, Outputs, Shared
 from lite_attention.cute_kernels.mainloop_sm90 import Accumulators, Job, Mainloop, Operands, Pipes, Tiles
-from lite_attention.cute_kernels.masses import QTile
 from lite_attention.cute_kernels.products_sm90 import Products
 from lite_attention.cute_kernels.ptx import uniform_float
 from lite_attention.cute_kernels.residual_call import DENSE, FRESH, SLOT
@@ -135,7 +134,7 @@ class Consumer:
         words, call = jobs.words[ring, None], jobs.call
         sums_shift = cute.make_rmem_tensor(2, Float32)
         start = cute.make_tensor(words.iterator + MASSES, cute.make_layout(1))
-        q_tile = QTile(residual.mass, jobs.references, start)
+        q_tile = self.mainloop.masses.of_q_tile(residual.mass, jobs.references, start)
         self.mainloop.begin(acc, rows, sums_shift)
         if call[residual_call.FULL] == 0:
             self.residual_epilogue.prefetch(residual, call, words[BATCH], words[HEAD], first_row, seq_q)

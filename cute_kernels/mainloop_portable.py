@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr
 
 from lite_attention.cute_kernels.budget_portable import BLOCK_ROWS
 from lite_attention.cute_kernels.config import PROMOTED_KEYS, KernelConfig
@@ -80,6 +80,10 @@ class BlockMasses(Masses):
         row = cute.arch.warp_idx() * BLOCK_ROWS + cute.arch.lane_idx() // 4
         return at // 2 * self.rows + 8 * (at % 2) + row
 
+    def word(self):
+        """Each lane has one. All warps write the same there: they visit the same tiles, with a barrier at each."""
+        return cute.arch.lane_idx()
+
     def of_block(self, references, block: int):
         """Those of a block."""
         return cute.make_tensor(references.iterator + block * self.of_warps, cute.make_layout(2 * self.rows))
@@ -129,7 +133,7 @@ class Mainloop:
         first: Int32, end: Int32,
     ):  # fmt: skip
         """Add tiles of the job to the sums, by number in the order of visits."""
-        coming, stage, walk = ahead.tile[0], ahead.stage[0], ahead.walk
+        coming, stage, walk, kept = ahead.tile[0], ahead.stage[0], ahead.walk, Uint32(0)
         for n in cutlass.range(first, end, unroll=1):
             entry = self.walk.entry(shared.partial, coming, job.keys.seq_k)
             j = entry & TILE_BITS
@@ -150,15 +154,19 @@ class Mainloop:
                 self.products.scores(operands, acc.scores, stage)
             keep = self.weigh(acc, blocks, shared, job, entry, unit, bound)
             if const_expr(self.config.votes):
-                self.walk.keep(shared.kept, j, keep)
+                last_of_word = (coming // 32 != j // 32) | (n + 1 == end)
+                kept = self.walk.keep(shared.kept, kept, j, keep, last_of_word)
             if const_expr(self.early_masses):
-                self.add_masses(blocks, job, j)
+                self.add_masses(blocks, job, j, n)
             self.products.add_values(operands, acc, stage)
             if const_expr(self.short_sums is not None):
-                self.go_on_in_float32(acc, blocks, job, j, (n + 1) % self.promoted_tiles == 0)
+                self.go_on_in_float32(acc, blocks, job, j, n)
             if const_expr(self.stages > 1):
                 stage = stage ^ 1
         ahead.tile[0], ahead.stage[0] = coming, stage
+        if const_expr(self.config.residual):
+            if job.decides[0] != 0:
+                self.masses.write(job.q_tile)
 
     def end(self, acc: Accumulators, blocks):
         """Wait for what is on its way, and for no one else."""
@@ -231,17 +239,18 @@ class Mainloop:
                 self.masses.weigh(rows, self.masses.of_block(job.q_tile.references, block))
 
     @cute.jit
-    def add_masses(self, blocks, job: Job, tile: Int32):
-        """Add what a tile has, where that is asked for."""
+    def add_masses(self, blocks, job: Job, tile: Int32, n: Int32):
+        """Add what the n-th tile has, where that is asked for."""
         if job.decides[0] != 0:
             mass = Float32(0.0)
             for b in cutlass.range_constexpr(self.budget.blocks):
                 mass = self.masses.mass(blocks[b].rows, self.masses.of_block(job.q_tile.references, b), mass)
-            self.masses.add_up(mass, job.q_tile, tile)
+            self.masses.add_up(mass, job.q_tile, tile, n)
 
     @cute.jit
-    def go_on_in_float32(self, acc: Accumulators, blocks, job: Job, tile: Int32, promote: Boolean):
-        """Take the sums of a tile's weights out of their columns, and now and then the output too."""
+    def go_on_in_float32(self, acc: Accumulators, blocks, job: Job, tile: Int32, n: Int32):
+        """Take the sums of the n-th tile's weights out of their columns, and now and then the output too."""
+        promote = (n + 1) % self.promoted_tiles == 0
         for b in cutlass.range_constexpr(self.budget.blocks):
             block, out = blocks[b], self.products.block_of(acc.out, b)
             block.rows.rescale.fill(1.0)  # which it has been, before the product
@@ -250,7 +259,7 @@ class Mainloop:
                 self.short_sums.promote(block.sums, block.sums_shift, out, block.rows)
             self.softmax.rescale_output(out, block.rows, promote)
         if const_expr(self.config.residual):
-            self.add_masses(blocks, job, tile)
+            self.add_masses(blocks, job, tile, n)
 
     def take_sums(self, acc: Accumulators, blocks):
         """Add what has gone on in float32 to the output."""

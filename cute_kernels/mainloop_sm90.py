@@ -88,7 +88,8 @@ class Mainloop:
         self.short_sums = ShortSums(config) if config.quantization.short_sums else None
         self.promoted_tiles = PROMOTED_KEYS // config.tile_n
         self.masses = Masses(config)
-        # Sums of a tile's weights are known before the next tile's products have been awaited, but those of FP8.
+        # Sums of a tile's weights are known before the next tile's scores are there, but those of FP8. Before scores
+        # are awaited, masses would take 2 % of the step more.
         self.early_masses = bool(config.residual) and self.short_sums is None
 
     @cute.jit
@@ -192,11 +193,11 @@ class Mainloop:
                 pipes.v.consumer_wait(before)
                 self.issue_pv(operands, out, weights, before.index)
                 self.pass_turn(group)
-                if const_expr(self.early_masses):
-                    self.add_mass(rows, job, last_tile)
                 # Scores are there first: softmax and vote, while the product with V runs.
                 warpgroup.wait_group(1)
                 pipes.k.consumer_release(state)
+                if const_expr(self.early_masses):
+                    self.add_mass(rows, job, last_tile, n - 1)
                 j, partial = entry & TILE_BITS, entry > TILE_BITS
                 unit = self.softmax.prepare(scores, unit, partial, j * tile_n, keys)
                 moved, keep, slope = self.softmax.step(scores, rows, unit, bound, partial, votes)
@@ -209,7 +210,7 @@ class Mainloop:
                 if const_expr(self.short_sums is not None):
                     self.short_sums.take_row_sums(out, rows)
                     if const_expr(self.config.residual):
-                        self.add_mass(rows, job, last_tile)
+                        self.add_mass(rows, job, last_tile, n - 1)
                     if n % self.promoted_tiles == 0:
                         self.short_sums.promote(sums, sums_shift, out, rows)
                         moved = Boolean(True)
@@ -236,7 +237,9 @@ class Mainloop:
                 self.short_sums.take_row_sums(out, rows)
                 self.short_sums.take(sums, sums_shift, out, rows)
             if const_expr(self.config.residual):
-                self.add_mass(rows, job, last_tile)
+                self.add_mass(rows, job, last_tile, job.count - 1)
+                if job.decides[0] != 0:
+                    self.masses.write(job.q_tile)
             state.advance()
         return state
 
@@ -248,7 +251,7 @@ class Mainloop:
                 self.masses.weigh(rows, job.q_tile.references)
 
     @cute.jit
-    def add_mass(self, rows: Rows, job: Job, tile: Int32):
-        """Add what a tile has, where that is asked for."""
+    def add_mass(self, rows: Rows, job: Job, tile: Int32, n: Int32):
+        """Add what the n-th tile has, where that is asked for."""
         if job.decides[0] != 0:
-            self.masses.add(rows, job.q_tile, tile)
+            self.masses.add(rows, job.q_tile, tile, n)

@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from lite_attention.cute_kernels.config import KernelConfig, Residual, Scales
-from lite_attention.cute_kernels.ptx import add_if_zero, quad_sum, to_clamped_uint
+from lite_attention.cute_kernels.ptx import add_to_global, quad_sum, to_clamped_uint
 from lite_attention.cute_kernels.softmax import Rows
 from lite_attention.ops.units import LOG2_E
 
@@ -17,6 +17,7 @@ _ONE = 2.0**18  # a whole row, in the integers that are summed up: their sum doe
 # What one thread adds at most: 32 lanes of 12 warps stay within 32 bits.
 _MOST = 2.0**23
 _NO_WEIGHT = 1e30  # as a reference: what is held against it is nothing
+_LANES = 32  # of a warp
 
 
 class QTile(NamedTuple):
@@ -25,6 +26,8 @@ class QTile(NamedTuple):
     masses: Any  # of all tiles
     references: Any  # in shared memory: of each thread's rows what shifts are held against, then what sums are worth
     start: Any  # a word in shared memory: where the masses of this q-tile begin
+    total: Any  # a register: what the warp has of one of the last tiles, another in each lane
+    tiles: Any  # which tile that is: a register, or words of all lanes in shared memory
 
 
 class Masses:
@@ -79,10 +82,23 @@ class Masses:
             above = rows.row_shift[half] - references[self.place(half)]
             self.put(references, half + 2, cute.math.exp2(above, fastmath=True))
 
+    def of_q_tile(self, masses, references, start, tiles=None) -> QTile:
+        """Begin with nothing; tiles: words in shared memory, where no register is left for them."""
+        total = cute.make_rmem_tensor(1, Int32)
+        total.fill(0)
+        if tiles is None:
+            tiles = cute.make_rmem_tensor(1, Int32)
+            tiles.fill(0)
+        return QTile(masses, references, start, total, tiles)
+
+    def word(self):
+        """Which of the words that say tiles is this lane's."""
+        return 0
+
     @cute.jit
-    def add(self, rows: Rows, q_tile: QTile, tile: Int32):
-        """Add a tile's weights, whose sums `rows.tile_sum` are of the present shift, to those of its q-tile."""
-        self.add_up(self.mass(rows, q_tile.references, Float32(0.0)), q_tile, tile)
+    def add(self, rows: Rows, q_tile: QTile, tile: Int32, n: Int32):
+        """Add the weights of the n-th tile, whose sums `rows.tile_sum` are of the present shift, to its mass."""
+        self.add_up(self.mass(rows, q_tile.references, Float32(0.0)), q_tile, tile, n)
 
     @cute.jit
     def mass(self, rows: Rows, references, mass: Float32):
@@ -92,11 +108,23 @@ class Masses:
         return mass
 
     @cute.jit
-    def add_up(self, mass: Float32, q_tile: QTile, tile: Int32):
-        """Add a thread's part of the mass of a tile to those of its q-tile."""
-        thread, _, _ = cute.arch.thread_idx()
+    def add_up(self, mass: Float32, q_tile: QTile, tile: Int32, n: Int32):
+        """Add a thread's part of the mass of the n-th tile to those of the warp, of which each lane has one.
+
+        All are written at once: an atomic add by one lane for each tile took 3 % of the step, since the warp diverges.
+        """
         total = cute.arch.warp_redux_sync(to_clamped_uint(mass * _ONE, _MOST), kind="add")
-        if thread == self.first_thread:
+        thread, _, _ = cute.arch.thread_idx()
+        if thread - self.first_thread < _LANES:
             total += 1  # tells a tile of no mass from one that is not visited
-        where = q_tile.masses.iterator + (q_tile.start[0] + tile)
-        add_if_zero(where.toint(), total, cute.arch.lane_idx())
+        if cute.arch.lane_idx() == n % _LANES:
+            q_tile.total[0], q_tile.tiles[self.word()] = total, tile
+        if n % _LANES == _LANES - 1:
+            self.write(q_tile)
+
+    @cute.jit
+    def write(self, q_tile: QTile):
+        """Add what a warp has to the masses of the q-tile."""
+        where = q_tile.masses.iterator + (q_tile.start[0] + q_tile.tiles[self.word()])
+        add_to_global(where.toint(), q_tile.total[0])
+        q_tile.total[0] = Int32(0)

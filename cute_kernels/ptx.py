@@ -106,12 +106,12 @@ def to_clamped_uint(x, most: float, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def add_if_zero(address, value, lane, *, loc=None, ip=None):
-    """Add to an integer in global memory in the lane of that number; no branch, which ptxas would pay for in copies."""
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Int32(x).ir_value(loc=loc, ip=ip) for x in (value, lane))]
-    text = "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p red.relaxed.gpu.global.add.u32 [$0], $1; }"
+def add_to_global(address, value, *, loc=None, ip=None):
+    """Add to an integer in global memory, unless it is 0 that is added."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p red.relaxed.gpu.global.add.u32 [$0], $1; }"
     llvm.inline_asm(
-        None, operands, text, "l,r,r", has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT
+        None, operands, text, "l,r", has_side_effects=True, is_align_stack=False, asm_dialect=llvm.AsmDialect.AD_ATT
     )
 
 

@@ -9,7 +9,6 @@ from cutlass import Int32
 from lite_attention.cute_kernels import residual_call
 from lite_attention.cute_kernels.config import KernelConfig, Residual, Scales
 from lite_attention.cute_kernels.mainloop_portable import Job, Mainloop, Sources
-from lite_attention.cute_kernels.masses import QTile
 from lite_attention.cute_kernels.products_portable import Accumulators, Operands
 from lite_attention.cute_kernels.storage_portable import COUNT, DECIDES, MASSES, Shared
 from lite_attention.cute_kernels.store_portable import Outputs, Store
@@ -32,7 +31,8 @@ class Parts:
         call = shared.call
         self.prepare(shared, job.seq_q, scales, residual)
         start, decides = (cute.make_tensor(call.iterator + word, cute.make_layout(1)) for word in (MASSES, DECIDES))
-        job = job._replace(q_tile=QTile(residual.mass, shared.references, start), decides=decides)
+        q_tile = self.masses.of_q_tile(residual.mass, shared.references, start, shared.summed)
+        job = job._replace(q_tile=q_tile, decides=decides)
         ahead = self.mainloop.begin(acc, blocks, sources, shared, job)
         # Sparse steps have the last part alone.
         first = 1 - cute.arch.make_warp_uniform(call[residual_call.FULL])

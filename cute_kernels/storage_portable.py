@@ -29,6 +29,7 @@ class Shared(NamedTuple):
     call: Any  # as `residual_call.py` has it; numbers of tiles, what sums masses up, the diagonal, and the job
     score_threshold: Any  # in units of row maxima
     references: Any  # [2 * rows], with the residual: how rows count in masses, see masses.py
+    summed: Any  # [lanes], likewise: of which tiles warps have masses that are not written yet
 
 
 def storage_of(config: KernelConfig, layouts: Layouts):
@@ -36,7 +37,7 @@ def storage_of(config: KernelConfig, layouts: Layouts):
     budget, products = config.budget, Products(config)
     visited_words = 2 * MAX_WORDS if config.residual else MAX_WORDS
     kept_words = 2 * MAX_WORDS - visited_words or 1  # one that nobody writes
-    partial_words, reference_words = budget.partial_words, budget.references
+    partial_words, reference_words, summed_words = budget.partial_words, budget.references, budget.summed
     q_buffer, k_buffer, v_buffer = (
         cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], 1024]
         for dtype, layout in zip((products.qk_dtype, products.qk_dtype, products.v_dtype), layouts, strict=True)
@@ -56,6 +57,7 @@ def storage_of(config: KernelConfig, layouts: Layouts):
         call: cute.struct.MemRange[Int32, _WORDS]
         score_threshold: cute.struct.MemRange[Float32, 1]
         references: cute.struct.MemRange[Float32, reference_words]
+        summed: cute.struct.MemRange[Int32, summed_words]
 
     return Tiles, Call
 
@@ -71,4 +73,5 @@ def views(config: KernelConfig, tiles, call, layouts: Layouts) -> Shared:
         call.call.get_tensor(cute.make_layout(_WORDS)),
         call.score_threshold.get_tensor(cute.make_layout(1)),
         call.references.get_tensor(cute.make_layout(config.budget.references)),
+        call.summed.get_tensor(cute.make_layout(config.budget.summed)),
     )

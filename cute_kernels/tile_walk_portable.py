@@ -49,11 +49,18 @@ class TileWalk(TileIterator):
         return at * 32 + bit
 
     @cute.jit
-    def keep(self, kept, j: Int32, keep: Boolean):
-        """One warp: note whether some row of it keeps a tile."""
+    def keep(self, kept, bits: Uint32, j: Int32, keep: Boolean, last: Boolean) -> Uint32:
+        """One warp: note whether some row of it keeps a tile, in bits that one lane writes after the last of a word.
+
+        For each tile that would cost more: the warp diverges.
+        """
         if cute.arch.vote_any_sync(keep):
+            bits = bits | (Uint32(1) << Uint32(j % 32))
+        if last:
             if cute.arch.lane_idx() == 0:
-                cute.arch.atomic_or(kept.iterator + j // 32, Int32(1) << (j % 32), sem="relaxed", scope="cta")
+                cute.arch.atomic_or(kept.iterator + j // 32, Int32(bits), sem="relaxed", scope="cta")
+            bits = Uint32(0)
+        return bits
 
     @cute.jit
     def write_back_bits(self, row, initial_row, must_do, visited, kept, lane: Int32, k_tiles: Int32, fresh: Boolean):
