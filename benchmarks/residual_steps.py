@@ -1,23 +1,35 @@
-"""Steps of the residual as contenders of `attention` and `portable`, and what a generation of them takes."""
+"""Steps of the residual as contenders of `attention` and `portable`, and what a generation of them takes.
+
+    python -m benchmarks.residual_steps [--shapes 1,40,75600,128 ...] [--seconds 0.3] [--quantizations none int8_fp8]
+
+By itself it prints what deciding and fresh steps take more than full ones, three times, each in a block of its own
+between two of full steps.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.measure import going_on, one_line, require_gpu, where
 from benchmarks.peers import Contender
+from lite_attention.cli.arguments import number, shape
 from lite_attention.cli.planted import planted, skipping
+from lite_attention.cli.timing import block
 from lite_attention.cute_kernels import launcher
 from lite_attention.cute_kernels.config import KernelConfig, Residual, State
 from lite_attention.ops import ResidualState, residual_attention
 from lite_attention.ops.plan import DECIDING, FULL, SPARSE, step_plan
+from lite_attention.ops.quantization import QUANTIZATIONS
 from lite_attention.ops.targets import target_of
 from lite_attention.ops.tiles import ceil_div
 
+SHAPES = [(1, 40, 75600, 128), (1, 40, 32760, 128)]
 KEEPS = (0.2, 0.3)
 EVERY = (2, 3, 5)
 STEPS = (20, 50)
@@ -129,3 +141,35 @@ def generations(
             cost = sum(1.0 if kind != SPARSE else keep for kind in kinds) / num_steps
             like = low + (high - low) * (cost - keep) / (1 - keep)
             yield f"{label}{num_steps} steps, keep {keep:.0%}, full every {every}", cost, mean, like
+
+
+def measure_shape(sizes: Sequence[int], quantization: str, seconds: float) -> None:
+    """Time deciding and fresh steps beside full ones at one shape, and print a line each."""
+    batch, heads, seq, dim = sizes
+    q, k, v = (torch.randn(batch, seq, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    how = {"quantization": quantization}
+    full, _ = step(q, k, v, "full", KEEPS[0], how)
+    for kind in ("deciding", "fresh"):
+        call, _ = step(q, k, v, kind, KEEPS[0], how)
+        ratios = []
+        for _ in range(3):
+            before, ours, after = (block(x, seconds) for x in (full, call, full))
+            ratios.append(2 * ours / (before + after))
+        print(f"{sizes} {quantization}: {kind} / full step", *(f"{ratio:.3f}" for ratio in ratios), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="B,H,S,D")
+    parser.add_argument("--seconds", type=number(above=0), default=0.3, help="length of a block")
+    parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS, default=["none"])
+    args = parser.parse_args(arguments)
+    require_gpu()
+    print(one_line(where()))
+    for sizes, quantization in itertools.product(args.shapes, args.quantizations):
+        with going_on(f"shape {sizes}"):
+            measure_shape(sizes, quantization, args.seconds)
+
+
+if __name__ == "__main__":
+    main()

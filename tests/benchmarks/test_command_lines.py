@@ -20,7 +20,7 @@ COMMANDS = [
     for path in sorted((CHECKOUT / folder).glob("*.py"))
     if "__main__" in path.read_text()
 ]
-GPU = ["attention", "ceilings", "host", "model", "portable", "runner"]
+GPU = ["attention", "ceilings", "host", "model", "portable", "residual_steps", "runner"]
 WRONG = """
 benchmarks.accuracy --tokens 0
 benchmarks.attention --seconds 0
@@ -66,6 +66,8 @@ benchmarks.quality_pretrained --steps 0
 benchmarks.quality_pretrained --frames 1.5
 benchmarks.quality_pretrained --dtype int8
 benchmarks.quality_pretrained --budget 0
+benchmarks.residual_steps --shapes 1,2,3
+benchmarks.residual_steps --quantizations int4
 benchmarks.runner --layers 0
 benchmarks.runner --tokens 8
 examples.moving_shapes.demo --steps 0
