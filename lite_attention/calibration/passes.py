@@ -91,5 +91,5 @@ def _may_resume(recorder: Recorder, file: Path) -> bool:
     measured = read(file)["measured"] if file.exists() else {}
     saved = texts_of_all(recorder.shard, repr(sorted(measured.items())))
     if len(set(saved)) > 1:
-        warnings.warn(f"lite_attention: autosave: {file} and those of other ranks differ: begun anew", stacklevel=6)
+        warnings.warn(f"lite_attention: autosave: {file} and those of other ranks differ: begun anew", stacklevel=7)
     return bool(measured) and len(set(saved)) == 1

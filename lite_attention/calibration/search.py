@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,10 @@ import torch
 
 from lite_attention.calibration.autosave import claimed, fingerprint
 from lite_attention.calibration.error_report import ErrorReport
-from lite_attention.calibration.measurement import check_target, is_number
 from lite_attention.calibration.passes import Passes, Runs
 from lite_attention.calibration.probe import EnableOptions
-from lite_attention.calibration.recorder import THRESHOLDS, Recorder, check_candidates
-from lite_attention.calibration.targets import bounded, spread
+from lite_attention.calibration.recorder import THRESHOLDS, check_candidates
+from lite_attention.calibration.targets import Target
 from lite_attention.calibration.verification import Verification
 from lite_attention.ops.arguments import check_count
 from lite_attention.ops.option_names import takes_options
@@ -131,40 +130,25 @@ def calibrate(
     prompts, held_out = (_listed(name, of) for name, of in (("prompts", prompts), ("held_out", held_out)))
     if not callable(generate):
         raise ValueError(f"generate: expected a function of a prompt's number, got {type(generate).__name__}")
-    _check(target_error, target_sparsity, metric, num_steps, passes, prompts)
-    num_steps, target_error, target_sparsity = int(num_steps), _float(target_error), _float(target_sparsity)
-    targets: dict[str, Any] = {"target_error": target_error, "target_sparsity": target_sparsity}
-    common: dict[str, Any] = {"metric": metric, "num_steps": num_steps, **settings}
-    of = {
-        "model": fingerprint(model_or_pipe),
-        "prompts": [_plain(prompt) for prompt in prompts],
-        **targets,
-        "budget": budget,
-        "metric": metric,
-        "num_steps": num_steps,
-        "thresholds": check_candidates(thresholds),
-        "stride": stride,
-        "settings": {key: _plain(value) for key, value in sorted(settings.items())},
-    }
+    target = Target.of(target_error, target_sparsity, budget, metric)
+    num_steps, passes = check_count("num_steps", num_steps), check_count("passes", passes)
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    measured: dict[str, Any] = {"metric": metric, "num_steps": num_steps}
+    searched: dict[str, Any] = {"thresholds": check_candidates(thresholds), "stride": stride}
+    of = {**asdict(target), **measured, **searched, **_described(model_or_pipe, prompts, settings)}
     shard, runs = shard_of_all(model_or_pipe), Runs(generate)
     if autosave is not None and shard.place.ranks > 1:
         of["shared"], autosave = repr(shard), f"{autosave}.rank{shard.place.rank}"
-    options = {"thresholds": thresholds, "stride": stride, "progress": progress, "of": of, **common}
-    found: Recorder
+    options = {**measured, **settings}
     with contextlib.nullcontext() if autosave is None else claimed(autosave, of) as file:
-        record = Passes(model_or_pipe, runs, prompts, file, options)
-        if target_sparsity is not None:
-            found = spread(record, "sparsity", target_sparsity, passes)
-        elif target_error is not None:
-            found = spread(record, "error", target_error, passes) if budget else bounded(record, target_error, passes)
+        record = Passes(model_or_pipe, runs, prompts, file, {**searched, "progress": progress, "of": of, **options})
+        found = target.search(record, passes)
     calibrated, table = runs.samples["calibration"], found.table()
-    reports = {
-        "calibration": found.report,
-        **_verified(model_or_pipe, table, runs, {"verification": prompts, "held_out": held_out}, found.bound, common),
-    }
-    reached = {f"{kind} {name}": value for kind, report in reports.items() for name, value in report.items()}
+    numbers = {"verification": prompts, "held_out": held_out}
+    reports = {"calibration": found.report, **_verified(model_or_pipe, table, runs, numbers, found.bound, options)}
     return CalibrationResult(
-        replace(table, **targets, reached=reached),
+        replace(table, **_said_of(target, reports)),
         **reports,
         sample_error=_sample_error(runs.samples["verification"], calibrated),
         cost=_cost(runs, record.measuring, len(prompts)),
@@ -172,14 +156,25 @@ def calibrate(
     )
 
 
+def _described(model_or_pipe: Any, prompts: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells the autosave of a calibration from others, beside its options."""
+    return {
+        "model": fingerprint(model_or_pipe),
+        "prompts": [_plain(prompt) for prompt in prompts],
+        "settings": {key: _plain(value) for key, value in sorted(settings.items())},
+    }
+
+
+def _said_of(target: Target, reports: Mapping[str, ErrorReport]) -> dict[str, Any]:
+    """Return what a table says of its target, and of what it reaches."""
+    reached = {f"{kind} {name}": value for kind, report in reports.items() for name, value in report.items()}
+    return {"target_error": target.target_error, "target_sparsity": target.target_sparsity, "reached": reached}
+
+
 def _listed(name: str, numbers: Iterable[int]) -> list[int]:
     if not isinstance(numbers, Iterable):
         raise ValueError(f"{name}: expected the numbers of prompts, such as range(2), got {numbers!r}")
     return list(numbers)
-
-
-def _float(number: float | None) -> float | None:
-    return None if number is None else float(number)  # numpy's are no numbers to a file
 
 
 def _plain(value: Any) -> int | float | str | None:
@@ -189,35 +184,14 @@ def _plain(value: Any) -> int | float | str | None:
     return repr(value) if isinstance(value, (tuple, list)) else type(value).__name__
 
 
-def _check(
-    target_error: float | None,
-    target_sparsity: float | None,
-    metric: str,
-    num_steps: int,
-    passes: int,
-    prompts: list[int],
-) -> None:
-    if (target_error is None) == (target_sparsity is None):
-        raise ValueError(
-            f"target_error, target_sparsity: expected one of them, got {target_error} and {target_sparsity}"
-        )
-    if target_sparsity is not None and not (is_number(target_sparsity) and 0 <= target_sparsity < 1):
-        raise ValueError(f"target_sparsity: expected a number from 0 to below 1, got {target_sparsity!r}")
-    check_target(0 if target_error is None else target_error, metric)
-    check_count("num_steps", num_steps)
-    check_count("passes", passes)
-    if not prompts:
-        raise ValueError("prompts: expected at least one, got none")
-
-
 def _verified(
     model_or_pipe: Any, table: ThresholdTable, runs: Runs, prompts: Mapping[str, list[int]], bound: float | None,
-    common: dict[str, Any],
+    options: dict[str, Any],
 ) -> dict[str, ErrorReport]:  # fmt: skip
     """Return what a table reaches on the sparse trajectory, by kind of the prompts."""
     reports = {}
     for kind, numbers in prompts.items():
-        with Verification(model_or_pipe, table, bound=bound, **common) as verification:
+        with Verification(model_or_pipe, table, bound=bound, **options) as verification:
             runs(verification, kind, numbers)
         reports[kind] = verification.report
     return reports

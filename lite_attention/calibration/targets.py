@@ -1,4 +1,4 @@
-"""From a target to thresholds: passes that aim at a bound for each head, or at a price that is the same everywhere."""
+"""`Target`: what thresholds aim at, and the passes that get there: by a bound for each head, or by one price."""
 
 from __future__ import annotations
 
@@ -6,22 +6,61 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
 from lite_attention.calibration.bounded import Calibration
 from lite_attention.calibration.error_report import Curve
+from lite_attention.calibration.measurement import check_target, is_number
 from lite_attention.calibration.passes import Passes
 from lite_attention.calibration.probe import Place
 from lite_attention.calibration.recorder import Choose, Recorder
 
-__all__ = ["bounded", "price_for", "spread"]
+__all__ = ["Target", "price_for"]
 
 _log = logging.getLogger("lite_attention")
 
 
-def bounded(record: Passes, target_error: float, passes: int) -> Calibration:
+@dataclass(frozen=True)
+class Target:
+    """An error that is a bound for each head, or with `budget` the mean of the whole; or a sparsity of the whole."""
+
+    target_error: float | None
+    target_sparsity: float | None
+    budget: bool
+
+    @classmethod
+    def of(cls, error: Any, sparsity: Any, budget: bool, metric: str) -> Target:
+        """Return one as a user gives it.
+
+        Raises:
+            ValueError: both or neither, or a number out of range.
+        """
+        if (error is None) == (sparsity is None):
+            raise ValueError(f"target_error, target_sparsity: expected one of them, got {error} and {sparsity}")
+        if sparsity is not None and not (is_number(sparsity) and 0 <= sparsity < 1):
+            raise ValueError(f"target_sparsity: expected a number from 0 to below 1, got {sparsity!r}")
+        check_target(0 if error is None else error, metric)
+        return cls(_float(error), _float(sparsity), budget)
+
+    def search(self, record: Passes, passes: int) -> Recorder:
+        """Return the best of at most so many passes after the first."""
+        if self.target_sparsity is not None:
+            return _spread(record, "sparsity", self.target_sparsity, passes)
+        assert self.target_error is not None
+        if self.budget:
+            return _spread(record, "error", self.target_error, passes)
+        return _bounded(record, self.target_error, passes)
+
+
+def _float(number: Any) -> float | None:
+    return None if number is None else float(number)  # numpy's are no numbers to a file
+
+
+def _bounded(record: Passes, target_error: float, passes: int) -> Calibration:
     """Return the pass with the fewest misses of the bound, and of those the one that leaves out most."""
     found, tried = record(Calibration, 0, target_error=target_error), []
     for number in range(1, passes + 1):
@@ -32,7 +71,7 @@ def bounded(record: Passes, target_error: float, passes: int) -> Calibration:
     return min(tried, key=lambda found: (found.report["missed"], -found.report["sparsity"]))
 
 
-def spread(record: Passes, name: str, target: float, passes: int) -> Recorder:
+def _spread(record: Passes, name: str, target: float, passes: int) -> Recorder:
     """Return the pass whose "error" or "sparsity" came nearest to a target of the whole."""
     curves = record(Recorder, 0, choose=_at(0.0, name), rule=f"least loss, {name}", lasting=True).curves
     aim, tried = target, []
