@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["joined_state_dict"]
+
+_Layout = dict[str, dict[str, Any]]  # shape, dtype and bytes, by the name of a tensor
 
 
 def joined_state_dict(module: nn.Module, process_group: ProcessGroup) -> dict[str, Any]:
@@ -46,8 +48,10 @@ def joined_state_dict(module: nn.Module, process_group: ProcessGroup) -> dict[st
     shard, group = shard_by(process_group), Group.of(process_group)
     with told_of_errors(shard):
         saved: dict[str, Any] = {**module.state_dict()}
-    for prefix, state in _states_in(saved):
-        parts = _of_all(state, shard, group)
+    states = dict(_states_in(saved))
+    layouts = _layouts_of_all(states, shard)
+    for prefix, state in states.items():
+        parts = _of_all(state, [of_rank[prefix] for of_rank in layouts], group)
         with told_of_errors(shard):
             whole = joined(parts)
         for name in state:
@@ -66,28 +70,38 @@ def _states_in(saved: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Ten
         yield prefix, {name: saved[prefix + name] for name in names}
 
 
-def _of_all(state: Saved, shard: Shard, group: Group) -> list[Saved]:
-    """Return the saved states of all ranks: what they look like by the store, their bytes by a collective."""
+def _layouts_of_all(states: Mapping[str, Saved], shard: Shard) -> list[dict[str, _Layout]]:
+    """Return what the states of each rank look like, by their prefixes.
+
+    Raises:
+        ValueError: ranks have states of other sites, or with other tensors.
+    """
+    own = {prefix: _layout(state) for prefix, state in states.items()}
+    layouts: list[dict[str, _Layout]] = [json.loads(text) for text in texts_of_all(shard, json.dumps(own))]
+    named = [[prefix + name for prefix, layout in of_rank.items() for name in layout] for of_rank in layouts]
+    for names in named:
+        differ = sorted({*names} ^ {*named[0]})
+        require(names == named[0], "module", "the same states on all ranks", f"{differ} on some")
+    return layouts
+
+
+def _of_all(state: Saved, layouts: Sequence[_Layout], group: Group) -> list[Saved]:
+    """Return the saved states of all ranks: their bytes travel by a collective."""
     device = state["control"].device
-    layouts = [json.loads(text) for text in texts_of_all(shard, json.dumps(_layout(state)))]
-    require(
-        all(layout.keys() == state.keys() for layout in layouts), "process_group", f"states of {sorted(state)} on all",
-        [sorted(layout) for layout in layouts],
-    )  # fmt: skip
     own = torch.cat([x.to(device).contiguous().flatten().view(torch.uint8) for x in state.values()])
     lengths = [sum(of_name["nbytes"] for of_name in layout.values()) for layout in layouts]
     whole = gathered_rows([own], lengths, group.name)[0]
     return [_read(layout, of_rank) for layout, of_rank in zip(layouts, whole.split(lengths), strict=True)]
 
 
-def _layout(state: Saved) -> dict[str, dict[str, Any]]:
+def _layout(state: Saved) -> _Layout:
     return {
         name: {"shape": [*x.shape], "dtype": str(x.dtype).removeprefix("torch."), "nbytes": x.nbytes}
         for name, x in state.items()
     }
 
 
-def _read(layout: dict[str, dict[str, Any]], whole: torch.Tensor) -> Saved:
+def _read(layout: _Layout, whole: torch.Tensor) -> Saved:
     """Return tensors from their bytes; `geometry` is read on the host, where all of them have it."""
     split = whole.split([of_name["nbytes"] for of_name in layout.values()])
     found = {

@@ -97,8 +97,9 @@ def test_ranks_that_are_apart_are_told(two: Ranks) -> None:
     for told in (first, second):
         assert "control: expected the same on all ranks" in told[0]
         assert "queries: expected parts of whole tiles of " in told[1]
-    assert first[2].startswith("RuntimeError: rank 1 of 2: AttributeError: ")
-    assert second[2].startswith("AttributeError: ")
+        assert told[2].startswith("ValueError: module: expected the same states on all ranks, got ['1.state.control', ")
+    assert first[3].startswith("RuntimeError: rank 1 of 2: AttributeError: ")
+    assert second[3].startswith("AttributeError: ")
 
 
 def test_a_model_that_has_not_run_has_no_states(two: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -202,6 +203,8 @@ def apart() -> list[str]:
     case = CASE._replace(count=200)  # 100 are no multiple of a tile
     ring["attn"](*map(part, tokens(case, 0)))
     found.append(told(lambda: joined_state_dict(ring, dist.group.WORLD)))
+    fewer = nn.ModuleList([model["attn"], model["proj"] if dist.get_rank() else copy.copy(model["attn"])])
+    found.append(told(lambda: joined_state_dict(fewer, dist.group.WORLD)))
     broken: Any = model if dist.get_rank() == 0 else 3
     found.append(told(lambda: joined_state_dict(broken, dist.group.WORLD)))
     return found
