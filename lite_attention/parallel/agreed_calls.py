@@ -21,7 +21,7 @@ _Result = TypeVar("_Result")
 
 def agreed_tokens(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: Group, key_group: Group, seq_len: int | None,
-    parts: int, others: Mapping[str, object],
+    parts: int, others: Mapping[str, object], device: torch.device,
 ) -> Tokens:  # fmt: skip
     """Return what `tokens_of` does, where the call is the same on all ranks.
 
@@ -34,6 +34,7 @@ def agreed_tokens(
         seq_len: tokens of all ranks; None = as many on each as here.
         parts: the heads of a rank are computed in so many.
         others: what else must be the same, by name.
+        device: where ranks compare.
 
     Raises:
         ValueError: it is not, or does not fit, here or on another rank.
@@ -49,7 +50,7 @@ def agreed_tokens(
     named = {} if tokens is None else {**_of_call(q, k, v, tokens), "parts": parts, **others}
     for each in _shared(group, key_group):
         own = [_number(value) for value in named.values()] or [0] * (_OF_CALL + 1 + len(others))
-        rows = each.numbers([0] * len(own) if refusal else own, q.device)
+        rows = each.numbers([0] * len(own) if refusal else own, device)
         refusal = refusal or _disagreement(named, rows)
     if refusal is not None or tokens is None:
         raise refusal or AssertionError

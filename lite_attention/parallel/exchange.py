@@ -92,9 +92,11 @@ def tokens_of(
         ValueError: heads that do not divide among ranks and parts, tokens that are not those of this rank, or one of
             what `skip_attention` refuses.
     """
-    here, kv_heads, ranks = q.shape[1], k.shape[2], group.ranks * key_group.ranks
-    if not torch.compiler.is_compiling():  # which would trace the messages, too
+    is_compiling = torch.compiler.is_compiling()  # which would trace the messages, too
+    if not is_compiling:
         check_inputs(q, k, v)
+    here, kv_heads, ranks = q.shape[1], k.shape[2], group.ranks * key_group.ranks
+    if not is_compiling:
         require(k.shape[1] == here, "seq_len of k", f"that of q, {here}, as of one sequence", k.shape[1])
         dealt = f"{group.ranks} ranks" if parts == 1 else f"{group.ranks} ranks x {parts} parts"
         require(kv_heads % (group.ranks * parts) == 0, "heads of k", f"a multiple of {dealt}", kv_heads)

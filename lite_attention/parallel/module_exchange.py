@@ -103,14 +103,16 @@ class ModuleExchange(DealtHeads):
         """
         if torch.compiler.is_compiling():
             self._check_traced(q.shape[2], k.shape[2])
-        if torch.compiler.is_compiling() or not isinstance(q, torch.Tensor) or is_fake(q):
+        if torch.compiler.is_compiling() or (isinstance(q, torch.Tensor) and is_fake(q)):
             return tokens_of(q, k, v, self.group, self.key_group, seq_len, self.parts)
-        call = (*(getattr(x, "shape", None) for x in (q, k, v)), q.dtype, q.device, seq_len)
+        of_tensors = [(x.shape, x.dtype, x.device) for x in (q, k, v) if isinstance(x, torch.Tensor)]
+        device = of_tensors[0][2] if of_tensors else self.order.device
+        call = (*of_tensors, repr(seq_len))  # whatever these are
         tokens = self._agreed.get(call)
         is_new = tokens is None
         if tokens is None:
             others = {"balance": (self.balance, self.learns), "costs": self._costs}
-            tokens = agreed_tokens(q, k, v, self.group, self.key_group, seq_len, self.parts, others)
+            tokens = agreed_tokens(q, k, v, self.group, self.key_group, seq_len, self.parts, others, device)
         if self.deal_out(q.shape[2], k.shape[2], q.device):
             for state in states:
                 state.start_fresh()  # its heads are others now

@@ -46,10 +46,17 @@ REFUSED = {
     "balance": [f"balance: expected the same on all ranks, got ({x}, True) here" for x in (False, True)],
     "costs": [f"costs: expected the same on all ranks, got {x} here" for x in (None, (4.0, 3.0, 1.0, 2.0))],
     "no count": ["seq_len: expected an integer, at least 1, got 512.0"] * 2,
-    "values of one rank": [
-        "q, k, v: expected calls that all ranks accept, got one that rank 1 refuses",
-        "seq_len of v: expected that of k, 256, got 255",
-    ],
+    **{
+        kind: ["q, k, v: expected calls that all ranks accept, got one that rank 1 refuses", on_rank_1]
+        for kind, on_rank_1 in {
+            "values of one rank": "seq_len of v: expected that of k, 256, got 255",
+            "dimensions of one rank": "q: expected (batch, seq_len, heads, head_dim), got 2 dimensions",
+            "no query": "q: expected a tensor, got NoneType",
+            "no key": "k: expected a tensor, got NoneType",
+            "no tensors": "q: expected a tensor, got NoneType",
+            "a list": "seq_len: expected an integer, at least 1, got [512]",
+        }.items()
+    },
 }
 
 

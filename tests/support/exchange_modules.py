@@ -76,6 +76,9 @@ def residual(costs: list[float] | None = None, backend: str = "") -> Residuals:
     return Residuals(worst, same, dealt.tolist(), found["attn"])
 
 
+NO_TENSORS = {"no query": "q", "no key": "k", "no tensors": "qkv"}
+
+
 def refused(kind: str) -> list[str]:
     """Return what this rank is told of a call that does not fit, here or on rank 1 alone, and then of one that does."""
     case = CASE._replace(count=510 if kind == "tokens" else 512)
@@ -93,8 +96,13 @@ def refused(kind: str) -> list[str]:
         q, k, v = (x.double() for x in (q, k, v))
     elif kind == "values of one rank" and is_one:
         v = v[:, :-1]
+    elif kind in NO_TENSORS and is_one:
+        q, k, v = (None if name in NO_TENSORS[kind] else x for name, x in zip("qkv", (q, k, v), strict=True))
+    elif kind == "dimensions of one rank" and is_one:
+        q = q[0, 0]
     told = []
-    seq_len = 512.0 if kind == "no count" else None
+    counts: dict[str, Any] = {"no count": 512.0, "a list": [512] if is_one else None}
+    seq_len = counts.get(kind)
     then = new_module() if kind in ("parts", "balance", "costs") else module
     for at, call, count in ((module, (q, k, v), seq_len), (then, local(0), None)):
         try:
