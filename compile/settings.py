@@ -25,7 +25,7 @@ from lite_attention.ops.tiles import ceil_div
 from lite_attention.ops.torch_internals import holds_unless_unknown
 from lite_attention.ops.validate import check_threshold
 
-__all__ = ["CommonOptions", "OtherOptions", "SkipOptions", "SkipSettings", "check_options_of_torch"]
+__all__ = ["CommonOptions", "OtherOptions", "SkipOptions", "SkipSettings", "check_compiling", "check_options_of_torch"]
 
 
 class CommonOptions(TypedDict, total=False):
@@ -70,11 +70,27 @@ def check_options_of_torch(options: Mapping[str, Any] | None) -> None:
     """Check that what is meant for torch.compile(options=) is.
 
     Raises:
-        ValueError: it has options of ours.
+        ValueError: it is no dictionary, or has options of ours.
     """
+    is_mapping = options is None or isinstance(options, Mapping)
+    require(is_mapping, "options", "a dictionary of those of torch.compile", repr(options))
     ours = [name for name in options or {} if name in SkipOptions.__annotations__]
     got = f"{ours}, which enable() and LiteAttentionBackend() take by name"
     require(not ours, "options", "those of torch.compile", got)
+
+
+def check_compiling(compile: object, mode: object, options: Mapping[str, Any] | None, inner: object) -> None:
+    """Check how models are to be compiled, before any of them is changed.
+
+    Raises:
+        ValueError: an argument of these names is none that torch.compile or its backend could take.
+    """
+    is_known = isinstance(compile, int) and compile in (True, False)
+    require(is_known or compile in ("blocks",), "compile", "True, False or 'blocks'", repr(compile))
+    check_options_of_torch(options)
+    require(mode is None or isinstance(mode, str), "mode", "a name, or None", repr(mode))
+    require(mode is None or options is None, "mode", "None beside options, as of torch.compile", repr(mode))
+    require(isinstance(inner, str) or callable(inner), "inner", "the name of a backend, or a callable", repr(inner))
 
 
 _OF_RESIDUAL = tuple(field.name for field in fields(ResidualSettings))

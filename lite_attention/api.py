@@ -14,7 +14,7 @@ from torch import nn
 
 from lite_attention import diffusers_hooks as hooks
 from lite_attention import token_order as order
-from lite_attention.compile.settings import OtherOptions, SkipSettings, check_options_of_torch
+from lite_attention.compile.settings import OtherOptions, SkipSettings, check_compiling
 from lite_attention.diffusers_hooks import Undo
 from lite_attention.enabled import Wiring, session_of, wirings
 from lite_attention.enabling import How, enable_model
@@ -115,8 +115,8 @@ def enable(
         OSError: the file of a table cannot be read.
     """
     # What is wrong is told before anything is changed.
+    check_compiling(compile, mode, options, inner)
     _check_models(model_or_pipe, compile, token_order)
-    check_options_of_torch(options)
     check_exact_tokens(exact_tokens, token_order)
     told_shard = _shard_by(process_group)
     if all(type(model).__name__ in _ONE_PASS for model in parts_of(model_or_pipe).values()):
@@ -141,8 +141,6 @@ def enable(
 
 def _check_models(model_or_pipe: Any, compile: object, token_order: str | Sequence[int] | None) -> None:
     """Raise ValueError where models cannot be enabled so."""
-    if compile not in (True, False, "blocks"):
-        raise ValueError(f"compile: expected True, False or 'blocks', got {compile!r}")
     for name, model in parts_of(model_or_pipe).items():
         if unwrapped(model) is not model:
             raise ValueError(f"{name}: expected a model before torch.compile, got its result: enable() compiles it")

@@ -37,10 +37,9 @@ from torch import nn
 
 from lite_attention import api
 from lite_attention.compile.runner import timestep_of
-from lite_attention.compile.settings import OtherOptions, SkipSettings, check_options_of_torch
+from lite_attention.compile.settings import OtherOptions, SkipSettings, check_compiling
 from lite_attention.enabled import Wiring, wirings
 from lite_attention.exact_tokens import check_exact_tokens
-from lite_attention.ops.arguments import require
 from lite_attention.ops.option_names import takes_options
 from lite_attention.parallel.diffusers_member import MEMBER, NAME
 
@@ -71,7 +70,9 @@ class Options(OtherOptions, total=False):
     exact_tokens: ExactTokenOption | None
 
 
-_HOW = ("compile", "mode", "options", "dynamic", "inner", "process_group")
+_HOW = {
+    "compile": False, "mode": None, "options": None, "dynamic": None, "inner": "inductor", "process_group": None,
+}  # fmt: skip
 _options: Options = {}
 _set: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()  # by name, and what that did
 _within: weakref.WeakKeyDictionary[nn.Module, Wiring] = weakref.WeakKeyDictionary()  # by the context, likewise
@@ -92,9 +93,8 @@ def configure(**options: Unpack[Options]) -> None:
     """
     global _options
     given: dict[str, Any] = {"threshold": None, "keep": None, "preset": None, "token_order": None, **options}
-    how = {name: given.pop(name, None) for name in _HOW}
-    require(how["compile"] in (None, True, False, "blocks"), "compile", "True, False or 'blocks'", repr(how["compile"]))
-    check_options_of_torch(how["options"])
+    how = {name: given.pop(name, default) for name, default in _HOW.items()}
+    check_compiling(how["compile"], how["mode"], how["options"], how["inner"])
     check_exact_tokens(given.pop("exact_tokens", None), given["token_order"])
     threshold, keep, preset, order = (given.pop(name) for name in ("threshold", "keep", "preset", "token_order"))
     SkipSettings(**api.chosen_options(threshold, keep, preset, order, given))

@@ -155,6 +155,30 @@ def test_our_options_among_those_of_torch_are_told() -> None:
         compiled(tokens(0), context())
 
 
+COMPILING: dict[str, tuple[dict[str, Any], str]] = {
+    "compile as a name": ({"compile": "block"}, "compile: expected True, False or 'blocks', got 'block'"),
+    "compile as a tensor": ({"compile": torch.ones(2)}, r"compile: expected True, False or 'blocks', got tensor"),
+    "compile as a list": ({"compile": [True]}, r"compile: expected True, False or 'blocks', got \[True\]"),
+    "options as a number": ({"options": 3}, r"options: expected a dictionary of those of torch\.compile, got 3"),
+    "options as a list": ({"options": ["x"]}, "options: expected a dictionary of those of .*, got"),
+    "mode as a number": ({"mode": 3}, "mode: expected a name, or None, got 3"),
+    "mode beside options": ({"mode": "default", "options": {"shape_padding": True}}, "mode: expected None beside"),
+    "inner as a number": ({"inner": 3}, "inner: expected the name of a backend, or a callable, got 3"),
+    "no inner": ({"inner": None}, "inner: expected the name of a backend, or a callable, got None"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), COMPILING.values(), ids=COMPILING)
+def test_what_cannot_compile_is_told_before_a_model_changes(options: dict[str, Any], message: str) -> None:
+    model = lite_attention.enable(Toy(1), compile=False, tile_shape=TILE)
+    store = lite_attention.enabled.store_of(model)
+    with pytest.raises(ValueError, match=message):
+        lite_attention.enable(model, **options)
+    assert lite_attention.enabled.store_of(model) is store is not None
+    with pytest.raises(ValueError, match=message):
+        _configured(**options)
+
+
 @pytest.mark.parametrize("name", ["AttentionProbe", "Calibration", "Verification", "calibrate"])
 def test_what_a_calibration_would_not_heed_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name}: there is no option 'threshold'.* There are .*tile_shape"):
