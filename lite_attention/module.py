@@ -194,6 +194,7 @@ class LiteAttention(SiteModule):
         states = [of_part.new_state(sizes, value_dim, device) for of_part in options]
         for part, state in enumerate(states):
             state.hold_place(exchange.part_words(part, seq_k))
+            state.is_dealt = exchange.is_dealt
         return states
 
     def _use(self, states: list[SiteState]) -> None:

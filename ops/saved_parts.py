@@ -15,7 +15,7 @@ from lite_attention.ops.arguments import check_has_values, require
 from lite_attention.ops.part import Part
 from lite_attention.ops.tiles import ceil_div
 
-__all__ = ["Saved", "joined", "masked_by_head", "own_part", "whole_sizes"]
+__all__ = ["Saved", "check_same_thresholds", "joined", "masked_by_head", "own_part", "whole_sizes"]
 
 Saved = Mapping[str, torch.Tensor]
 
@@ -94,6 +94,20 @@ def masked_by_head(saved: Saved, own: Saved) -> Saved:
     return {**saved, "initial_mask": mask[:, :1]} if is_one else saved
 
 
+def check_same_thresholds(saved: Saved, own: Saved) -> None:
+    """Raise ValueError if thresholds by head differ from those of a state whose heads are dealt anew.
+
+    The next deal would give heads what its module has for them.
+    """
+    place = _place_of(own)
+    there, here = (of.get("threshold") for of in (own_part(saved, place), own))
+    if there is None or here is None or there.shape != here.shape or torch.equal(there.to(here.device), here):
+        return
+    given = [x for x in (saved["threshold"], here) if bool((x != x[..., :1]).any())]
+    expected = "those by head that the module has, which deals its heads: call its set_threshold() first"
+    require(not given, "threshold", expected, saved["threshold"].unique().tolist())
+
+
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +151,8 @@ def _check_whole(places: Sequence[Part], tile_m: int) -> None:
     for place in places:
         times[list(place.heads), _rows("skip_mask", place, tile_m)] += 1
     got = "; ".join(map(str, places))
-    require(bool((times == 1).all()), "process_group", "ranks that have each head and query once", got)
+    expected = "ranks that have each head and query once, of modules with parts=1"
+    require(bool((times == 1).all()), "process_group", expected, got)
 
 
 def _rows(name: str, place: Part, tile_m: int) -> slice:

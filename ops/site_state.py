@@ -44,6 +44,7 @@ class SiteState(Memory):
     control: torch.Tensor
     initial_mask: torch.Tensor | None
     part: torch.Tensor | None  # `Part.words`, where other processes have the rest
+    is_dealt = False  # a module may deal it other heads
     _thread: int | None = None  # that calls the op
 
     def __init__(

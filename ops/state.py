@@ -11,6 +11,7 @@ from lite_attention.ops.arguments import threshold_values
 from lite_attention.ops.bitmask import WORD_BITS
 from lite_attention.ops.buffers import vote_buffers
 from lite_attention.ops.options import StateOptions, check_options
+from lite_attention.ops.saved_parts import check_same_thresholds
 from lite_attention.ops.site_state import DEFAULT_SLOTS, SiteState
 from lite_attention.ops.tiles import tile_shape
 from lite_attention.ops.validate import check_threshold
@@ -151,6 +152,16 @@ class SkipState(SiteState):
                 f"threshold: expected a number or a tensor that broadcasts to (slots, steps, heads) = "
                 f"{tuple(shape)}, got {tuple(table.shape)}; a longer table needs a state made with num_steps"
             ) from None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Copy saved buffers into this state, in place, as `SiteState.load_state_dict` does.
+
+        Raises:
+            ValueError: as there; or a module deals its heads, and thresholds by head are not those of the module.
+        """
+        if self.is_dealt and "threshold" in state_dict:
+            check_same_thresholds(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, strict, assign)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], *, device: Any = None, **options: Any) -> SkipState:

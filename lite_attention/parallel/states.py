@@ -29,7 +29,7 @@ def joined_state_dict(module: nn.Module, process_group: ProcessGroup) -> dict[st
 
     It is what one process would save. `load_state_dict` takes it in one process, or in any number of them, where each
     takes its heads and queries. Heads are in the order of the model, whoever they were dealt to. A module that deals
-    them keeps the thresholds that it was given by head; those of a state alone are not dealt with it.
+    them keeps the thresholds that it was given by head; a state with others is refused there.
 
         saved = lite_attention.parallel.joined_state_dict(model, dist.group.WORLD)
         if dist.get_rank() == 0:

@@ -72,6 +72,22 @@ def test_heads_that_were_dealt_are_saved_in_the_order_of_the_model(two: Ranks) -
         assert found["not saved"] == []
 
 
+def test_thresholds_by_head_that_a_deal_would_move_are_refused(two: Ranks) -> None:
+    for by_head, number, given, overwritten in two.run(cases.thresholds_that_a_deal_would_move):
+        assert by_head == (
+            "ValueError: threshold: expected those by head that the module has, which deals its heads: call its "
+            "set_threshold() first, got [-6.0, -5.0, -4.0, -3.0]"
+        )
+        assert (number, given) == ("", "")
+        assert overwritten.startswith("ValueError: threshold: expected those by head that the module has")
+
+
+def test_a_state_of_some_heads_of_a_rank_is_not_joined(two: Ranks) -> None:
+    for told in two.run(cases.in_parts):
+        assert "ValueError: process_group: expected ranks that have each head and query once, of modules with" in told
+        assert "parts=1" in told
+
+
 @pytest.mark.parametrize(
     ("kind", "own", "others"),
     [

@@ -150,6 +150,33 @@ def dealt() -> dict[str, Any]:
     }
 
 
+def thresholds_that_a_deal_would_move() -> list[str]:
+    """Return what a dealt module says to a state with thresholds by head, before and after it is given them."""
+    saved: dict[str, Any] = {}
+    for value in (THRESHOLDS.view(1, 1, HEADS), -4.0):
+        model: Any = module(1, persistent_state=False, threshold=value)
+        attend(model, 0)
+        saved[str(type(value).__name__)] = copied(joined_state_dict(model["attn"].state, dist.group.WORLD))
+    other: Any = module(1, persistent_state=False, threshold=-3.0)
+    attend(other, 0)
+    state = other["attn"].state
+    before = copied(state.state_dict())
+    found = [told(lambda: state.load_state_dict(saved["Tensor"]))]
+    assert same(state.state_dict(), before)
+    found.append(told(lambda: state.load_state_dict(saved["float"])))
+    other["attn"].set_threshold(THRESHOLDS.view(1, 1, HEADS))
+    found.append(told(lambda: state.load_state_dict(saved["Tensor"])))
+    found.append(told(lambda: state.load_state_dict(saved["float"])))
+    return found
+
+
+def in_parts() -> str:
+    """Return what ranks are told that join a state of some of their heads."""
+    model: Any = module(1, persistent_state=False, parts=2)
+    attend(model, 0)
+    return told(lambda: joined_state_dict(model["attn"].state, dist.group.WORLD))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
