@@ -120,12 +120,17 @@ def begin_scatter(
     """Begin to send each rank its heads, or one of so many parts of them, of the tokens here; order is of q's heads."""
     shared, ranks = q.shape[2] // k.shape[2], tokens.group.ranks
     orders = (order, *[None if order is None else order[::shared] // shared] * 2)
-    if order is None or torch.compiler.is_compiling():  # which makes one copy of two
+    if order is None or torch.compiler.is_compiling() or _has_gradient(q, k, v):  # compiled, two copies are one
         dealt = (x if heads is None else x.index_select(2, heads) for x, heads in zip((q, k, v), orders, strict=True))
         packed = torch.cat([_heads_by_rank(x, ranks, parts, part).flatten(3) for x in dealt], -1)
     else:
         packed = _packed((q, k, v), [_by_rank(heads, ranks, parts, part) for heads in orders if heads is not None])
     return all_to_all(packed.flatten(0, 1), tokens.of_each, tokens.lengths, tokens.group.name)
+
+
+def _has_gradient(*tensors: torch.Tensor) -> bool:
+    """Return whether the op refuses these, and says so better than a copy that has no derivative."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _heads_by_rank(x: torch.Tensor, ranks: int, parts: int, part: int) -> torch.Tensor:

@@ -138,12 +138,19 @@ def test_and_where_keys_are_gathered(four: Ranks) -> None:
     _check_another_run(four.run(modules.another_run, 2))
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("ranges", "must_do expects"),
+        ("gradient", "lite_attention::skip_attention has no backward, and q or k or v requires a gradient"),
+    ],
+)
 @pytest.mark.parametrize("parts", [1, 2])
-def test_where_one_rank_fails_the_others_get_nan_of_its_heads(two: Ranks, parts: int) -> None:
+def test_where_one_rank_fails_the_others_get_nan_of_its_heads(two: Ranks, parts: int, kind: str, told: str) -> None:
     """It is still in the exchange; else they would take what it sends next for the rest of this call."""
-    whole, failed = two.run(modules.failed_alone, parts)
+    whole, failed = two.run(modules.failed_alone, parts, kind)
     assert whole == ("", [False, False, True, True], True)
-    assert failed[0].startswith("must_do expects")
+    assert failed[0].startswith(told)
     assert failed[2]
 
 

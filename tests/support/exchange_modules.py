@@ -167,13 +167,20 @@ def saved() -> bool:
     return torch.equal(module(*local(STEPS - 1)), other(*local(STEPS - 1)))
 
 
-def failed_alone(parts: int) -> tuple[str, list[bool], bool]:
-    """Return what a call says which rank 1 alone gets wrong, what heads are NaN, and whether the next is right."""
+def failed_alone(parts: int, kind: str) -> tuple[str, list[bool], bool]:
+    """Return what a call says which rank 1 alone gets wrong, what heads are NaN, and whether the next is right.
+
+    It is wrong by its "ranges", or its queries require a "gradient".
+    """
+    is_one = dist.get_rank() == 1
+    ranges = [5, 3] if is_one and kind == "ranges" else None
     single, module = LiteAttention(num_steps=None), new_module(num_steps=None, parts=parts)
     told, of_heads = "", torch.zeros(HEADS)
+    q, k, v = local(0)
     try:
-        of_heads = module(*local(0), must_do_list=[5, 3] if dist.get_rank() == 1 else None).sum((0, 1, 3))
-    except ValueError as error:
+        q = q.clone().requires_grad_(is_one and kind == "gradient")
+        of_heads = module(q, k, v, must_do_list=ranges).sum((0, 1, 3))
+    except (ValueError, RuntimeError) as error:
         told = str(error)
     for x in (single, module):
         x.reset_skip_state()
