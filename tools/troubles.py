@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lite_attention
-from lite_attention import LiteAttention, ResidualState, ThresholdTable, masks
+from lite_attention import LiteAttention, ResidualState, SkipState, ThresholdTable, masks
 from lite_attention.compile.other_attention import reason_of_op
+from lite_attention.ops.part import Part
 from lite_attention.ops.targets import SM80, SM90A
 from tools.reasons import MEANINGS, reasons
 
@@ -200,6 +201,24 @@ def _two_threads() -> None:
         pool.submit(lambda: lite_attention.branch("uncond").__enter__()).result()
 
 
+def _of_another_rank() -> None:
+    sizes: dict[str, Any] = {"batch": 1, "heads": 1, "seq_q": TOKENS, "seq_k": TOKENS, "tile_m": 16, "tile_n": 16}
+    parts = [Part((rank,), 2 * HEADS, 0, TOKENS, TOKENS) for rank in range(2)]
+    first, second = (SkipState(**sizes) for _ in parts)
+    for state, part in zip((first, second), parts, strict=True):
+        state.hold_place(part.words())
+    second.load_state_dict(first.state_dict())
+
+
+def _an_unsplit_plan() -> None:
+    from lite_attention.parallel import shard
+
+    model = type("LTX2VideoTransformer3DModel", (nn.Module,), {})()
+    found = {"context_parallel_of": mock.Mock(), "_unsplit_rotary": mock.Mock(return_value=["rope"])}
+    with mock.patch.multiple(shard, **found):
+        shard.check_of_sequence(model, [])()
+
+
 def _gradients() -> None:
     q, k, v = torch.randn(3, 1, TOKENS, HEADS, 16)
     with torch.enable_grad():
@@ -251,6 +270,10 @@ TROUBLES: dict[str, list[Trouble]] = {
         Trouble(lambda: _error(_traced), "As it says, before `torch.compile` or `torch.export`."),
         Trouble(lambda: _error(_no_memory), "As it says. Votes take a bit a tile."),
         Trouble(lambda: _error(_two_threads), "Use `enable`, where each thread has memories of its own."),
+        Trouble(lambda: _error(_of_another_rank), "Save what all processes have, joined: `joined_state_dict` on "
+                "[several GPUs](how-to/parallel.md). Each takes its own of that."),
+        Trouble(lambda: _error(_an_unsplit_plan), "LTX-2 needs it. The plan is on the page of "
+                "[several GPUs](how-to/parallel.md)."),
         Trouble(lambda: _error(_gradients), "Run it under `torch.no_grad()`."),
     ],
 }  # fmt: skip
