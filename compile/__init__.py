@@ -38,4 +38,4 @@ _LAZY = {
     "skip_states": "lite_attention.compile.export",
 }
 
-__getattr__ = on_first_use(__name__, _LAZY)
+__getattr__, __dir__ = on_first_use(__name__, _LAZY)

@@ -63,4 +63,4 @@ _LAZY = {
     "make_skip_aware": "lite_attention.compile",
 }
 
-__getattr__ = on_first_use(__name__, _LAZY)
+__getattr__, __dir__ = on_first_use(__name__, _LAZY)

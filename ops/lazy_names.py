@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = ["on_first_use"]
 
 
-def on_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package.
+def on_first_use(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the `__getattr__` of a package, and its `__dir__`, by which a prompt completes these names too.
 
     Args:
         package: its name.
@@ -22,4 +23,7 @@ def on_first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
             return getattr(importlib.import_module(homes[name]), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return getattr_of_package
+    def dir_of_package() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes})
+
+    return getattr_of_package, dir_of_package

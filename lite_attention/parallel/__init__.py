@@ -28,4 +28,4 @@ _LAZY = {  # most run in one process
     "ulysses_attention": "lite_attention.parallel.ulysses",
 }
 
-__getattr__ = on_first_use(__name__, _LAZY)
+__getattr__, __dir__ = on_first_use(__name__, _LAZY)

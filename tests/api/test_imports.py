@@ -52,6 +52,18 @@ assert not torch.cuda.is_initialized()
     assert len(loaded) - len(ours) <= OTHERS, sorted(set(loaded) - ours)
 
 
+@pytest.mark.parametrize("package", ["lite_attention", "lite_attention.compile", "lite_attention.parallel"])
+def test_names_of_first_use_are_listed_before_it(package: str) -> None:
+    code = f"""
+import importlib
+package = importlib.import_module({package!r})
+assert not {{*package._LAZY}} & {{*vars(package)}}
+print(sorted({{*package.__all__}} - {{*dir(package)}}), "__file__" in dir(package))
+"""
+    result = _python(code)
+    assert result.stdout == "[] True\n", result.stderr
+
+
 def test_running_eagerly_loads_no_compiler() -> None:
     code = """
 import io, sys
