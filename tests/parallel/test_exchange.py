@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.support import exchange_cases as cases
@@ -113,6 +115,14 @@ def test_where_a_rank_died_or_stays_away_the_others_are_told(way: str) -> None:
     assert gone == "stays away" if way == "stays away" else isinstance(gone, EOFError)
     assert isinstance(told, str)
     assert "nothing was told" not in told
+
+
+def test_ranks_of_which_a_signal_ends_one_begin_anew(tmp_path: Path) -> None:
+    with (
+        ranks_of(2, timeout=3) as ranks,
+        pytest.warns(UserWarning, match="abort_once was ended by signal 6"),
+    ):
+        assert ranks.run(cases.abort_once, str(tmp_path / "marked")) == [0, 1]
 
 
 @pytest.mark.parametrize("gathers", [False, True], ids=["heads", "keys"])

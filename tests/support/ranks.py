@@ -8,6 +8,7 @@ import multiprocessing as mp
 import os
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,13 +26,17 @@ class Ranks:
     """So many processes, each a rank of the default group."""
 
     def __init__(self, count: int, timeout: float, start_method: str) -> None:
-        context: Any = mp.get_context(start_method)
+        self._count, self._timeout, self._context = count, timeout, mp.get_context(start_method)
+        self._start()
+
+    def _start(self) -> None:
+        context: Any = self._context
         self._folder = tempfile.TemporaryDirectory()
         store = f"file://{self._folder.name}/store"
-        pipes = [context.Pipe() for _ in range(count)]
+        pipes = [context.Pipe() for _ in range(self._count)]
         self._pipes = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(theirs, rank, count, store, timeout), daemon=True)
+            context.Process(target=_serve, args=(theirs, rank, self._count, store, self._timeout), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:
@@ -42,14 +47,24 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call a function of a module on all ranks; return what each returned, or the exception that it raised.
 
-        An exception in all of them is raised here.
+        An exception in all of them is raised here. Where a signal ends a process, it is said, and all begin anew, once:
+        gloo's threads have ended one by "free(): invalid pointer" and by a fault in malloc, on a machine that was busy.
         """
-        for pipe in self._pipes:
-            pipe.send((function, args))
-        results = [_received(*of_rank) for of_rank in zip(self._pipes, self.processes, strict=True)]
+        results = self._run(function, args)
+        signals = [process.exitcode for process in self.processes if (process.exitcode or 0) < 0]
+        if signals:
+            warnings.warn(f"a rank of {function.__name__} was ended by signal {-signals[0]}; run again", stacklevel=2)
+            self.close()
+            self._start()
+            results = self._run(function, args)
         if all(isinstance(result, BaseException) for result in results):
             raise results[0]
         return results
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        return [_received(*of_rank) for of_rank in zip(self._pipes, self.processes, strict=True)]
 
     def close(self) -> None:
         for process in self.processes:
