@@ -23,7 +23,6 @@ cache some seconds more to compile. SQNR is that of the output against FA3's, wh
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -35,9 +34,9 @@ import torch
 import lite_attention
 from benchmarks import peers, residual_steps
 from benchmarks.host import report_host
-from benchmarks.measure import going_on, one_line, require_gpu, where
+from benchmarks.measure import begin, going_on, parser_of_calls
 from benchmarks.peers import Contender
-from lite_attention.cli.arguments import new_file, number, picture, shape
+from lite_attention.cli.arguments import new_file, picture
 from lite_attention.cli.planted import planted, skipping
 from lite_attention.cli.timing import block
 from lite_attention.ops import SkipState
@@ -194,21 +193,14 @@ def measure_shape(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_calls(__doc__, SHAPES, 1.5)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some contenders instead of all")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["cudnn"], help="beside FlashAttention-3")
-    parser.add_argument(
-        "--shapes", type=shape, nargs="+", default=SHAPES, metavar="B,H,S,D",
-        help="batch, heads, tokens and head dim; seven unless given",
-    )  # fmt: skip
-    parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the figures there")
     args = parser.parse_args(arguments)
 
-    require_gpu()
-    about = where()
-    print(one_line(about))
+    about = begin()
     result: dict[str, Any] = {**about, "rows": []}
     if "host" in args.only:
         with going_on("host time"):

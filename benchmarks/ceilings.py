@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import torch
 
-from benchmarks.measure import one_line, require_gpu, where
+from benchmarks.measure import begin
 from lite_attention.cli.arguments import new_file, number
 from lite_attention.cli.timing import block
 from lite_attention.ops.targets import SM90A
@@ -72,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
 
-    require_gpu()
-    about = {**where(), "triton": version("triton")}
-    print(one_line(about))
+    about = begin("triton")
     matrix = matrix_rates(args.seconds)
     for name, rate in matrix.items():
         print(f"  matmul {name:32}{rate:8.0f} TFLOP/s", flush=True)

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import lite_attention
-from benchmarks.measure import going_on, one_line, require_gpu, where
+from benchmarks.measure import begin, going_on
 from benchmarks.peers import fa3
 from lite_attention.cli.arguments import integer, new_file
 from lite_attention.cli.timing import Call
@@ -170,9 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sites", type=integer(1), default=8, help="N: sites of the smaller graph")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
-    require_gpu()
-    about = where()
-    print(one_line(about))
+    about = begin()
     rows = report_host(args.sites)
     if args.json:
         args.json.write_text(json.dumps({**about, "rows": rows}, indent=1))

@@ -1,22 +1,43 @@
-"""What the GPU benchmarks share: that there is a GPU, what they ran on, and going on after a failure."""
+"""What the GPU benchmarks share: their options, that there is a GPU, what they ran on, and going on after a failure."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from lite_attention.cli.arguments import number, shape
 from lite_attention.cli.check import driver
 
 
-def require_gpu() -> None:
-    """Leave with a line where there is no GPU to measure."""
+def parser_of_calls(
+    description: str | None, shapes: Sequence[tuple[int, ...]], seconds: float
+) -> argparse.ArgumentParser:
+    """Return a parser of a command that times attention calls, with these shapes and seconds for defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    parser.add_argument(
+        "--shapes", type=shape, nargs="+", default=shapes, metavar="B,H,S,D",
+        help=f"batch, heads, tokens and head dim; {len(shapes)} unless given",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=number(above=0), default=seconds, help="length of a block")
+    return parser
+
+
+def begin(*packages: str) -> dict[str, Any]:
+    """Print what is measured on, with the versions of packages, and return it; leave with a line without a GPU."""
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark measures a GPU, and PyTorch finds no CUDA device")
+    about = {**where(), **{name: version(name) for name in packages}}
+    print(one_line(about))
+    return about
 
 
 def where() -> dict[str, Any]:

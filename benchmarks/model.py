@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend
 
 import lite_attention
 from benchmarks.attention import SPARSITIES
-from benchmarks.measure import going_on, one_line, require_gpu, where
+from benchmarks.measure import begin, going_on, one_line
 from benchmarks.model_variants import LAYERS, Variants, build, fa3, inputs_of, no_attention
 from lite_attention.cli.arguments import integer, new_file, number
 from lite_attention.cli.timing import Call, block
@@ -218,10 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=number(above=0), default=1.5, help="length of a block")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
-    require_gpu()
+    about = begin()
     torch._dynamo.config.recompile_limit = 64  # the variants of a model are compiled code of one function
-    about = where()
-    print(one_line(about))
     rows: list[dict[str, Any]] = []
     for name in args.model:
         layers = args.layers or LAYERS[name]

@@ -14,7 +14,6 @@ a state of votes that skips nothing, times what is not skipped; `/ dense` is ove
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,9 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import residual_steps
 from benchmarks.attention import runs_of_tiles
-from benchmarks.measure import going_on, one_line, require_gpu, where
+from benchmarks.measure import begin, going_on, parser_of_calls
 from benchmarks.peers import Contender
-from lite_attention.cli.arguments import number, shape
 from lite_attention.cli.planted import planted, skipping
 from lite_attention.cli.timing import Call, block
 from lite_attention.cute_kernels import attention_forward
@@ -110,14 +108,11 @@ def measure_shape(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_calls(__doc__, SHAPES, 0.5)
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="some contenders instead of all")
-    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="B,H,S,D")
-    parser.add_argument("--seconds", type=number(above=0), default=0.5, help="length of a block")
     parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS, default=["none"])
     args = parser.parse_args(arguments)
-    require_gpu()
-    print(one_line(where()))
+    begin()
     for sizes in args.shapes:
         with going_on(f"shape {sizes}"):
             measure_shape(sizes, args.only, args.quantizations, args.seconds)

@@ -8,7 +8,6 @@ between two of full steps.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import going_on, one_line, require_gpu, where
+from benchmarks.measure import begin, going_on, parser_of_calls
 from benchmarks.peers import Contender
-from lite_attention.cli.arguments import number, shape
 from lite_attention.cli.planted import planted, skipping
 from lite_attention.cli.timing import block
 from lite_attention.cute_kernels import launcher
@@ -159,13 +157,10 @@ def measure_shape(sizes: Sequence[int], quantization: str, seconds: float) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="B,H,S,D")
-    parser.add_argument("--seconds", type=number(above=0), default=0.3, help="length of a block")
+    parser = parser_of_calls(__doc__, SHAPES, 0.3)
     parser.add_argument("--quantizations", nargs="+", choices=QUANTIZATIONS, default=["none"])
     args = parser.parse_args(arguments)
-    require_gpu()
-    print(one_line(where()))
+    begin()
     for sizes, quantization in itertools.product(args.shapes, args.quantizations):
         with going_on(f"shape {sizes}"):
             measure_shape(sizes, quantization, args.seconds)

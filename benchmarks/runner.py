@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import lite_attention
-from benchmarks.measure import going_on, one_line, require_gpu, where
+from benchmarks.measure import begin, going_on
 from lite_attention.cli.arguments import integer, new_file
 
 DEVICE = "cuda"
@@ -113,9 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=integer(256), default=2048, help="tokens of the latent, at least 256")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
     args = parser.parse_args(arguments)
-    require_gpu()
-    about = where()
-    print(one_line(about))
+    about = begin()
     rows: list[dict[str, Any]] = []
     print(f"\ntime of a forward, us, {args.layers} layers, {(1, args.tokens, WIDTH)}, {HEADS} heads, bf16")
     with torch.inference_mode():

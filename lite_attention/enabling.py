@@ -45,7 +45,6 @@ class How:
 
 def enable_model(model: nn.Module, wiring: Wiring, how: How, prefix: str) -> None:
     """Enable one model; whatever is done is noted in `wiring.undo`, so that an exception can be undone."""
-
     checks: list[Check] = []
     wiring.undo.append(hooks.take_off_compiled(model))
     wiring.undo.append(hooks.mark(model))
